@@ -1,0 +1,163 @@
+"""AgentCall <-> Parquet under calls/date=YYYY-MM-DD/: what capture and ingest write and every later stage reads.
+
+Metadata are plain columns, so that calls can be counted and priced without reading a word of them; everything that
+can carry content (CONTENT_COLUMNS) is a JSON string. A part is immutable once written. A call id stored twice is read
+once, as it was written last. Knows nothing of who reads or writes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.records import AgentCall, RouteDecision, Usage
+from cluster.store import Store, content_hash
+
+CALLS_FOLDER = "calls"
+MAX_CALLS_PER_PART = 5_000
+
+
+class _Column(NamedTuple):
+    name: str
+    type: pa.DataType
+    read: Callable[[AgentCall], Any]
+    """Cell of one call."""
+    is_derived: bool = False
+    """Copied out of another column for those who count; ignored when calls are read back."""
+
+
+def _field(name: str, kind: pa.DataType) -> _Column:
+    return _Column(name, kind, lambda call: getattr(call, name))
+
+
+def _json(name: str) -> _Column:
+    return _Column(name, pa.string(), lambda call: _dump(getattr(call, name)))
+
+
+def _dump(value: Any) -> str | None:
+    if value is None:
+        return None
+    value = value.model_dump(mode="json") if isinstance(value, RouteDecision) else value
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+_COLUMNS = (
+    _field("call_id", pa.string()),
+    _field("ts", pa.float64()),
+    _field("client_id", pa.string()),
+    _field("agent", pa.string()),
+    _field("session_id", pa.string()),
+    _field("step", pa.int64()),
+    _Column("model", pa.string(), lambda call: _model_of(call), is_derived=True),
+    _Column("prompt_tokens", pa.int64(), lambda call: call.usage.prompt_tokens),
+    _Column("completion_tokens", pa.int64(), lambda call: call.usage.completion_tokens),
+    _field("latency_ms", pa.float64()),
+    _field("cost_usd", pa.float64()),
+    _field("served_by", pa.string()),
+    _Column("action", pa.string(), lambda call: call.route and call.route.action, is_derived=True),
+    _Column("task_id", pa.string(), lambda call: call.route and call.route.task_id, is_derived=True),
+    _field("status", pa.int32()),
+    _field("error", pa.string()),
+    _field("label_kind", pa.string()),
+    _field("faces_person", pa.bool_()),
+    _json("request"),
+    _json("response"),
+    _json("route"),
+    _json("outcome"),
+    _json("label"),
+)
+CALL_SCHEMA = pa.schema([pa.field(column.name, column.type) for column in _COLUMNS])
+CONTENT_COLUMNS = ("request", "response", "outcome", "label")
+"""Columns that can carry what an agent or a person said."""
+
+_DERIVED = frozenset(column.name for column in _COLUMNS if column.is_derived)
+_JSON_COLUMNS = (*CONTENT_COLUMNS, "route")
+
+
+def write_calls(store: Store, calls: Sequence[AgentCall]) -> list[str]:
+    """Write `calls` as new parts of at most MAX_CALLS_PER_PART, one date (UTC) each.
+
+    Returns:
+        Store paths of the parts. The same calls in the same order give the same paths.
+    """
+    by_date: dict[str, list[AgentCall]] = {}
+    for call in calls:
+        date = datetime.datetime.fromtimestamp(call.ts, datetime.UTC).date().isoformat()
+        by_date.setdefault(date, []).append(call)
+    paths = []
+    for date, day in sorted(by_date.items()):
+        for start in range(0, len(day), MAX_CALLS_PER_PART):
+            part = day[start : start + MAX_CALLS_PER_PART]
+            name = content_hash([call.call_id for call in part])[:12]
+            path = f"{CALLS_FOLDER}/date={date}/part-{int(part[0].ts * 1000):013d}-{name}.parquet"
+            store.write_table(path, _to_table(part))
+            paths.append(path)
+    return paths
+
+
+def read_calls(store: Store, call_ids: set[str] | None = None) -> list[AgentCall]:
+    """All calls, or those in `call_ids` (unknown ids are ignored), in order of time. Holds them in memory."""
+    calls: dict[str, AgentCall] = {}
+    for call in iterate_calls(store, call_ids):
+        calls[call.call_id] = call
+    return sorted(calls.values(), key=lambda call: call.ts)
+
+
+def iterate_calls(store: Store, call_ids: set[str] | None = None) -> Iterator[AgentCall]:
+    """Calls part by part, one part in memory at a time; a call id stored twice comes twice."""
+    wanted = None if call_ids is None else pa.array(sorted(call_ids), pa.string())
+    for path in store.list(CALLS_FOLDER, ".parquet"):
+        table = store.read_table(path)
+        if wanted is not None:
+            table = table.filter(pc.is_in(table["call_id"], value_set=wanted))
+        yield from _from_table(table)
+
+
+def read_call_columns(store: Store, columns: list[str]) -> pa.Table:
+    """Some columns of every stored row, for counting without reading content."""
+    paths = store.list(CALLS_FOLDER, ".parquet")
+    if not paths:
+        return pa.schema([CALL_SCHEMA.field(name) for name in columns]).empty_table()
+    return store.read_table(paths, columns=columns)
+
+
+def read_call_ids(store: Store) -> set[str]:
+    """Ids of all stored calls."""
+    return set(read_call_columns(store, ["call_id"])["call_id"].to_pylist())
+
+
+def count_calls(store: Store) -> int:
+    """Number of distinct stored calls."""
+    return len(read_call_ids(store))
+
+
+def _model_of(call: AgentCall) -> str | None:
+    """The model that answered, else the one that was asked for."""
+    model = (call.response or {}).get("model") or call.request.get("model")
+    return model if isinstance(model, str) else None
+
+
+def _to_table(calls: Iterable[AgentCall]) -> pa.Table:
+    calls = list(calls)
+    arrays = [pa.array([column.read(call) for call in calls], column.type) for column in _COLUMNS]
+    return pa.Table.from_arrays(arrays, schema=CALL_SCHEMA)
+
+
+def _from_table(table: pa.Table) -> Iterator[AgentCall]:
+    names = [name for name in table.column_names if name not in _DERIVED]
+    columns = [table[name].to_pylist() for name in names]
+    for cells in zip(*columns, strict=True):
+        yield _to_call(dict(zip(names, cells, strict=True)))
+
+
+def _to_call(row: dict[str, Any]) -> AgentCall:
+    for name in _JSON_COLUMNS:
+        if row[name] is not None:
+            row[name] = json.loads(row[name])
+    usage = {"prompt_tokens": row.pop("prompt_tokens"), "completion_tokens": row.pop("completion_tokens")}
+    return AgentCall(**row, usage=Usage(**usage))

@@ -1,0 +1,128 @@
+"""Strict configuration: defaults < `recipe=NAME|PATH` (TOML) < `key.sub=value`, into frozen pydantic models.
+
+Unknown keys, wrong types and values out of bounds raise ConfigError naming the field, the value and what is
+allowed, before any Ray call. Config classes live beside the code they configure and import nothing heavy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import pathlib
+import tomllib
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every configuration class: no unknown keys, no later change, no coercion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_config(cls: type[ConfigT], arguments: list[str], recipe_dir: pathlib.Path) -> ConfigT:
+    """Resolve command-line words such as `recipe=demo gate.epsilon=0.03` into `cls`.
+
+    Args:
+        arguments: `key=value` words; a value is read as TOML (`3`, `true`, `[1, 2]`), else as a string.
+        recipe_dir: where a bare recipe NAME is looked up as NAME.toml.
+
+    Raises:
+        ConfigError: unknown recipe or key, wrong type, value out of bounds, or a word without `=`.
+    """
+    merged: dict[str, Any] = {}
+    for key, raw in map(_split_argument, arguments):
+        if key == "recipe":
+            merged = _merge(merged, _read_recipe(raw, recipe_dir))
+    for key, raw in map(_split_argument, arguments):
+        if key != "recipe":
+            merged = _merge(merged, _nest(key, _parse_value(raw)))
+    return validate(cls, merged)
+
+
+def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """Build `cls` from plain values.
+
+    Raises:
+        ConfigError: one line per wrong field, with the nearest valid keys for unknown ones.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(cls, item) for item in error.errors())) from None
+
+
+def dump_config(config: Config, path: pathlib.Path) -> None:
+    """Write the resolved configuration as JSON beside an artifact."""
+    path.write_text(json.dumps(config.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+
+
+def describe_fields(cls: type[Config], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """List (key, type, default, meaning) of every field, nested ones with dotted keys."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, field in cls.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Config):
+            rows += describe_fields(kind, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        label = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        rows.append((prefix + name, label, default, (field.description or "").replace("\n", " ")))
+    return rows
+
+
+def _split_argument(word: str) -> tuple[str, str]:
+    key, sign, value = word.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"argument {word!r} is not of the form key=value; allowed: recipe=NAME or key.sub=value")
+    return key, value
+
+
+def _read_recipe(name: str, recipe_dir: pathlib.Path) -> dict[str, Any]:
+    path = pathlib.Path(name) if name.endswith(".toml") else recipe_dir / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in recipe_dir.glob("*.toml")))
+        raise ConfigError(f"recipe={name}: no such recipe; allowed: a path ending in .toml, or one of: {known}")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe={name}: {path} is not valid TOML: {error}") from None
+
+
+def _parse_value(raw: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Dictionaries merge key by key; everything else replaces."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(cls: type[Config], item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = [row[0] for row in describe_fields(cls)]
+        near = difflib.get_close_matches(where, known, n=3, cutoff=0.4) or sorted({k.split(".")[0] for k in known})
+        return f"{where}: unknown key; nearest valid: {', '.join(near)}; see `understudy convert --help`"
+    if item["type"] == "missing":
+        return f"{where}: required and not given; set it with {where}=VALUE or in the recipe"
+    return f"{where}: got {item['input']!r}; {item['msg'][:1].lower()}{item['msg'][1:]}"

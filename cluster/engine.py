@@ -1,0 +1,53 @@
+"""The protocol between what asks specialists (validation, gateway) and what serves them (vLLM on Ray Serve LLM).
+
+Calibration and serving go through the same `answer`, so a gate certifies exactly what is served. The engine's
+fingerprint names all that could change an answer or its confidence; a gate holds for one fingerprint only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from cluster.prompts import PromptFormat
+from cluster.records import Record
+
+
+class EngineAnswer(Record):
+    """One answer of a specialist, before anybody decided to keep it."""
+
+    message: dict[str, Any] | None
+    """The assistant message, or None where the text does not parse as the task's kind of answer."""
+    text: str
+    confidence: float
+    """In [0, 1], from token log-probabilities; 0 where the answer is cut or unparsable."""
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+    """"stop", or "length" where the answer was cut at max_answer_tokens."""
+
+
+class Engine(Protocol):
+    """What serves one base model and its adapters."""
+
+    async def fingerprint(self) -> str:
+        """Hash of engine, version, device kind, dtype, adapter mode, log-probability mode and prompt code."""
+        ...
+
+    async def load(self, adapter: str) -> None:
+        """Make the adapter (a store path) resident, so that no request pays for it. Idempotent.
+
+        Raises:
+            EngineError: the adapter cannot be loaded.
+        """
+        ...
+
+    async def answer(
+        self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+    ) -> EngineAnswer:
+        """Answer one chat.completions request greedily with `adapter` (None: the base model alone).
+
+        Raises:
+            InputError: the prompt does not fit the base model's context.
+            EngineError: the engine failed.
+        """
+        ...

@@ -1,0 +1,185 @@
+"""The nouns that travel between stages and processes: small, frozen, JSON-serialisable records.
+
+Field names follow OpenAI chat.completions and OpenTelemetry gen_ai.*. Records know nothing of storage,
+Ray or models.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Split = Literal["train", "validation", "calibration", "test"]
+AnswerKind = Literal["tool_call", "json", "label", "text"]
+Reference = Literal["llm", "gold"]
+ServedBy = Literal["llm", "gold", "specialist"]
+Action = Literal["llm", "accept", "escalate", "fall_back"]
+
+
+class Record(BaseModel):
+    """Frozen and strict about unknown fields, so that a renamed field fails loudly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Usage(Record):
+    """Token counts as the provider reported them; None where it did not."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class RouteDecision(Record):
+    """What the gateway did with one call, and why; shown in response headers and captured.
+
+    `accept` keeps the specialist's answer; `escalate` hands over because confidence is low or the answer
+    is invalid; `fall_back` hands over because of an error or a timeout; `llm` never asked a specialist.
+    """
+
+    action: Action
+    reason: str
+    task_id: str | None = None
+    specialist: str | None = None
+    confidence: float | None = None
+    release: str | None = None
+
+
+class AgentCall(Record):
+    """One captured model invocation (S1)."""
+
+    call_id: str
+    ts: float
+    """Seconds since the epoch, UTC, when the request arrived."""
+    client_id: str
+    """Pseudonym of the caller."""
+    agent: str
+    session_id: str
+    """Pseudonym of the conversation."""
+    step: int
+    request: dict[str, Any]
+    """The chat.completions body as the client sent it."""
+    response: dict[str, Any] | None
+    """The chat.completion body; None where the call failed before an answer."""
+    usage: Usage = Usage()
+    latency_ms: float | None = None
+    cost_usd: float | None = None
+    served_by: ServedBy = "llm"
+    route: RouteDecision | None = None
+    status: int = 200
+    """HTTP status shown to the client; a call counts as failed from 400 up."""
+    error: str | None = None
+    outcome: dict[str, Any] | None = None
+    label: str | None = None
+    label_kind: str | None = None
+    faces_person: bool = False
+
+    @property
+    def message(self) -> dict[str, Any] | None:
+        """The assistant message of the first choice, or None."""
+        choices = (self.response or {}).get("choices") or [{}]
+        return choices[0].get("message")
+
+
+class Example(Record):
+    """One curated (messages, target message) pair (S2).
+
+    In the stored train split `request` and `target` are redacted. For the other splits `load_split` joins
+    the content as it was served; it rests nowhere but in calls/.
+    """
+
+    example_id: str
+    split: Split
+    session_id: str
+    ts: float
+    request: dict[str, Any]
+    """messages, tools, response_format: what the answer depends on."""
+    target: dict[str, Any]
+    """The assistant message to learn or to be compared with."""
+    reference: Reference
+    source_call_ids: tuple[str, ...]
+    faces_person: bool = False
+    cost_usd: float | None = None
+    latency_ms: float | None = None
+
+
+class TaskSpec(Record):
+    """A recurrent kind of call that one specialist can answer (S3)."""
+
+    task_id: str
+    name: str
+    """Made of the task's own words; for people, never a key."""
+    signature: str
+    kind: AnswerKind
+    reference: Reference
+    agents: tuple[str, ...]
+    num_calls: int
+    share_calls: float
+    share_cost: float
+    num_examples: dict[str, int]
+    """Examples per split."""
+    static_lines: tuple[str, ...] = ()
+    """Lines that (nearly) every prompt of the task repeats; the compact prompt format leaves them out."""
+    response_format: dict[str, Any] | None = None
+    topics: tuple[int, ...] = ()
+    """Cluster numbers merged into this task; empty where the whole signature is one task."""
+    tool_names: tuple[str, ...] = ()
+
+
+class Gate(Record):
+    """How far one specialist may be trusted, or why it is refused."""
+
+    reference: Reference
+    population: str
+    """What the promise is about, e.g. "calls of this task as served"."""
+    epsilon: float = Field(gt=0, lt=1)
+    delta: float = Field(gt=0, lt=1)
+    """Level each threshold was tested at: the release's delta divided by its number of candidates."""
+    threshold: float | None
+    """Lowest confidence that is accepted; None where refused."""
+    num_calibration: int
+    num_accepted: int
+    num_disagreements: int
+    upper_bound: float | None
+    """One-sided Clopper-Pearson bound on disagreement among accepted calls at `threshold`."""
+    coverage: float
+    """Share of calibration calls at or above `threshold`."""
+    fingerprint: str
+    refused: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.refused is None and self.threshold is not None
+
+
+class Specialist(Record):
+    """Base + adapter + gate + report at one content hash: `task_id@sha12`."""
+
+    task_id: str
+    sha: str
+    base: str
+    """Store path of the base model folder."""
+    adapter: str
+    """Store path of the adapter folder."""
+    prompt_format: dict[str, Any]
+    """`cluster.prompts.PromptFormat`, as JSON."""
+    gate: Gate
+    report: str
+    max_answer_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task_id}@{self.sha[:12]}"
+
+
+class Release(Record):
+    """Immutable map task_id -> specialist, plus the route model. Its hash is its name."""
+
+    specialists: dict[str, Specialist]
+    refused: dict[str, str]
+    """task_id -> reason, for the tasks that stay on the LLM."""
+    route_model: str
+    """Store path of the route model folder."""
+    snapshot: str
+    previous: str | None = None
+    created_ts: float

@@ -1,0 +1,100 @@
+"""Metric names with their units, and structured logs.
+
+Counts are kept in this process and, inside a Ray worker, exported through ray.util.metrics (Prometheus). Metrics are
+made at their first use, so importing this loads no Ray. Never give message content to either.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import sys
+from typing import Any, Literal, NamedTuple
+
+
+class MetricSpec(NamedTuple):
+    """One metric: what it counts and by what."""
+
+    kind: Literal["counter", "histogram"]
+    description: str
+    tags: tuple[str, ...]
+
+
+METRICS: dict[str, MetricSpec] = {
+    "understudy_calls_total": MetricSpec("counter", "Calls by what was done with them", ("action", "task_id")),
+    "understudy_call_latency_ms": MetricSpec("histogram", "Milliseconds from request to last byte", ("action",)),
+    "understudy_specialist_latency_ms": MetricSpec("histogram", "Milliseconds a specialist took", ("task_id",)),
+    "understudy_calls_captured_total": MetricSpec("counter", "Calls written to the store", ()),
+    "understudy_calls_dropped_total": MetricSpec("counter", "Calls not written, by reason", ("reason",)),
+    "understudy_upstream_failures_total": MetricSpec(
+        "counter", "LLM calls that failed, by endpoint number", ("endpoint",)
+    ),
+    "understudy_requests_failed_total": MetricSpec(
+        "counter", "Requests answered with an error, by status", ("status",)
+    ),
+}
+_BOUNDARIES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 30_000, 60_000]
+
+
+class Meter:
+    """Counts and observes by the names in METRICS."""
+
+    def __init__(self, export: bool = False) -> None:
+        """With `export`, hand every value to ray.util.metrics too; that needs to run inside Ray."""
+        self.counts: collections.Counter[tuple[str, ...]] = collections.Counter()
+        """(name, tag values in the order of METRICS) -> total, counters alone."""
+        self._export = export
+        self._exported: dict[str, Any] = {}
+
+    def count(self, name: str, value: int = 1, **tags: str) -> None:
+        """Add to a counter."""
+        spec = METRICS[name]
+        self.counts[(name, *(tags[tag] for tag in spec.tags))] += value
+        if self._export:
+            self._metric(name).inc(value, tags=tags)
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        """Add one value to a histogram."""
+        if self._export:
+            self._metric(name).observe(value, tags=tags)
+
+    def total(self, name: str) -> int:
+        """Sum of a counter over all its tags."""
+        return sum(value for key, value in self.counts.items() if key[0] == name)
+
+    def _metric(self, name: str) -> Any:
+        if name not in self._exported:
+            from ray.util import metrics
+
+            spec = METRICS[name]
+            if spec.kind == "counter":
+                self._exported[name] = metrics.Counter(name, spec.description, spec.tags)
+            else:
+                self._exported[name] = metrics.Histogram(name, spec.description, _BOUNDARIES_MS, spec.tags)
+        return self._exported[name]
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, event, and the fields given to `log_event`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        line = {"ts": round(record.created, 3), "level": record.levelname, "event": record.getMessage(), **fields}
+        return json.dumps(line, ensure_ascii=True, default=str)
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Send this project's logs to stderr as JSON lines; calling it again changes only the level."""
+    logger = logging.getLogger("understudy")
+    logger.setLevel(level)
+    logger.propagate = False
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonFormatter())
+        logger.addHandler(handler)
+
+
+def log_event(event: str, level: int = logging.INFO, **fields: Any) -> None:
+    """Log what happened, with identifiers and numbers; never with message content."""
+    logging.getLogger("understudy").log(level, event, extra={"fields": fields})

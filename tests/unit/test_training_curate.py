@@ -1,0 +1,270 @@
+"""training/curate.py: nothing leaks between splits, sessions never move, every call is accounted for."""
+
+import os
+import pathlib
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.access import Pseudonyms
+from cluster.calls import read_calls, write_calls
+from cluster.config import validate
+from cluster.errors import ConfigError, InputError, StoreError
+from cluster.quarantine import read_quarantine
+from cluster.records import AgentCall
+from cluster.store import Store
+from jobs.ingest import ingest
+from training.curate import (
+    BAD_OUTCOME,
+    LEAKED,
+    SPLITS,
+    TOO_DEEP,
+    CurateConfig,
+    Snapshot,
+    SplitConfig,
+    curate,
+    load_snapshot,
+    load_split,
+    split_of,
+)
+
+KEY = b"k" * 32
+SHARES = SplitConfig()
+DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
+SESSION_IN = {split: next(f"s{i}" for i in range(1000) if split_of(f"s{i}", SHARES) == split) for split in SPLITS}
+
+
+def make_call(index: int, question: str = "", **fields) -> AgentCall:
+    question = question or f"question {index}"
+    values = {
+        "call_id": f"call-{index}",
+        "ts": 1_700_000_000.0 + index,
+        "client_id": "client",
+        "agent": "desk",
+        "session_id": f"s{index}",
+        "step": 0,
+        "request": {"model": "big", "user": "u", "messages": [{"role": "user", "content": question}]},
+        "response": {"choices": [{"message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}]},
+    }
+    return AgentCall(**{**values, **fields})
+
+
+def curate_calls(tmp_path, calls, **config) -> tuple[Store, Snapshot]:
+    store = Store(str(tmp_path / "store"))
+    write_calls(store, calls)
+    return store, curate(store, CurateConfig(**config), KEY)
+
+
+def ids_of(store: Store, snapshot: Snapshot, split) -> set[str]:
+    rows = store.read_table(f"{snapshot.folder}/{split}.parquet", columns=["source_call_ids"])
+    return {call_id for ids in rows["source_call_ids"].to_pylist() for call_id in ids}
+
+
+def answer(content: str | None, finish: str = "stop") -> dict:
+    return {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish}]}
+
+
+def nest(depth: int) -> dict:
+    return {"inner": nest(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"served_by": "specialist"}, "answered by a specialist"),
+        ({"status": 500}, "call failed"),
+        ({"response": None}, "no answer"),
+        ({"response": {"choices": []}}, "no answer"),
+        ({"response": answer(None)}, "no answer"),
+        ({"response": answer("yes", "length")}, "answer cut off"),
+        ({"response": answer("yes", "content_filter")}, "answer cut off"),
+        ({"faces_person": True}, "answer faces a person"),
+        ({"question": "x" * 101_000}, "prompt longer than 100000 characters"),
+        ({"request": {"messages": [{"role": "user", "content": [nest(150)]}]}}, TOO_DEEP),
+    ],
+)
+def test_calls_that_cannot_be_learned_from_are_dropped_and_counted(tmp_path, fields, reason):
+    store, snapshot = curate_calls(tmp_path, [make_call(0), make_call(1, **fields)])
+    assert snapshot.counts.dropped == {reason: 1}
+    assert set().union(*(ids_of(store, snapshot, split) for split in SPLITS)) == {"call-0"}
+
+
+def test_a_long_prompt_is_listed_in_quarantine(tmp_path):
+    store, _ = curate_calls(tmp_path, [make_call(0), make_call(1, "x" * 300_000)])
+    (row,) = read_quarantine(store)
+    assert row.reason == "prompt longer than 100000 characters"
+    assert "call-1" in row.detail and "xxx" not in row.detail
+
+
+def test_calls_that_face_a_person_are_kept_on_request(tmp_path):
+    calls = [make_call(0, faces_person=True)]
+    assert curate_calls(tmp_path, calls, keep_faces_person=True)[1].counts.dropped == {}
+
+
+def test_a_bad_outcome_keeps_a_call_out_of_train_alone(tmp_path):
+    calls = [make_call(i, session_id=SESSION_IN[split], outcome={"reward": 0.0}) for i, split in enumerate(SPLITS)]
+    good = [make_call(9, session_id=SESSION_IN["train"], outcome={"correct": True})]
+    store, snapshot = curate_calls(tmp_path, calls + good, min_reward=0.5)
+    assert snapshot.counts.dropped == {BAD_OUTCOME: 1}
+    assert snapshot.counts.num_examples == dict.fromkeys(SPLITS, 1)
+
+
+def test_train_merges_exact_duplicates_and_the_others_keep_them(tmp_path):
+    calls = [
+        make_call(10 * number + copy, f"about {split}", session_id=SESSION_IN[split])
+        for number, split in enumerate(SPLITS)
+        for copy in range(3)
+    ]
+    store, snapshot = curate_calls(tmp_path, calls)
+    assert snapshot.counts.num_examples == {"train": 1, "validation": 3, "calibration": 3, "test": 3}
+    (example,) = load_split(store, snapshot.id, "train", as_served=False)
+    assert example.source_call_ids == ("call-0", "call-1", "call-2")
+
+
+def test_duplicates_differ_in_ids_of_tool_calls_but_not_in_answers(tmp_path):
+    def respond(name: str, call_id: str) -> dict:
+        function = {"name": name, "arguments": "{}"}
+        message = {"role": "assistant", "content": None, "tool_calls": [{"id": call_id, "function": function}]}
+        return {"choices": [{"message": message}]}
+
+    responses = [respond("f", "1"), respond("f", "2"), respond("g", "3")]
+    calls = [make_call(i, "same", session_id=SESSION_IN["train"], response=r) for i, r in enumerate(responses)]
+    _, snapshot = curate_calls(tmp_path, calls)
+    assert snapshot.counts.num_examples["train"] == 2
+    assert snapshot.counts.num_train_requests_with_several_answers == 1
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_a_request_of_another_split_leaves_train_and_stays_there(tmp_path, split):
+    calls = [make_call(0, "same", session_id=SESSION_IN["train"]), make_call(1, "same", session_id=SESSION_IN[split])]
+    store, snapshot = curate_calls(tmp_path, calls)
+    assert snapshot.counts.dropped == {LEAKED: 1}
+    assert ids_of(store, snapshot, split) == {"call-1"}
+
+
+def test_stored_examples_hold_no_served_content(tmp_path):
+    secret = "jo.doe77@mail.com"
+    calls = [make_call(i, f"{split} {secret}", session_id=SESSION_IN[split]) for i, split in enumerate(SPLITS)]
+    store, snapshot = curate_calls(tmp_path, calls)
+    for split in SPLITS:
+        rows = store.read_table(f"{snapshot.folder}/{split}.parquet").to_pylist()
+        assert secret not in repr(rows)
+        assert (rows[0]["request"] is None) == (split in ("calibration", "test"))
+    assert snapshot.counts.redacted == {"EMAIL_ADDRESS": 2}
+
+
+def test_splits_are_joined_with_what_was_served(tmp_path):
+    calls = [make_call(i, f"{split} a@mail.com", session_id=SESSION_IN[split]) for i, split in enumerate(SPLITS)]
+    store, snapshot = curate_calls(tmp_path, calls)
+    for index, split in enumerate(SPLITS[1:], 1):
+        (example,) = load_split(store, snapshot.id, split, as_served=True)
+        assert example.request == {"messages": calls[index].request["messages"]}
+        assert (example.target, example.split) == (calls[index].message, split)
+    (stored,) = load_split(store, snapshot.id, "validation", as_served=False)
+    assert "a@mail.com" not in str(stored.request)
+
+
+@pytest.mark.parametrize(("split", "as_served"), [("train", True), ("calibration", False), ("test", False)])
+def test_a_split_is_refused_in_a_form_it_must_not_have(tmp_path, split, as_served):
+    store, snapshot = curate_calls(tmp_path, [make_call(0)])
+    with pytest.raises(InputError, match="allowed"):
+        load_split(store, snapshot.id, split, as_served=as_served)
+
+
+def test_the_reference_says_who_answered(tmp_path):
+    calls = [
+        make_call(0, session_id=SESSION_IN["train"], served_by="gold"),
+        make_call(1, session_id=SESSION_IN["train"]),
+    ]
+    store, snapshot = curate_calls(tmp_path, calls)
+    assert [e.reference for e in load_split(store, snapshot.id, "train", as_served=False)] == ["gold", "llm"]
+
+
+def test_curating_the_same_calls_again_finds_the_snapshot(tmp_path):
+    store, snapshot = curate_calls(tmp_path, [make_call(0), make_call(1)])
+    files = {name: store.read_bytes(name) for name in store.list("examples")}
+    assert curate(store, CurateConfig(), b"another key" * 3) == snapshot == load_snapshot(store, snapshot.id)
+    assert {name: store.read_bytes(name) for name in store.list("examples")} == files
+    assert curate(store, CurateConfig(min_reward=0.5), KEY).id != snapshot.id
+    write_calls(store, [make_call(2)])
+    assert curate(store, CurateConfig(), KEY).id != snapshot.id
+
+
+def test_an_empty_store_and_an_unknown_snapshot_are_refused(tmp_path):
+    store = Store(str(tmp_path))
+    with pytest.raises(InputError, match="next: understudy ingest"):
+        curate(store, CurateConfig(), KEY)
+    with pytest.raises(StoreError):
+        load_split(store, "nothing", "train", as_served=False)
+
+
+def test_shares_that_do_not_add_up_are_a_config_error():
+    with pytest.raises(ConfigError, match=r"split: .*is 1\.1; allowed: exactly 1"):
+        validate(CurateConfig, {"split": {"train": 0.6}})
+
+
+@given(session_id=st.text())
+def test_a_session_has_one_split(session_id):
+    assert split_of(session_id, SHARES) in SPLITS
+
+
+def test_known_sessions_never_move():
+    """Moving a session would put calls that a model was trained on into its calibration."""
+    known = {"": "train", "s0": "train", "s1": "calibration", "s2": "train", "session 7": "test", "d0f1c2": "train"}
+    assert {name: split_of(name, SHARES) for name in known} == known
+
+
+def test_splits_have_their_shares():
+    splits = [split_of(f"session {i}", SHARES) for i in range(20_000)]
+    for split in SPLITS:
+        assert splits.count(split) / 20_000 == pytest.approx(getattr(SHARES, split), abs=0.015)
+
+
+CALLS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6), st.booleans()), min_size=1, max_size=25)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=CALLS, num_before=st.integers(0, 25))
+def test_nothing_leaks_nothing_moves_and_the_counts_add_up(tmp_path_factory, drawn, num_before):
+    calls = [
+        make_call(i, f"question {question}", session_id=f"s{session}", status=500 if is_failed else 200)
+        for i, (session, question, is_failed) in enumerate(drawn)
+    ]
+    folder = tmp_path_factory.mktemp("curate")
+    store, snapshot = curate_calls(folder, calls)
+    counts, by_id = snapshot.counts, {call.call_id: call for call in calls}
+    assert counts.num_calls == sum(counts.dropped.values()) + sum(counts.num_source_calls.values())
+    ids = {split: ids_of(store, snapshot, split) for split in SPLITS}
+    assert {split: len(found) for split, found in ids.items()} == counts.num_source_calls
+    sessions = [{by_id[i].session_id for i in ids[split]} for split in SPLITS]
+    assert sum(map(len, sessions)) == len(set().union(*sessions))
+    asked = {split: {str(by_id[i].request) for i in ids[split]} for split in SPLITS}
+    assert not asked["train"] & (asked["validation"] | asked["calibration"] | asked["test"])
+    kept = [call for call in calls if call.status == 200]
+    for split in SPLITS[1:]:
+        assert ids[split] == {call.call_id for call in kept if split_of(call.session_id, SHARES) == split}
+    if calls[:num_before]:
+        before = curate_calls(folder / "before", calls[:num_before])
+        assert all(ids_of(*before, split) <= ids[split] for split in SPLITS[1:])
+
+
+def test_real_agent_traffic(tmp_path):
+    if not DATA.is_dir():
+        pytest.skip("shared data not found")
+    store = Store(str(tmp_path))
+    ingest(
+        store,
+        [DATA / "agents/tau2_usersim_gpt4o.sessions.jsonl.gz", DATA / "nlu/snips.calls.jsonl.gz"],
+        Pseudonyms(KEY),
+    )
+    snapshot = curate(store, CurateConfig(), KEY)
+    counts = snapshot.counts
+    assert counts.num_calls == sum(counts.dropped.values()) + sum(counts.num_source_calls.values()) == 271 + 4174
+    assert all(counts.num_examples[split] > 0 for split in SPLITS)
+    examples = load_split(store, snapshot.id, "train", as_served=False)
+    served = {call.call_id: call for call in read_calls(store)}
+    for example in examples:
+        original = served[example.source_call_ids[0]]
+        assert [m["role"] for m in example.request["messages"]] == [m["role"] for m in original.request["messages"]]
+        assert sorted(example.target) == sorted(original.message)

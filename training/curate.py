@@ -1,0 +1,386 @@
+"""S2: calls/ -> examples/SNAPSHOT/: what may be learned from, cleaned, split by session, redacted and deduplicated.
+
+Train is redacted and has exact duplicates merged. Validation is stored redacted, calibration and test without content;
+these three keep the traffic's frequencies, and `load_split` joins what was served to them, in memory only. A session's
+split follows from a hash of its id alone, so it never moves when more calls arrive. A request that also occurs in
+validation, calibration or test is removed from train, never from those. A snapshot is named by the hash of what it was
+made from: curating the same calls again finds it. Holds all calls in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import itertools
+import json
+import pathlib
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, model_validator
+
+from cluster.access import load_pseudonym_key
+from cluster.calls import read_call_columns, read_calls
+from cluster.config import Config
+from cluster.errors import InputError, StoreError
+from cluster.quarantine import QuarantineRow, write_quarantine
+from cluster.records import AgentCall, Example, Record, Split
+from cluster.store import Store, content_hash
+from training.redact import RedactConfig, Redactor
+
+EXAMPLES_FOLDER = "examples"
+ANSWER_FIELDS = ("messages", "tools", "functions", "tool_choice", "response_format")
+"""Parts of a request that its answer depends on; the others (model, sampling, user) are left out."""
+SPLITS: tuple[Split, ...] = get_args(Split)
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("session_id", pa.string()),
+        pa.field("ts", pa.float64()),
+        pa.field("request", pa.string()),
+        pa.field("target", pa.string()),
+        pa.field("reference", pa.string()),
+        pa.field("source_call_ids", pa.list_(pa.string())),
+        pa.field("faces_person", pa.bool_()),
+        pa.field("cost_usd", pa.float64()),
+        pa.field("latency_ms", pa.float64()),
+    ]
+)
+
+LEAKED = "request also in validation, calibration or test"
+TOO_DEEP = "nested too deeply"
+MAX_NESTING = 100
+"""Objects and lists inside one another in a request or answer; more would exhaust the interpreter's stack."""
+BAD_OUTCOME = "outcome below curate.min_reward"
+
+
+class SplitConfig(Config):
+    """Share of the sessions in each split; the four add up to 1."""
+
+    train: float = Field(0.5, gt=0, lt=1)
+    """Specialists learn from it."""
+    validation: float = Field(0.1, gt=0, lt=1)
+    """Chooses base, early stop and the grid of thresholds."""
+    calibration: float = Field(0.25, gt=0, lt=1)
+    """Used by the gate and by nothing else; most refusals are for want of it."""
+    test: float = Field(0.15, gt=0, lt=1)
+    """Only reported."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> SplitConfig:
+        total = sum(getattr(self, split) for split in SPLITS)
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"train + validation + calibration + test is {total:g}; allowed: exactly 1")
+        return self
+
+
+class CurateConfig(Config):
+    """What becomes an example, and of which split."""
+
+    split: SplitConfig = SplitConfig()
+    min_reward: float | None = None
+    """Lowest outcome (reward, score or correct) to learn from; None keeps all. The other splits stay as served."""
+    keep_faces_person: bool = False
+    """Whether calls whose answer goes straight to a person are kept too."""
+    max_prompt_chars: int = Field(100_000, gt=0)
+    """Longest prompt, messages and tools together; longer ones enter no split and are listed in quarantine/."""
+    redact: RedactConfig = RedactConfig()
+
+
+class CurationCounts(Record):
+    """What became of every call: num_calls = dropped + source calls of the examples of all splits."""
+
+    num_calls: int
+    dropped: dict[str, int]
+    """Reason -> calls."""
+    num_examples: dict[str, int]
+    """Split -> examples."""
+    num_source_calls: dict[str, int]
+    """Split -> calls behind them; more than the examples only in train."""
+    num_train_requests_with_several_answers: int
+    """Distinct train requests that were answered in more than one way."""
+    redacted: dict[str, int]
+    """Kind of personal value -> distinct values replaced, summed over the sessions of train and validation."""
+
+
+class Snapshot(Record):
+    """One curated set of examples, immutable."""
+
+    id: str
+    counts: CurationCounts
+
+    @property
+    def folder(self) -> str:
+        return f"{EXAMPLES_FOLDER}/{self.id}"
+
+
+def curate(store: Store, config: CurateConfig, key: bytes | None = None) -> Snapshot:
+    """Curate all calls of the store, or find the snapshot that was made of them.
+
+    Args:
+        key: secret behind the surrogates; the store's own pseudonym key where None.
+
+    Raises:
+        InputError: the store holds no calls.
+        ConfigError: the spaCy model is not installed, or the store's key cannot be read.
+    """
+    snapshot_id = _snapshot_id(store, config)
+    folder = f"{EXAMPLES_FOLDER}/{snapshot_id}"
+    if store.is_published(folder):
+        return load_snapshot(store, snapshot_id)
+    calls = read_calls(store)
+    kept, dropped, too_long = _select(calls, config)
+    by_split = _split_calls(kept, config.split)
+    by_split["train"] = _clean_train(by_split, config, dropped)
+    secret = key if key is not None else load_pseudonym_key(store.uri)
+    redactor = Redactor(config.redact, hmac.digest(secret, b"surrogates", "sha256"))
+    redacted: Counter[str] = Counter()
+    examples: dict[Split, list[dict[str, Any]]] = {
+        split: [_to_row(call, split) for call in by_split[split]] for split in SPLITS
+    }
+    for split in ("train", "validation"):
+        redacted += _redact_rows(redactor, by_split[split], examples[split])
+    examples["train"], num_ambiguous = _merge_duplicates(examples["train"])
+    counts = CurationCounts(
+        num_calls=len(calls),
+        dropped=dict(sorted(dropped.items())),
+        num_examples={split: len(rows) for split, rows in examples.items()},
+        num_source_calls={split: len(part) for split, part in by_split.items()},
+        num_train_requests_with_several_answers=num_ambiguous,
+        redacted=dict(sorted(redacted.items())),
+    )
+    write_quarantine(store, "curate", too_long)
+    _publish(store, folder, examples, config, counts)
+    return Snapshot(id=snapshot_id, counts=counts)
+
+
+def load_snapshot(store: Store, snapshot_id: str) -> Snapshot:
+    """Raises StoreError where there is no such snapshot."""
+    manifest = store.manifest(f"{EXAMPLES_FOLDER}/{snapshot_id}")
+    return Snapshot(id=snapshot_id, counts=CurationCounts.model_validate(manifest["counts"]))
+
+
+def load_split(store: Store, snapshot_id: str, split: Split, *, as_served: bool) -> list[Example]:
+    """Examples of one split in order of time.
+
+    Args:
+        as_served: True joins what was served (validation, calibration, test), for the memory alone; False gives the
+            redacted content that is stored (train, validation).
+
+    Raises:
+        InputError: this split has no such form.
+        StoreError: the snapshot is unfinished, or one of its calls is gone from calls/.
+    """
+    allowed = ("validation", "calibration", "test") if as_served else ("train", "validation")
+    if split not in allowed:
+        raise InputError(
+            f"split={split!r}, as_served={as_served}: no such content; allowed with it: {', '.join(allowed)}"
+        )
+    load_snapshot(store, snapshot_id)
+    rows = store.read_table(f"{EXAMPLES_FOLDER}/{snapshot_id}/{split}.parquet").to_pylist()
+    if as_served:
+        _join_served(store, rows)
+    else:
+        for row in rows:
+            row.update(request=json.loads(row["request"]), target=json.loads(row["target"]))
+    return [Example(**row) for row in rows]
+
+
+def split_of(session_id: str, config: SplitConfig) -> Split:
+    """The split of a session: depends on its id and the shares alone."""
+    digest = hashlib.blake2b(session_id.encode(errors="surrogatepass"), key=b"understudy split", digest_size=8).digest()
+    position = int.from_bytes(digest, "big") / 2**64
+    bounds = itertools.accumulate(getattr(config, split) for split in SPLITS)
+    return next((split for split, bound in zip(SPLITS, bounds, strict=True) if position < bound), SPLITS[-1])
+
+
+def _snapshot_id(store: Store, config: CurateConfig) -> str:
+    """Outcomes count as content: feedback that arrives later may change what is kept."""
+    table = read_call_columns(store, ["call_id", "outcome"])
+    if not table.num_rows:
+        raise InputError(
+            f"store={store.uri}: calls/ is empty; allowed: captured or ingested calls; next: understudy ingest FILE"
+        )
+    rows = sorted(zip(table["call_id"].to_pylist(), table["outcome"].to_pylist(), strict=True), key=str)
+    return content_hash([rows, config.model_dump(mode="json")])[:16]
+
+
+def _select(
+    calls: Iterable[AgentCall], config: CurateConfig
+) -> tuple[list[AgentCall], Counter[str], list[QuarantineRow]]:
+    kept, dropped, too_long = [], Counter[str](), []
+    for call in calls:
+        reason = _reason_to_drop(call, config) or (TOO_DEEP if _is_too_deep(call) else None)
+        num_chars = _num_prompt_chars(call.request) if reason is None else 0
+        if num_chars > config.max_prompt_chars:
+            reason = f"prompt longer than {config.max_prompt_chars} characters"
+            detail = f"call {call.call_id}: {num_chars} characters"
+            too_long.append(QuarantineRow(source="calls/", line=None, reason=reason, detail=detail))
+        if reason is None:
+            kept.append(call)
+        else:
+            dropped[reason] += 1
+    return kept, dropped, too_long
+
+
+def _reason_to_drop(call: AgentCall, config: CurateConfig) -> str | None:
+    if call.served_by == "specialist":
+        return "answered by a specialist"
+    if call.status >= 400:
+        return "call failed"
+    message = call.message
+    if not message or not (message.get("content") or message.get("tool_calls") or message.get("function_call")):
+        return "no answer"
+    if call.response is not None and call.response["choices"][0].get("finish_reason") in ("length", "content_filter"):
+        return "answer cut off"
+    if call.faces_person and not config.keep_faces_person:
+        return "answer faces a person"
+    return None
+
+
+def _is_too_deep(call: AgentCall) -> bool:
+    level: list[Any] = [call.request, call.response]
+    for _ in range(MAX_NESTING):
+        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value or ()))
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _num_prompt_chars(request: dict[str, Any]) -> int:
+    return len(
+        _canonical({field: request[field] for field in ("messages", "tools", "functions") if request.get(field)})
+    )
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _split_calls(calls: Iterable[AgentCall], config: SplitConfig) -> dict[Split, list[AgentCall]]:
+    known: dict[str, Split] = {}
+    by_split: dict[Split, list[AgentCall]] = {split: [] for split in SPLITS}
+    for call in calls:
+        if call.session_id not in known:
+            known[call.session_id] = split_of(call.session_id, config)
+        by_split[known[call.session_id]].append(call)
+    return by_split
+
+
+def _clean_train(
+    by_split: dict[Split, list[AgentCall]], config: CurateConfig, dropped: Counter[str]
+) -> list[AgentCall]:
+    """Train without bad outcomes and without requests of the other splits, both counted in `dropped`."""
+    held_out = {_request_hash(call.request) for split in SPLITS[1:] for call in by_split[split]}
+    kept = []
+    for call in by_split["train"]:
+        if _is_bad(call, config.min_reward):
+            dropped[BAD_OUTCOME] += 1
+        elif _request_hash(call.request) in held_out:
+            dropped[LEAKED] += 1
+        else:
+            kept.append(call)
+    return kept
+
+
+def _is_bad(call: AgentCall, min_reward: float | None) -> bool:
+    """A call without an outcome is not bad."""
+    outcome = call.outcome or {}
+    rewards = (outcome.get(name) for name in ("reward", "score", "correct"))
+    reward = next((float(value) for value in rewards if isinstance(value, bool | int | float)), None)
+    return min_reward is not None and reward is not None and reward < min_reward
+
+
+def _asked(request: dict[str, Any]) -> dict[str, Any]:
+    return {field: request[field] for field in ANSWER_FIELDS if request.get(field) is not None}
+
+
+def _request_hash(request: dict[str, Any]) -> bytes:
+    return hashlib.blake2b(_canonical(_asked(request)).encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _to_row(call: AgentCall, split: Split) -> dict[str, Any]:
+    """An example without content."""
+    return {
+        "example_id": f"ex-{hashlib.sha256(call.call_id.encode(errors='surrogatepass')).hexdigest()[:16]}",
+        "split": split,
+        "session_id": call.session_id,
+        "ts": call.ts,
+        "request": None,
+        "target": None,
+        "reference": "gold" if call.served_by == "gold" else "llm",
+        "source_call_ids": [call.call_id],
+        "faces_person": call.faces_person,
+        "cost_usd": call.cost_usd,
+        "latency_ms": call.latency_ms,
+    }
+
+
+def _redact_rows(redactor: Redactor, calls: Sequence[AgentCall], rows: Sequence[dict[str, Any]]) -> Counter[str]:
+    """Fill `rows` with the redacted content of their calls, session by session."""
+    sessions: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, call in enumerate(calls):
+        sessions[call.client_id, call.session_id].append(index)
+    counts: Counter[str] = Counter()
+    for (client_id, session_id), indices in sessions.items():
+        turns = [(_asked(calls[i].request), calls[i].message or {}) for i in indices]
+        redacted, found = redactor.redact_session(turns, f"{client_id}/{session_id}")
+        counts += found
+        for index, (request, target) in zip(indices, redacted, strict=True):
+            rows[index].update(request=_dump(request), target=_dump(target))
+    return counts
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _merge_duplicates(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """The first of equal examples with the call ids of all, and how many requests have several answers."""
+    merged: dict[str, dict[str, Any]] = {}
+    answers: dict[bytes, set[bytes]] = defaultdict(set)
+    for row in rows:
+        request, target = json.loads(row["request"]), _without_ids(json.loads(row["target"]))
+        asked, answered = _request_hash(request), content_hash(target)
+        answers[asked].add(answered.encode())
+        name = f"{asked.hex()}/{answered}/{row['reference']}"
+        if name in merged:
+            merged[name]["source_call_ids"].extend(row["source_call_ids"])
+        else:
+            merged[name] = row
+    return list(merged.values()), sum(len(found) > 1 for found in answers.values())
+
+
+def _without_ids(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without the ids of its tool calls, which are made up anew each time."""
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [{**call, "id": ""} for call in message["tool_calls"]]}
+
+
+def _publish(
+    store: Store, folder: str, examples: dict[Split, list[dict[str, Any]]], config: CurateConfig, counts: CurationCounts
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        local = pathlib.Path(name)
+        for split, rows in examples.items():
+            pq.write_table(pa.Table.from_pylist(rows, EXAMPLE_SCHEMA), local / f"{split}.parquet", compression="zstd")
+        meta = {"counts": counts.model_dump(), "config": config.model_dump(mode="json")}
+        store.publish(folder, local, meta)
+
+
+def _join_served(store: Store, rows: Sequence[dict[str, Any]]) -> None:
+    served = {call.call_id: call for call in read_calls(store, {row["source_call_ids"][0] for row in rows})}
+    for row in rows:
+        call = served.get(row["source_call_ids"][0])
+        if call is None or not call.message:
+            raise StoreError(
+                f"calls/: call {row['source_call_ids'][0]} of example {row['example_id']} is gone; curate again"
+            )
+        row.update(request=_asked(call.request), target=call.message)

@@ -1,0 +1,318 @@
+"""Graded answers -> a Gate: the lowest confidence at which a specialist may answer, with a bound that holds.
+
+The promise: for calls drawn like the calibration calls, the share of disagreement among accepted ones is at most
+epsilon, except with probability delta over the draw of the calibration split. Fixed-sequence testing: thresholds are
+fixed on validation, tested on calibration from high to low, each by a one-sided Clopper-Pearson bound at level delta,
+and the last one before the first failure stands. Only the first true null can break the promise, so the level needs no
+division by the number of thresholds; taking the lowest threshold that passes would break it.
+
+Holds only for independent calls (at most one per session) that no earlier gate has spent. Sources: Clopper and Pearson
+1934; Angelopoulos et al., "Learn then Test", arXiv 2110.01052 (fixed-sequence testing).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from pydantic import Field
+
+from cluster.config import Config
+from cluster.errors import InputError
+from cluster.records import Gate, Record, Reference
+
+_MAX_CURVE_POINTS = 100
+
+
+class GateConfig(Config):
+    """How much disagreement is allowed, and how sure one wants to be."""
+
+    epsilon: float = Field(default=0.05, gt=0, lt=1)
+    """Largest allowed share of disagreement among accepted answers."""
+    delta: float = Field(default=0.05, gt=0, lt=1)
+    """Allowed probability that any gate of one release breaks its promise."""
+    start_factor: float = Field(default=1.6, ge=1)
+    """The first threshold is expected to accept this many times the calls that suffice without an error. 1.6 leaves
+    room for one error and for a smaller draw than expected."""
+    max_grid: int = Field(default=20, ge=1)
+    """Most thresholds tested; more follow the risk more finely and stop earlier by chance."""
+
+
+class Outcome(Record):
+    """One graded answer."""
+
+    confidence: float = Field(ge=0, le=1, allow_inf_nan=False)
+    """0 where serving would escalate at any threshold: unparsable, cut or invalid answers."""
+    agrees: bool
+    session_id: str
+
+
+class HasSession(Protocol):
+    """A call that belongs to a conversation: an Outcome or an Example."""
+
+    @property
+    def session_id(self) -> str: ...
+
+
+CallT = TypeVar("CallT", bound=HasSession)
+
+
+class _Prefix(NamedTuple):
+    """The calls whose confidence is at least `threshold`."""
+
+    threshold: float
+    num_accepted: int
+    num_disagreements: int
+
+
+def release_delta(delta: float, num_candidates: int) -> float:
+    """Level of each gate in a release of `num_candidates` tasks, refused ones counted, so that all hold together."""
+    assert num_candidates >= 1, num_candidates
+    return delta / num_candidates
+
+
+def minimum_calls(epsilon: float, delta: float) -> int:
+    """Fewest accepted calibration calls with which a gate can open: all of them agreeing."""
+    return math.ceil(math.log(delta) / math.log1p(-epsilon))
+
+
+def clopper_pearson_upper(num_errors: int, num_calls: int, delta: float) -> float:
+    """One-sided upper bound on an error rate, exceeded with probability at most delta; 1 without calls."""
+    from scipy.special import betainccinv
+
+    if num_errors >= num_calls:
+        return 1.0
+    return float(betainccinv(num_errors + 1, num_calls - num_errors, delta))
+
+
+def clopper_pearson_interval(num_errors: int, num_calls: int, level: float = 0.95) -> tuple[float, float]:
+    """Two-sided exact interval for an error rate, (1 - level) / 2 on each side; (0, 1) without calls."""
+    from scipy.special import betaincinv
+
+    tail = (1 - level) / 2
+    lower = float(betaincinv(num_errors, num_calls - num_errors + 1, tail)) if num_errors else 0.0
+    return lower, clopper_pearson_upper(num_errors, num_calls, tail)
+
+
+def one_call_per_session(calls: Sequence[CallT], seed: int) -> list[CallT]:
+    """Draw one call of every session at random, keeping the order of `calls`.
+
+    A session's draw depends on nothing but seed, its id and its own calls; draw before answers are generated or graded.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, call in enumerate(calls):
+        places[call.session_id].append(place)
+    drawn = [random.Random(f"{seed}:{session_id}").choice(its) for session_id, its in places.items()]
+    return [calls[place] for place in sorted(drawn)]
+
+
+def plan_grid(
+    validation: Sequence[Outcome], num_calibration: int, config: GateConfig, delta: float
+) -> list[float] | str:
+    """Fix the thresholds to test, before any calibration answer is looked at.
+
+    From the highest threshold expected to accept start_factor times the calls that suffice without an error (or, where
+    none is, the lowest, if it can be expected to suffice) down to the lowest one that validation does not rule out.
+    Ruled out is a threshold at which the lower end of the 95% interval of validation disagreement exceeds epsilon.
+
+    Args:
+        validation: one call per session, like calibration, so that its coverage is that of calibration.
+        num_calibration: calibration sessions.
+        delta: the level of this gate, from `release_delta`.
+
+    Returns:
+        At most max_grid distinct confidences above 0, high to low; or why the task is refused, with calibration unspent.
+    """
+    prefixes = _prefixes(validation)
+    if not prefixes:
+        return f"none of {len(validation)} validation answers can be used; train longer or choose another base model"
+    enough = minimum_calls(config.epsilon, delta)
+    wanted = config.start_factor * math.log(delta) / math.log1p(-config.epsilon)
+    large = [p for p in prefixes if p.num_accepted * num_calibration >= wanted * len(validation)]
+    if not large and prefixes[-1].num_accepted * num_calibration >= enough * len(validation):
+        large = prefixes[-1:]
+    plausible = [p for p in large if _is_plausible(p, config.epsilon)]
+    if plausible:
+        return [p.threshold for p in _thin(plausible, config.max_grid)]
+    return _refuse_early(prefixes, large, len(validation), num_calibration, wanted, config.epsilon)
+
+
+def certify(
+    grid: Sequence[float],
+    calibration: Sequence[Outcome],
+    *,
+    epsilon: float,
+    delta: float,
+    reference: Reference,
+    population: str,
+    fingerprint: str,
+) -> Gate:
+    """Test the grid from high to low and open the gate at the last threshold before the first failure.
+
+    Args:
+        grid: from `plan_grid`, fixed without these calibration answers.
+        calibration: answers given through the engine that will serve, one per session, spent by this call.
+        delta: the level of this gate, from `release_delta`.
+
+    Raises:
+        InputError: two calibration calls of one session, or a grid that does not go down.
+    """
+    _require_fixed_sequence(grid, calibration)
+    passed: _Prefix | None = None
+    for threshold in grid:
+        tested = _accepted_at(threshold, calibration)
+        if clopper_pearson_upper(tested.num_disagreements, tested.num_accepted, delta) > epsilon:
+            break
+        passed = tested
+    promise: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "reference": reference}
+    promise |= {"population": population, "fingerprint": fingerprint, "num_calibration": len(calibration)}
+    if passed is None:
+        reason = _refuse_first(_accepted_at(grid[0], calibration), len(calibration), epsilon, delta)
+        return refused_gate(reason, **promise)
+    return Gate(
+        threshold=passed.threshold,
+        num_accepted=passed.num_accepted,
+        num_disagreements=passed.num_disagreements,
+        upper_bound=clopper_pearson_upper(passed.num_disagreements, passed.num_accepted, delta),
+        coverage=passed.num_accepted / len(calibration),
+        **promise,
+    )
+
+
+def refused_gate(
+    reason: str,
+    *,
+    num_calibration: int,
+    epsilon: float,
+    delta: float,
+    reference: Reference,
+    population: str,
+    fingerprint: str,
+) -> Gate:
+    """A gate that accepts nothing: the task stays on the LLM."""
+    return Gate(
+        reference=reference,
+        population=population,
+        epsilon=epsilon,
+        delta=delta,
+        threshold=None,
+        num_calibration=num_calibration,
+        num_accepted=0,
+        num_disagreements=0,
+        upper_bound=None,
+        coverage=0.0,
+        fingerprint=fingerprint,
+        refused=reason,
+    )
+
+
+def coverage_curve(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
+    """Points for the report, from the highest threshold down, at most 100.
+
+    Returns:
+        threshold; coverage, the share of all calls at or above it; disagreement among those, with its 95% interval
+        lower and upper, which assumes one call per session.
+    """
+    return [_point(prefix, len(outcomes)) for prefix in _thin(_prefixes(outcomes), _MAX_CURVE_POINTS)]
+
+
+def _point(prefix: _Prefix, num_calls: int) -> dict[str, float]:
+    threshold, num_accepted, num_disagreements = prefix
+    lower, upper = clopper_pearson_interval(num_disagreements, num_accepted)
+    coverage, disagreement = num_accepted / num_calls, num_disagreements / num_accepted
+    return {"threshold": threshold, "coverage": coverage, "disagreement": disagreement, "lower": lower, "upper": upper}
+
+
+def _prefixes(outcomes: Sequence[Outcome]) -> list[_Prefix]:
+    """One prefix of the confidence ranking for each distinct confidence above 0, from the highest down."""
+    ranked = sorted((o for o in outcomes if o.confidence > 0), key=lambda o: -o.confidence)
+    prefixes: list[_Prefix] = []
+    num_disagreements = 0
+    for number, outcome in enumerate(ranked, 1):
+        num_disagreements += not outcome.agrees
+        if prefixes and prefixes[-1].threshold == outcome.confidence:
+            prefixes.pop()
+        prefixes.append(_Prefix(outcome.confidence, number, num_disagreements))
+    return prefixes
+
+
+def _thin(prefixes: Sequence[_Prefix], max_points: int) -> list[_Prefix]:
+    """At most `max_points`, the first and (beyond one point) the last among them, even in the calls they accept."""
+    if len(prefixes) <= max_points:
+        return list(prefixes)
+    sizes = [p.num_accepted for p in prefixes]
+    places = np.searchsorted(sizes, np.linspace(sizes[0], sizes[-1], max_points))
+    return [prefixes[place] for place in sorted(set(places.tolist()))]
+
+
+def _accepted_at(threshold: float, outcomes: Sequence[Outcome]) -> _Prefix:
+    accepted = [o for o in outcomes if o.confidence >= threshold]
+    return _Prefix(threshold, len(accepted), sum(not o.agrees for o in accepted))
+
+
+def _is_plausible(prefix: _Prefix, epsilon: float) -> bool:
+    return clopper_pearson_interval(prefix.num_disagreements, prefix.num_accepted)[0] <= epsilon
+
+
+def _require_fixed_sequence(grid: Sequence[float], calibration: Sequence[Outcome]) -> None:
+    if not grid or any(below >= above for above, below in itertools.pairwise(grid)) or grid[-1] <= 0:
+        raise InputError(
+            f"grid: got {list(grid)}; allowed: thresholds above 0 from high to low, as plan_grid gives them"
+        )
+    num_sessions = len({o.session_id for o in calibration})
+    if num_sessions < len(calibration):
+        raise InputError(
+            f"calibration: {len(calibration)} calls of {num_sessions} sessions; allowed: one call per session, because the "
+            "bound assumes independent calls; draw them with one_call_per_session"
+        )
+
+
+def _refuse_early(
+    prefixes: Sequence[_Prefix],
+    large: Sequence[_Prefix],
+    num_validation: int,
+    num_calibration: int,
+    wanted: float,
+    epsilon: float,
+) -> str:
+    """Tell whether more calls would help (enough of the ranking agrees, or too little is known) or a better specialist."""
+    sized = [p for p in prefixes if p.num_accepted * epsilon >= 1] or prefixes[-1:]
+    within = [p for p in sized if p.num_disagreements <= epsilon * p.num_accepted]
+    hopeful = within or [p for p in sized if not large and _is_plausible(p, epsilon)]
+    if hopeful:
+        coverage = hopeful[-1].num_accepted / num_validation
+        missing = math.ceil(wanted / coverage) - num_calibration
+        return (
+            f"too few calibration calls: needs {missing} more examples; {math.ceil(wanted)} accepted ones are needed, and "
+            f"of {num_calibration} calibration sessions about {coverage:.1%} can be accepted"
+        )
+    best = min(large or sized, key=lambda p: p.num_disagreements / p.num_accepted)
+    return (
+        f"validation agreement too low: at best {1 - best.num_disagreements / best.num_accepted:.1%} of the "
+        f"{best.num_accepted} most confident answers agree and {1 - epsilon:.1%} must; train on more examples or choose a "
+        "larger base model"
+    )
+
+
+def _refuse_first(tested: _Prefix, num_calibration: int, epsilon: float, delta: float) -> str:
+    """Why the first threshold failed. Below the minimum no answer matters, so calibration tells nothing about answers."""
+    threshold, num_accepted, num_disagreements = tested
+    needed = minimum_calls(epsilon, delta)
+    if num_accepted < needed:
+        missing = math.ceil(needed * num_calibration / max(num_accepted, 1)) - num_calibration
+        return (
+            f"too few calibration calls: needs {missing} more examples; {num_accepted} of {num_calibration} reach the first "
+            f"threshold {threshold:.4g} and at least {needed} must"
+        )
+    bound = clopper_pearson_upper(num_disagreements, num_accepted, delta)
+    is_within = num_disagreements <= epsilon * num_accepted
+    remedy = "certify on more fresh examples" if is_within else "retrain or choose a larger base model"
+    return (
+        f"disagreement {num_disagreements} of {num_accepted} at the first threshold {threshold:.4g}: bound {bound:.4f} > "
+        f"epsilon {epsilon:g}; {remedy} (these calibration calls are spent)"
+    )
