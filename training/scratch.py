@@ -1,0 +1,74 @@
+"""A base model trained from scratch: byte-level BPE and a Llama of catalog size, from the train split alone.
+
+For places where no hub can be reached. The base has seen the tasks, so reports name its arm "scratch base (has seen
+the tasks)" and show what an adapter gains over it.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from cluster.answers import to_text
+from cluster.prompts import END_TOKEN, PAD_TOKEN, SPECIAL_TOKENS, text_of, variable_text
+from cluster.records import Example
+from training.catalog import ScratchModel
+
+_PIECES = r"[0-9]| ?\p{L}+[^\p{L}\p{N}\s]*| ?[^\p{L}\p{N}\s]+\p{L}*|\s+"
+"""Digits stand alone; a word takes the punctuation behind it, so that JSON's constant parts become few tokens."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """Train a byte-level BPE tokenizer with our special tokens. Returns a PreTrainedTokenizerFast."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token=PAD_TOKEN, clean_up_tokenization_spaces=False
+    )
+
+
+def texts_of(examples: Iterable[Example], static_lines: tuple[str, ...]) -> list[str]:
+    """The texts a tokenizer for these examples should know: variable prompt text and answers."""
+    static = frozenset(static_lines)
+    texts = []
+    for example in examples:
+        texts += [variable_text(message, static) for message in example.request["messages"] if text_of(message)]
+        texts.append(to_text(example.target))
+    return texts
+
+
+def init_model(entry: ScratchModel, tokenizer: Any, folder: pathlib.Path, seed: int) -> None:
+    """Write an untrained model of the catalog entry's shape, with its tokenizer, to `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=entry.vocab_size,
+        hidden_size=entry.hidden_size,
+        intermediate_size=entry.intermediate_size,
+        num_hidden_layers=entry.layers,
+        num_attention_heads=entry.heads,
+        num_key_value_heads=entry.heads,
+        max_position_embeddings=entry.context_window_tokens,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
