@@ -26,7 +26,13 @@ RENDERING_VERSION = 1
 NUM_COPY_TOKENS = 256
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("system", "developer", "user", "assistant", "tool", "function")}
 ANSWER_TOKEN, END_TOKEN, PAD_TOKEN = "<|answer|>", "<|end|>", "<|pad|>"
-SPECIAL_TOKENS = (PAD_TOKEN, END_TOKEN, ANSWER_TOKEN, *ROLE_TOKENS.values(), *(f"<|copy{i}|>" for i in range(NUM_COPY_TOKENS)))
+SPECIAL_TOKENS = (
+    PAD_TOKEN,
+    END_TOKEN,
+    ANSWER_TOKEN,
+    *ROLE_TOKENS.values(),
+    *(f"<|copy{i}|>" for i in range(NUM_COPY_TOKENS)),
+)
 
 _WORD = re.compile(r"\w+(?:[-_./:@'+]\w+)*")
 _JSON_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:)?|-?\d+(?:\.\d+)?')
@@ -78,7 +84,9 @@ def render_prompt(request: dict[str, Any], prompt_format: PromptFormat, tokenize
     return prompt
 
 
-def read_answer(ids: Sequence[int], prompt: Prompt, prompt_format: PromptFormat, tokenizer: Any) -> tuple[str, dict | None]:
+def read_answer(
+    ids: Sequence[int], prompt: Prompt, prompt_format: PromptFormat, tokenizer: Any
+) -> tuple[str, dict | None]:
     """Turn generated token ids into the answer's text and its assistant message.
 
     Returns:
@@ -192,7 +200,9 @@ def _read_compact(ids: Sequence[int], prompt: Prompt, prompt_format: PromptForma
         copied = _copied_text(numbers[at], numbers[stop - 1], prompt.words)
         if copied is None:
             return None
-        parts.append(copied if prompt_format.answer_kind in ("text", "label") else json.dumps(copied, ensure_ascii=False)[1:-1])
+        parts.append(
+            copied if prompt_format.answer_kind in ("text", "label") else json.dumps(copied, ensure_ascii=False)[1:-1]
+        )
         at = stop
     return "".join(parts)
 

@@ -80,7 +80,9 @@ class TopicMap:
     def task_of(self, text: str) -> RouteGuess:
         topic, distance, is_inside = self.nearest(text)
         if not is_inside:
-            return RouteGuess(task_id=None, reason=f"out of task: outside the radius of topic {topic}", distance=distance)
+            return RouteGuess(
+                task_id=None, reason=f"out of task: outside the radius of topic {topic}", distance=distance
+            )
         task_id = self.task_ids[topic]
         reason = f"topic {topic}" if task_id else f"topic {topic} has no task"
         return RouteGuess(task_id=task_id, reason=reason, distance=distance)
@@ -126,7 +128,9 @@ class RouteModel:
         """
         manifest = store.manifest(folder)
         if manifest.get("encoder") != ENCODER:
-            raise StoreError(f"{folder}: encoder {manifest.get('encoder')!r}, this version reads {ENCODER!r}; run `understudy discover`")
+            raise StoreError(
+                f"{folder}: encoder {manifest.get('encoder')!r}, this version reads {ENCODER!r}; run `understudy discover`"
+            )
         files = {name: _read_checked(store, folder, name, facts) for name, facts in manifest["files"].items()}
         model = json.loads(files[_MODEL_FILE])
         topics = {}
@@ -139,7 +143,10 @@ class RouteModel:
         return cls(model["tasks"], topics)
 
     def _files(self) -> dict[str, bytes]:
-        model = {"tasks": self.tasks, "topics": {signature: topics.task_ids for signature, topics in self.topics.items()}}
+        model = {
+            "tasks": self.tasks,
+            "topics": {signature: topics.task_ids for signature, topics in self.topics.items()},
+        }
         files = {_MODEL_FILE: (json.dumps(model, indent=1, sort_keys=True) + "\n").encode()}
         for number, (_, topics) in enumerate(sorted(self.topics.items())):
             files[f"components-{number}.npy"] = _npy(topics.encoder.components)
@@ -202,7 +209,9 @@ def _npy(array: np.ndarray) -> bytes:
 
 def _read_checked(store: Store, folder: str, name: str, facts: dict[str, Any]) -> bytes:
     if facts["bytes"] > _MAX_FILE_BYTES:
-        raise StoreError(f"{folder}/{name}: {facts['bytes']} bytes, allowed at most {_MAX_FILE_BYTES}; run `understudy discover`")
+        raise StoreError(
+            f"{folder}/{name}: {facts['bytes']} bytes, allowed at most {_MAX_FILE_BYTES}; run `understudy discover`"
+        )
     data = store.read_bytes(f"{folder}/{name}")
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
         raise StoreError(f"{folder}/{name}: differs from its manifest; publish the artifact again")

@@ -131,7 +131,9 @@ def template_lines(text: str) -> list[str]:
 
 def tool_names(request: dict[str, Any]) -> tuple[str, ...]:
     """Sorted names of the tools on offer."""
-    return tuple(sorted(str(_function(tool).get("name")) for tool in request.get("tools") or request.get("functions") or []))
+    return tuple(
+        sorted(str(_function(tool).get("name")) for tool in request.get("tools") or request.get("functions") or [])
+    )
 
 
 class _Template(NamedTuple):

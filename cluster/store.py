@@ -38,7 +38,9 @@ class Store:
             self._fs, self._root = pafs.FileSystem.from_uri(uri if "://" in self.uri else str(_absolute(self.uri)))
             self._fs.create_dir(self._root, recursive=True)
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise ConfigError(f"store={uri!r}: cannot be opened ({error}); allowed: a folder, s3://... or gs://...") from None
+            raise ConfigError(
+                f"store={uri!r}: cannot be opened ({error}); allowed: a folder, s3://... or gs://..."
+            ) from None
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)
@@ -49,7 +51,9 @@ class Store:
     def list(self, folder: str, suffix: str = "") -> list[str]:
         """Store-relative paths of all files below `folder`, sorted; hidden and unfinished ones left out."""
         selector = pafs.FileSelector(self._full(folder), recursive=True, allow_not_found=True)
-        names = (info.path[len(self._root.rstrip("/")) + 1 :] for info in self._fs.get_file_info(selector) if info.is_file)
+        names = (
+            info.path[len(self._root.rstrip("/")) + 1 :] for info in self._fs.get_file_info(selector) if info.is_file
+        )
         return sorted(n for n in names if n.endswith(suffix) and not any(p.startswith(".") for p in n.split("/")))
 
     def read_bytes(self, path: str) -> bytes:
@@ -88,7 +92,9 @@ class Store:
         """
         names = [paths] if isinstance(paths, str) else paths
         try:
-            tables = [pq.read_table(self._full(n), filesystem=self._fs, columns=columns, partitioning=None) for n in names]
+            tables = [
+                pq.read_table(self._full(n), filesystem=self._fs, columns=columns, partitioning=None) for n in names
+            ]
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise StoreError(f"cannot read Parquet from store {self.uri}: {error}") from None
         return pa.concat_tables(tables, promote_options="default")
@@ -147,7 +153,9 @@ class Store:
 
 def content_hash(value: Any) -> str:
     """SHA-256 of the canonical JSON of `value`: the name of a content-addressed artifact."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def _absolute(folder: str) -> pathlib.Path:

@@ -70,6 +70,8 @@ class Capture:
     async def flush(self) -> bool:
         """Write all that is queued now; False where the store failed and the calls stay queued."""
         async with self._lock:
+            if not self._queue:
+                return True
             batch = list(self._queue)
             self._queue.clear()
             self._num_writing = len(batch)
@@ -81,7 +83,8 @@ class Capture:
                 return False
             finally:
                 self._num_writing = 0
-            self._meter.count("understudy_calls_captured_total", num_written)
+            if num_written:
+                self._meter.count("understudy_calls_captured_total", num_written)
             if num_written < len(batch):
                 self._drop("unwritable", len(batch) - num_written)
             return True

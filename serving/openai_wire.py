@@ -1,4 +1,4 @@
-"""OpenAI's chat.completions on the wire: SSE bytes <-> chunks <-> one completion, and error bodies.
+"""OpenAI's chat.completions on the wire: requests, SSE bytes <-> chunks <-> one completion, and error bodies.
 
 Reading is lenient, because what an LLM sends goes to the client as it is and only the captured copy is made here;
 what does not parse is counted. Writing is exact. Source: OpenAI API reference, chat completions and its chunk
@@ -17,6 +17,14 @@ from cluster.records import Usage
 MAX_STREAM_BYTES = 64 * 2**20
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _DONE = b"[DONE]"
+
+
+class Denied(Exception):
+    """A request that is answered with an error before it is a call."""
+
+    def __init__(self, status: int, message: str, kind: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.body = status, error_body(message, kind=kind, code=code)
 
 
 class SseReader:
@@ -67,6 +75,38 @@ class SseReader:
             self.num_bad += 1
 
 
+def parse_request(raw: bytes) -> dict[str, Any]:
+    """The body as far as the gateway itself needs it; the rest is the LLM's to judge.
+
+    Raises:
+        Denied: 400, naming the field.
+    """
+    body = parse_object(raw)
+    if body is None:
+        raise _invalid("body: not a JSON object")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+        raise _invalid("messages: allowed is a list of at least one object")
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, str | list | None) or (
+            isinstance(content, list) and not all(isinstance(part, dict) for part in content)
+        ):
+            raise _invalid(f"messages.{number}.content: allowed is a text, a list of objects or null")
+    if not isinstance(body.get("stream"), bool | None):
+        raise _invalid("stream: allowed is true, false or null")
+    return body
+
+
+def parse_object(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object in `raw`, or None."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def reassemble(chunks: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Join the chunks of one stream to the chat.completion that the unary call would have given.
 
@@ -94,9 +134,7 @@ def usage_of(body: dict[str, Any] | None) -> Usage:
     return Usage(**{name: counts[name] for name in names if type(counts.get(name)) is int})
 
 
-def completion_body(
-    message: dict[str, Any], *, call_id: str, model: str, created: int, usage: Usage
-) -> dict[str, Any]:
+def completion_body(message: dict[str, Any], *, call_id: str, model: str, created: int, usage: Usage) -> dict[str, Any]:
     """The chat.completion of one accepted message."""
     prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
     return {
@@ -143,6 +181,10 @@ def sse_event(value: dict[str, Any]) -> bytes:
 def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it; `kind` is its type, e.g. invalid_request_error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _invalid(message: str) -> Denied:
+    return Denied(400, message, "invalid_request_error", "invalid_request")
 
 
 def _chunk_choice(delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -23,7 +24,7 @@ from pydantic import Field
 
 from cluster.answers import json_value, kind_of
 from cluster.config import Config
-from cluster.records import AnswerKind, Example, Record, Split, TaskSpec
+from cluster.records import AnswerKind, Example, Split, TaskSpec
 from cluster.route_model import NUM_BUCKETS, RouteModel, TextEncoder, TopicMap, hashed_features
 from cluster.signature import message_text, signature_of, system_text, template_lines, tool_names, variable_text
 from cluster.store import Store
@@ -36,12 +37,15 @@ FITTED: tuple[Split, ...] = ("train", "validation")
 """Splits whose answers may shape the tasks; calibration stays unseen for the gate, test for the report."""
 _PROMPT_ROLES = ("system", "developer", "user")
 _MIN_STATIC_REQUESTS = 10
+_MIN_STATIC_SHARE = 0.99
 _MAX_NAME_WORDS = 3
 _MAX_NAME_SAMPLE = 200
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_MAX_WORD_CHARS = 20
 _STOP_WORDS = frozenset(
-    "about all and any answer are ask can content each for from give given has have its may must not none null one only"
-    " other return role should that the them then there these this type use user value when which with you your".split()
+    "about all among and any answer are ask call can content each exactly for from give given has have its keys may must"
+    " not none null one only other return role should that the them then there these this tool tools type use user value"
+    " when which with you your".split()
 )
 
 
@@ -68,14 +72,11 @@ class DiscoverConfig(Config):
     """Smallest topic, as a share of its signature's calls; `min_calls` where that is more."""
     radius_quantile: float = Field(0.99, gt=0, le=1)
     """Share of a topic's own examples that its radius reaches."""
-    min_static_share: float = Field(0.99, gt=0.5, le=1)
-    """Share of a task's train requests that must repeat a line for it to be static."""
 
 
-class Discovery(Record):
+@dataclass(frozen=True)
+class Discovery:
     """Tasks, most calls first, and where every example belongs."""
-
-    model_config = {"arbitrary_types_allowed": True}
 
     tasks: tuple[TaskSpec, ...]
     assignment: dict[str, str | None]
@@ -87,12 +88,13 @@ class Discovery(Record):
 
 def discover(examples_by_split: dict[Split, list[Example]], config: DiscoverConfig) -> Discovery:
     """Find the tasks of all splits together. Deterministic; the order of the examples does not matter."""
+    examples = sorted((e for split in examples_by_split.values() for e in split), key=lambda e: e.example_id)
     by_signature: dict[str, list[Example]] = defaultdict(list)
-    for example in sorted((e for split in examples_by_split.values() for e in split), key=lambda e: e.example_id):
+    for example in examples:
         by_signature[signature_of(example.request)].append(example)
     groups: list[_Group] = []
     topic_maps: dict[str, TopicMap] = {}
-    assignment: dict[str, str | None] = {e.example_id: None for members in by_signature.values() for e in members}
+    assignment: dict[str, str | None] = {e.example_id: None for e in examples}
     unassigned: Counter[str] = Counter()
     for signature, members in sorted(by_signature.items()):
         found, topics, reasons = _split_signature(signature, members, config)
@@ -100,7 +102,7 @@ def discover(examples_by_split: dict[Split, list[Example]], config: DiscoverConf
         unassigned.update(reasons)
         if topics is not None:
             topic_maps[signature] = topics
-    tasks = _describe(groups, [e for members in by_signature.values() for e in members], config)
+    tasks = _describe(groups, examples)
     ids = {group.key: task.task_id for group, task in zip(groups, tasks, strict=True)}
     for group in groups:
         assignment.update((e.example_id, ids[group.key]) for e in group.examples)
@@ -213,7 +215,7 @@ def _json_keys(example: Example) -> tuple[str, ...]:
 def _split_by_topic(
     signature: str, members: list[Example], fitted: list[Example], forms: list[_Form], config: DiscoverConfig
 ) -> _Found:
-    chosen = _sample(len(fitted), config.max_clustered)
+    chosen = np.random.default_rng(0).permutation(len(fitted))[: config.max_clustered]
     fitted, forms = [fitted[i] for i in chosen], [forms[i] for i in chosen]
     texts = [variable_text(e.request) for e in fitted]
     encoder = _fit_encoder(texts, config.num_dimensions)
@@ -244,11 +246,6 @@ def _split_by_topic(
     return groups, topics, +reasons
 
 
-def _sample(size: int, most: int) -> np.ndarray:
-    """Positions of at most `most` of `size` examples, the same ones each time."""
-    return np.sort(np.random.default_rng(0).permutation(size)[:most])
-
-
 def _fit_encoder(texts: list[str], num_dimensions: int) -> TextEncoder:
     """Inverse document frequencies and a truncated SVD of the hashed features, folded into one matrix."""
     from scipy.sparse import csr_matrix
@@ -260,7 +257,9 @@ def _fit_encoder(texts: list[str], num_dimensions: int) -> TextEncoder:
     buckets, values = (np.concatenate(part) for part in zip(*features, strict=True))
     idf = np.log((1 + len(texts)) / (1 + np.bincount(buckets, minlength=NUM_BUCKETS))) + 1
     weighted = csr_matrix((values * idf[buckets], buckets, ends), shape=(len(texts), NUM_BUCKETS))
-    svd = TruncatedSVD(min(num_dimensions, len(texts)), random_state=0).fit(normalize(weighted))
+    svd = TruncatedSVD(min(num_dimensions, len(texts)), random_state=0)
+    with np.errstate(invalid="ignore"):  # Equal texts have no variance to explain.
+        svd.fit(normalize(weighted))
     return TextEncoder((idf[:, None] * svd.components_.T).astype(np.float32))
 
 
@@ -276,15 +275,12 @@ def _find_topics(vectors: np.ndarray, min_size: int) -> np.ndarray:
 
 def _spheres(vectors: np.ndarray, labels: np.ndarray, quantile: float) -> tuple[np.ndarray, np.ndarray]:
     """Unit centroid of each topic, and the cosine distance within which `quantile` of its members lie."""
-    centroids, radii = [], []
-    for topic in range(int(labels.max()) + 1):
-        own = vectors[labels == topic]
-        mean = own.mean(axis=0)
-        centroid = mean / max(float(np.linalg.norm(mean)), 1e-6)
-        centroids.append(centroid)
-        # A topic of equal texts has radius 0; the margin absorbs float32 rounding.
-        radii.append(float(np.quantile(1.0 - own @ centroid, quantile)) + 1e-5)
-    return np.stack(centroids), np.array(radii)
+    members = [vectors[labels == topic] for topic in range(int(labels.max()) + 1)]
+    means = np.stack([own.mean(axis=0) for own in members])
+    centroids = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-6)
+    radii = [np.quantile(1.0 - own @ centroid, quantile) for own, centroid in zip(members, centroids, strict=True)]
+    # A topic of equal texts has radius 0; the margin absorbs float32 rounding.
+    return centroids, np.array(radii) + 1e-5
 
 
 def _common_lines(texts: list[str]) -> list[str]:
@@ -293,7 +289,7 @@ def _common_lines(texts: list[str]) -> list[str]:
     return sorted(line for line, n in counts.items() if 2 * n >= len(texts))
 
 
-def _describe(groups: list[_Group], everything: list[Example], config: DiscoverConfig) -> list[TaskSpec]:
+def _describe(groups: list[_Group], everything: list[Example]) -> list[TaskSpec]:
     cost_of = _cost_measure(everything)
     num_calls, cost = _num_calls(everything), cost_of(everything)
     tasks = []
@@ -311,7 +307,7 @@ def _describe(groups: list[_Group], everything: list[Example], config: DiscoverC
             share_calls=_num_calls(group.examples) / num_calls,
             share_cost=cost_of(group.examples) / cost if cost else 0.0,
             num_examples={split: per_split[split] for split in SPLITS},
-            static_lines=_static_lines(group.examples, config.min_static_share),
+            static_lines=_static_lines(group.examples),
             response_format=request.get("response_format"),
             topics=group.topics,
             tool_names=tool_names(request),
@@ -327,8 +323,8 @@ def _cost_measure(everything: list[Example]) -> Callable[[list[Example]], float]
     return lambda examples: sum(len(json.dumps(e.request)) * len(e.source_call_ids) for e in examples)
 
 
-def _static_lines(examples: list[Example], share: float) -> tuple[str, ...]:
-    """Lines that one role says in at least `share` of the train requests, in order of first appearance.
+def _static_lines(examples: list[Example]) -> tuple[str, ...]:
+    """Lines that one role says in nearly every train request, in order of first appearance.
 
     Empty where there are too few train requests to tell what is repeated from what was said.
     """
@@ -340,7 +336,8 @@ def _static_lines(examples: list[Example], share: float) -> tuple[str, ...]:
         said = (m for m in request["messages"] if m["role"] in _PROMPT_ROLES)
         lines = ((m["role"], line.strip()) for m in said for line in message_text(m).split("\n"))
         counts.update(list(dict.fromkeys(lines)))
-    return tuple(dict.fromkeys(line for (_, line), n in counts.items() if line and n >= share * len(requests)))
+    static = (line for (_, line), n in counts.items() if line and n >= _MIN_STATIC_SHARE * len(requests))
+    return tuple(dict.fromkeys(static))
 
 
 def _names(groups: list[_Group]) -> list[str]:
@@ -350,9 +347,7 @@ def _names(groups: list[_Group]) -> list[str]:
     """
     samples = [[e for e in group.examples if e.split == "train"][:_MAX_NAME_SAMPLE] for group in groups]
     surfaces = [_surface_name(group, sample) for group, sample in zip(groups, samples, strict=True)]
-    spoken = [
-        _shared_words(sample, with_user=bool(group.topics)) for group, sample in zip(groups, samples, strict=True)
-    ]
+    spoken = [_shared_words(s, with_user=bool(group.topics)) for group, s in zip(groups, samples, strict=True)]
     num_tasks = Counter(word for words in spoken for word in words)
     names = []
     for group, surface, words in zip(groups, surfaces, spoken, strict=True):
@@ -377,17 +372,13 @@ def _surface_name(group: _Group, sample: list[Example]) -> str:
 
 def _shared_words(sample: list[Example], *, with_user: bool) -> list[str]:
     """Words that most of the prompts share, in order of first appearance."""
-    counts: Counter[str] = Counter()
-    for example in sample:
-        text = system_text(example.request)
-        if with_user:
-            text = f"{variable_text(example.request)}\n{text}"
-        counts.update(list(dict.fromkeys(_words(text))))
+    texts = (f"{variable_text(e.request) if with_user else ''}\n{system_text(e.request)}" for e in sample)
+    counts = Counter(word for text in texts for word in dict.fromkeys(_words(text)))
     return [w for w, n in counts.items() if 2 * n > len(sample) and len(w) > 2 and w not in _STOP_WORDS]
 
 
 def _words(text: str) -> list[str]:
-    return [word.lower() for word in _WORD.findall(text)]
+    return [word.lower()[:_MAX_WORD_CHARS] for word in _WORD.findall(text)]
 
 
 def _count_forms(examples: list[Example], forms: list[_Form]) -> Counter[_Form]:

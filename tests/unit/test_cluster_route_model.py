@@ -32,7 +32,8 @@ def test_features_are_distinct_buckets_with_positive_weights(text) -> None:
     buckets, values = hashed_features(text)
     assert (np.diff(buckets) > 0).all() and len(buckets) == len(values)
     assert ((buckets >= 0) & (buckets < NUM_BUCKETS)).all() and (values > 0).all()
-    assert np.linalg.norm(ENCODE.encode(text)) == pytest.approx(1, abs=1e-4)
+    norm = np.linalg.norm(ENCODE.encode(text))
+    assert norm == (pytest.approx(1, abs=1e-4) if len(buckets) else 0)
 
 
 def test_literals_decide_no_feature() -> None:
@@ -64,7 +65,8 @@ def test_saved_model_answers_the_same(tmp_path) -> None:
     model, store = make_model(), Store(str(tmp_path))
     sha = model.save(store, "route_model/x")
     loaded = RouteModel.load(store, "route_model/x")
-    assert sha == model.content_sha() == loaded.content_sha()
+    assert sha == store.manifest("route_model/x")["sha256"]
+    assert model.content_sha() == loaded.content_sha()
     for request in (ask(WEATHER), ask(MUSIC), ask("x", "Sort mail."), ask("unheard of")):
         assert loaded.task_of(request) == model.task_of(request)
 

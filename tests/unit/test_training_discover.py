@@ -2,7 +2,6 @@
 
 import random
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,6 @@ from cluster.route_model import RouteModel
 from cluster.store import Store
 from training.discover import NO_TOPIC, SPLITS, DiscoverConfig, discover, load_assignment, save_discovery
 
-CONFIG = DiscoverConfig()
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("find_flight", "cancel")]
 WORDS = "apple river stone cloud paper green window music garden silver winter planet bridge copper forest".split()
 SUMMARY = "Summarise the following article in one sentence.\nKeep every name and date.\nArticle: {}"
@@ -104,7 +102,7 @@ def test_signature_with_tools_is_an_agent_step_from_a_fifth_of_tool_calls(num_ca
             i,
             "You are an agent.",
             sentence(i),
-            tool_call("cancel") if i // 4 % 10 < num_calls_in_ten else "Anything else to do?",
+            tool_call("cancel") if i // 4 % 10 < num_calls_in_ten else f"Shall I book {sentence(-i)}?",
             request={"tools": TOOLS},
         )
         for i in range(160)
@@ -140,7 +138,7 @@ def test_cost_is_in_dollars_where_known_for_all_else_in_characters() -> None:
     shares = {t.name: t.share_cost for t in find(cheap + dear).tasks}
     assert shares == {"cheap": pytest.approx(0.25), "dear": pytest.approx(0.75)}
     unknown = dear[0].model_copy(update={"cost_usd": None})
-    assert {t.share_cost for t in find([*cheap, *dear[1:], unknown]).tasks} == {pytest.approx(0.5, abs=0.02)}
+    assert [t.share_cost for t in find([*cheap, *dear[1:], unknown]).tasks] == [pytest.approx(0.5, abs=0.02)] * 2
 
 
 def test_static_lines_leave_out_what_varies_and_what_another_split_says() -> None:
@@ -188,10 +186,17 @@ def test_answers_of_calibration_and_test_do_not_shape_the_tasks() -> None:
     assert find(hidden).assignment == find(examples).assignment
 
 
-@settings(max_examples=10, deadline=None)
+def test_one_prompt_with_answers_of_several_forms_has_no_topic() -> None:
+    answers = ["It depends on the weather.", '{"x": 1}']
+    found = find([make_example(i, "Decide.", "Same words", answers[i // 4 % 2]) for i in range(160)])
+    assert found.tasks == () and found.unassigned == {"varied signature without topics": 160}
+
+
+@settings(max_examples=6, deadline=None)
 @given(st.randoms(use_true_random=False), st.lists(st.integers(0, 239), min_size=60, max_size=200, unique=True))
 def test_every_call_has_one_place_and_the_route_model_agrees(rng, chosen) -> None:
-    examples = [make_varied()[i] for i in chosen]
+    every = make_varied()
+    examples = [every[i] for i in chosen]
     found = find(examples, min_calls=10)
     shuffled = list(examples)
     rng.shuffle(shuffled)
@@ -224,4 +229,13 @@ def test_nothing_in_nothing_out() -> None:
 def test_config_is_bounded() -> None:
     with pytest.raises(ConfigError, match="min_calls"):
         validate(DiscoverConfig, {"min_calls": 1})
-    assert np.isfinite(CONFIG.radius_quantile)
+
+
+def test_topic_whose_routed_calls_are_too_few_is_unassigned() -> None:
+    examples = make_varied()
+    summaries, reviews = examples[:120], [e.model_copy(update={"split": "train"}) for e in examples[120:140]]
+    found = find(summaries + reviews, radius_quantile=0.9)
+    assert [task.kind for task in found.tasks] == ["text"]
+    assert found.unassigned["topic with 18 calls, fewer than discover.min_calls=20"] == 18
+    assert {found.assignment[e.example_id] for e in reviews} == {None}
+    assert any(found.route_model.task_of(e.request).reason.endswith("has no task") for e in reviews)

@@ -1,0 +1,364 @@
+"""The conversion: captured calls in, a release out. `understudy convert recipe=NAME`.
+
+| stage       | from -> to                    | code                              | artifact under the store          |
+|-------------|-------------------------------|-----------------------------------|-----------------------------------|
+| S2 curate   | AgentCall* -> Example*        | training/curate.py                | examples/SNAPSHOT/                |
+| S3 discover | Example* -> TaskSpec*         | training/discover.py              | tasks/TASK_ID.json, route_model/  |
+| S4 select   | TaskSpec* -> base model       | training/selection.py, scratch.py | bases/NAME/                       |
+| S5 finetune | TaskSpec + base -> adapter    | training/finetune.py, fleet.py    | adapters/TASK_ID/RUN_ID/          |
+| validate    | adapter + held-out -> gate    | training/evaluation.py, gate.py   | adapters/TASK_ID/RUN_ID/report.json |
+| release     | all of it -> Release          | cluster/registry.py               | releases/SHA256.json              |
+
+Every artifact is named by what it was made from, so a conversion that is run again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.errors import InputError
+from cluster.prompts import PromptFormat
+from cluster.records import Example, Record, Release, Specialist, Split, TaskSpec
+from cluster.registry import publish_release
+from cluster.store import Store, content_hash
+from jobs.recipe import Recipe
+from training import selection
+from training.catalog import load_catalog
+from training.curate import curate, load_split
+from training.dataset import build_dataset, longest_answer, save_dataset
+from training.discover import discover, save_discovery
+from training.evaluation import Candidate, Evaluation, evaluate
+from training.finetune import finetune
+from training.fleet import run_fleet
+from training.gate import release_delta
+from training.scratch import init_model, texts_of, train_tokenizer
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
+_ANSWER_SLACK = 1.5
+"""A specialist may answer half as long again as the longest train answer before it is cut."""
+
+
+class Conversion(Record):
+    """What a conversion made."""
+
+    release: str
+    snapshot: str
+    tasks: tuple[TaskSpec, ...]
+    unassigned: dict[str, int]
+    evaluations: tuple[Evaluation, ...]
+    refused: dict[str, str]
+    losses: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+
+
+class _Plan(Record):
+    """Where one task's data and adapter are."""
+
+    task: TaskSpec
+    prompt_format: PromptFormat
+    run_id: str
+    max_answer_tokens: int
+    num_rows: int
+
+    @property
+    def adapter(self) -> str:
+        return f"adapters/{self.task.task_id}/{self.run_id}"
+
+
+def convert(recipe: Recipe, say: Callable[[str], None] = print) -> Conversion:
+    """Run every stage. Needs Ray to be connected and, for validation, Ray Serve to be allowed to start."""
+    store = Store(recipe.store)
+    work = pathlib.Path(recipe.store) / "work"
+    clock = _Clock()
+    snapshot = curate(store, recipe.curate)
+    say(
+        f"curate: {snapshot.counts.num_calls} calls -> {snapshot.counts.num_examples}; dropped {snapshot.counts.dropped}"
+    )
+    clock.lap("curate")
+    train = {split: load_split(store, snapshot.id, split, as_served=split != "train") for split in SPLITS}
+    if not train["train"]:
+        raise InputError(f"store {recipe.store}: no calls to learn from; capture or `understudy ingest PATH...` first")
+    discovery = discover(train, recipe.discover)
+    route_model = save_discovery(store, snapshot.id, discovery)
+    by_split = {split: selection.group_by_task(train[split], discovery.assignment) for split in SPLITS}
+    say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
+    clock.lap("discover")
+    tasks, refused = _learnable(discovery.tasks, by_split)
+    base, tokenizer, arm = _prepare_base(recipe, store, work, tasks, by_split, say)
+    clock.lap("base")
+    plans = _plan_runs(recipe, store, work, tasks, by_split, base, tokenizer, refused)
+    losses, failed = _train_adapters(recipe, store, work, plans, base, tokenizer, say)
+    refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
+    clock.lap("finetune")
+    candidates = [_candidate(plan, base, arm) for plan in plans if plan.task.task_id not in failed]
+    evaluations = _validate(recipe, store, candidates, by_split, base, len(candidates) + len(refused), say)
+    clock.lap("validate")
+    release = _release(store, candidates, evaluations, refused, route_model, snapshot.id)
+    return Conversion(
+        release=publish_release(store, release),
+        snapshot=snapshot.id,
+        tasks=discovery.tasks,
+        unassigned=discovery.unassigned,
+        evaluations=tuple(evaluations),
+        refused=release.refused,
+        losses=losses,
+        seconds=clock.laps,
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._last = round(now - self._last, 2), now
+
+
+def _learnable(
+    tasks: tuple[TaskSpec, ...], by_split: dict[Split, dict[str, list[Example]]]
+) -> tuple[list[TaskSpec], dict[str, str]]:
+    refused: dict[str, str] = {}
+    for task in tasks:
+        missing = [split for split in SPLITS if not by_split[split].get(task.task_id)]
+        if missing:
+            refused[task.task_id] = f"no examples in {', '.join(missing)} ({task.num_calls} calls in all)"
+    return [task for task in tasks if task.task_id not in refused], refused
+
+
+def _prompt_format(recipe: Recipe, task: TaskSpec, is_scratch: bool) -> PromptFormat:
+    return PromptFormat(
+        kind="compact" if is_scratch else "chat",
+        answer_kind=task.kind,
+        static_lines=task.static_lines if is_scratch else (),
+        max_prompt_tokens=recipe.specialists.max_model_tokens * 3 // 4,
+    )
+
+
+def _prepare_base(
+    recipe: Recipe,
+    store: Store,
+    work: pathlib.Path,
+    tasks: list[TaskSpec],
+    by_split: dict[Split, dict[str, list[Example]]],
+    say: Callable[[str], None],
+) -> tuple[str, Any, str]:
+    """Load the base from hub or folder, or train it from scratch. Returns (store path, tokenizer, name of its arm)."""
+    from transformers import AutoTokenizer
+
+    chosen = selection.select_base(recipe.select, tasks, p99_prompt_tokens=1)
+    if not chosen.is_scratch:
+        base = selection.publish_loaded_base(store, recipe.select.base)
+    else:
+        key = content_hash(
+            [
+                recipe.select.base,
+                recipe.pretrain.model_dump(mode="json"),
+                [t.model_dump(mode="json") for t in tasks],
+                {
+                    s: sorted(e.example_id for group in by_split[s].values() for e in group)
+                    for s in ("train", "validation")
+                },
+            ]
+        )
+        base = f"bases/{recipe.select.base}-{key[:12]}"
+        if not store.is_published(base):
+            _train_scratch(recipe, store, work / f"base-{key[:12]}", base, tasks, by_split, say)
+    tokenizer = AutoTokenizer.from_pretrained(store.fetch(base, work / "cache"), trust_remote_code=False)
+    return base, tokenizer, chosen.arm
+
+
+def _train_scratch(
+    recipe: Recipe,
+    store: Store,
+    work: pathlib.Path,
+    base: str,
+    tasks: list[TaskSpec],
+    by_split: dict[Split, dict[str, list[Example]]],
+    say: Callable[[str], None],
+) -> None:
+    entry = load_catalog().get(recipe.select.base)
+    texts = [t for task in tasks for t in texts_of(by_split["train"][task.task_id], task.static_lines)]
+    tokenizer = train_tokenizer(texts, entry.vocab_size)
+    init_model(entry, tokenizer, work / "init", recipe.pretrain.seed)
+    rows: dict[str, list] = {"train": [], "validation": []}
+    for task in tasks:
+        prompt_format = _prompt_format(recipe, task, is_scratch=True)
+        found, rule, _ = build_dataset(by_split["train"][task.task_id], prompt_format, tokenizer)
+        rows["train"] += found
+        rows["validation"] += build_dataset(by_split["validation"][task.task_id], prompt_format, tokenizer, rule)[0]
+    for split, found in rows.items():
+        save_dataset(found, work / split)
+    say(f"select: {recipe.select.base}, {len(rows['train'])} examples, {recipe.pretrain.num_steps} steps")
+    model, metrics = finetune(
+        "pretrain",
+        recipe.pretrain,
+        method="full",
+        base_path=work / "init",
+        train_path=work / "train",
+        validation_path=work / "validation",
+        pad_token_id=tokenizer.pad_token_id,
+        storage=work / "runs",
+    )
+    tokenizer.save_pretrained(model)
+    store.publish(base, model, {"base": recipe.select.base, "metrics": metrics})
+
+
+def _plan_runs(
+    recipe: Recipe,
+    store: Store,
+    work: pathlib.Path,
+    tasks: list[TaskSpec],
+    by_split: dict[Split, dict[str, list[Example]]],
+    base: str,
+    tokenizer: Any,
+    refused: dict[str, str],
+) -> list[_Plan]:
+    """Tokenise every task's data; a task whose prompts do not fit is refused with its reason."""
+    plans = []
+    for task in tasks:
+        prompt_format = _prompt_format(recipe, task, base.startswith("bases/scratch-"))
+        examples = by_split["train"][task.task_id]
+        rows, rule, num_skipped = build_dataset(examples, prompt_format, tokenizer)
+        if num_skipped > len(examples) // 2:
+            refused[task.task_id] = (
+                f"{num_skipped} of {len(examples)} prompts are longer than {prompt_format.max_prompt_tokens} tokens, what base {recipe.select.base} takes"
+            )
+            continue
+        held_out, _, _ = build_dataset(by_split["validation"][task.task_id], prompt_format, tokenizer, rule)
+        run_id = content_hash(
+            [
+                base,
+                prompt_format.model_dump(mode="json"),
+                recipe.finetune.model_dump(mode="json"),
+                sorted(e.example_id for e in examples),
+            ]
+        )[:12]
+        save_dataset(rows, work / run_id / "train")
+        save_dataset(held_out or rows[:1], work / run_id / "validation")
+        longest = min(int(longest_answer(rows) * _ANSWER_SLACK), recipe.specialists.max_model_tokens // 4)
+        plans.append(
+            _Plan(task=task, prompt_format=prompt_format, run_id=run_id, max_answer_tokens=longest, num_rows=len(rows))
+        )
+    return plans
+
+
+def _train_adapters(
+    recipe: Recipe,
+    store: Store,
+    work: pathlib.Path,
+    plans: list[_Plan],
+    base: str,
+    tokenizer: Any,
+    say: Callable[[str], None],
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    base_path = store.fetch(base, work / "cache")
+
+    def run(plan: _Plan) -> dict[str, Any]:
+        model, metrics = finetune(
+            plan.run_id,
+            recipe.finetune,
+            method="lora",
+            base_path=base_path,
+            train_path=work / plan.run_id / "train",
+            validation_path=work / plan.run_id / "validation",
+            pad_token_id=tokenizer.pad_token_id,
+            storage=work / "runs",
+        )
+        (model / "README.md").unlink(missing_ok=True)
+        store.publish(plan.adapter, model, {"base": base, "task_id": plan.task.task_id, "metrics": metrics})
+        return metrics
+
+    missing = {p.task.task_id: (p.num_rows, lambda p=p: run(p)) for p in plans if not store.is_published(p.adapter)}
+    _, errors = run_fleet(
+        missing, recipe.fleet, lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or metrics}")
+    )
+    done = [plan for plan in plans if plan.task.task_id not in errors]
+    return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, errors
+
+
+def _candidate(plan: _Plan, base: str, arm: str) -> Candidate:
+    return Candidate(
+        task=plan.task,
+        base=base,
+        base_arm=arm,
+        adapter=plan.adapter,
+        prompt_format=plan.prompt_format,
+        max_answer_tokens=plan.max_answer_tokens,
+    )
+
+
+def _validate(
+    recipe: Recipe,
+    store: Store,
+    candidates: list[Candidate],
+    by_split: dict[Split, dict[str, list[Example]]],
+    base: str,
+    num_candidates: int,
+    say: Callable[[str], None],
+) -> list[Evaluation]:
+    """Start the engine that serves, ask it the held-out calls, take it down."""
+    from ray import serve
+
+    from serving.specialist import ServeEngine, build_specialists
+
+    if not candidates:
+        return []
+    app = "validation"
+    handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+    delta = release_delta(recipe.gate.delta, num_candidates)
+
+    async def ask_all() -> list[Evaluation]:
+        engine = ServeEngine(handle)
+        found = []
+        for candidate in candidates:
+            task_id = candidate.task.task_id
+            splits = {split: by_split[split][task_id] for split in SPLITS if split != "train"}
+            found.append(await evaluate(candidate, engine, splits, recipe.gate, delta))
+            store.write_json(f"{candidate.adapter}/report.json", found[-1].model_dump(mode="json"))
+            gate = found[-1].gate
+            say(
+                f"validate {task_id}: {gate.refused or f'open at {gate.threshold:.3f}, coverage {gate.coverage:.2f}, bound {gate.upper_bound:.3f}'}"
+            )
+        return found
+
+    try:
+        return asyncio.run(ask_all())
+    finally:
+        serve.delete(app)
+
+
+def _release(
+    store: Store,
+    candidates: list[Candidate],
+    evaluations: list[Evaluation],
+    refused: dict[str, str],
+    route_model: str,
+    snapshot: str,
+) -> Release:
+    specialists = {}
+    refused = dict(refused)
+    for candidate, evaluation in zip(candidates, evaluations, strict=True):
+        task_id = candidate.task.task_id
+        if not evaluation.gate.is_open:
+            refused[task_id] = evaluation.gate.refused or "no threshold"
+            continue
+        facts = {
+            "task_id": task_id,
+            "base": candidate.base,
+            "adapter": candidate.adapter,
+            "prompt_format": candidate.prompt_format.model_dump(mode="json"),
+            "gate": evaluation.gate.model_dump(mode="json"),
+            "report": f"{candidate.adapter}/report.json",
+            "max_answer_tokens": candidate.max_answer_tokens,
+        }
+        sha = content_hash([facts, store.manifest(candidate.adapter)["sha256"]])
+        specialists[task_id] = Specialist.model_validate({**facts, "sha": sha})
+    return Release(
+        specialists=specialists, refused=refused, route_model=route_model, snapshot=snapshot, created_ts=time.time()
+    )

@@ -1,0 +1,122 @@
+"""One chat.completions call on its way through the gateway -> its response headers, and the AgentCall that is stored.
+
+Names of clients and conversations become pseudonyms here. Knows nothing of how the call is answered.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.access import Pseudonyms
+from cluster.prices import tokens_cost_usd
+from cluster.records import AgentCall, RouteDecision, ServedBy, Usage
+from cluster.upstream import UpstreamConfig
+from serving.openai_wire import usage_of
+
+_MAX_HEADER_CHARS = 200
+_STEP = re.compile(r"[0-9]{1,9}")
+
+
+@dataclass
+class PendingCall:
+    """What is known of a call before it is answered; `decision` and the specialist's cost are filled in on the way."""
+
+    call_id: str
+    ts: float
+    begin: float
+    """time.perf_counter at arrival."""
+    client: str
+    request: dict[str, Any]
+    headers: Mapping[str, str]
+    decision: RouteDecision
+    specialist_cost_usd: float = 0.0
+
+    def captured(
+        self,
+        pseudonyms: Pseudonyms,
+        *,
+        response: dict[str, Any] | None,
+        endpoint: UpstreamConfig | None,
+        served_by: ServedBy,
+        status: int,
+        error: str | None,
+    ) -> AgentCall:
+        """The call as it is stored, ended now.
+
+        Args:
+            endpoint: whose answer `response` is; None where no LLM answered.
+        """
+        usage = usage_of(response)
+        return AgentCall(
+            call_id=self.call_id,
+            ts=self.ts,
+            client_id=pseudonyms.of("client", self.client),
+            agent=self.headers.get("x-agent", "unknown")[:_MAX_HEADER_CHARS],
+            session_id=pseudonyms.of("session", self._session()),
+            step=self._step(),
+            request=self.request,
+            response=response,
+            usage=usage,
+            latency_ms=(time.perf_counter() - self.begin) * 1e3,
+            cost_usd=self._cost_usd(usage, endpoint, served_by),
+            served_by=served_by,
+            route=self.decision,
+            status=status,
+            error=error,
+            faces_person=self.headers.get("x-faces-person", "").lower() == "true",
+        )
+
+    def response_headers(self) -> dict[str, str]:
+        """x-understudy-* headers: what was done with the call, and why."""
+        decision = self.decision
+        values = {
+            "route": decision.action,
+            "task": decision.task_id,
+            "specialist": decision.specialist,
+            "confidence": None if decision.confidence is None else f"{decision.confidence:.6f}",
+            "reason": decision.reason,
+            "call-id": self.call_id,
+            "release": decision.release,
+        }
+        return {f"x-understudy-{name}": _header_text(value) for name, value in values.items() if value}
+
+    def _session(self) -> str:
+        """What is one conversation: the client's word for it, else the client and all up to the first user message."""
+        given = self.headers.get("x-session-id")
+        if given:
+            return given
+        opening = []
+        for message in self.request["messages"]:
+            opening.append(message)
+            if message.get("role") == "user":
+                break
+        return json.dumps([self.client, opening])
+
+    def _step(self) -> int:
+        """The client's count, else how often the assistant has spoken."""
+        given = self.headers.get("x-step", "")
+        if _STEP.fullmatch(given):
+            return int(given)
+        return sum(message.get("role") == "assistant" for message in self.request["messages"])
+
+    def _cost_usd(self, usage: Usage, endpoint: UpstreamConfig | None, served_by: ServedBy) -> float | None:
+        """Tokens of the LLM plus time of a specialist, kept or not; None where the LLM did not report its tokens."""
+        if served_by == "specialist":
+            return self.specialist_cost_usd
+        if endpoint is None:
+            return None
+        cost = tokens_cost_usd(
+            usage,
+            prompt_usd_per_million=endpoint.prompt_usd_per_million,
+            completion_usd_per_million=endpoint.completion_usd_per_million,
+        )
+        return None if cost is None else cost + self.specialist_cost_usd
+
+
+def _header_text(value: str) -> str:
+    return re.sub(r"[^ -~]", "?", value)[:_MAX_HEADER_CHARS]

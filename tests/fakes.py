@@ -1,0 +1,182 @@
+"""Stand-ins for tests of the request path: a route model, an engine, a release in a store, and an LLM over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pathlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from cluster import registry
+from cluster.engine import EngineAnswer
+from cluster.errors import EngineError
+from cluster.prompts import PromptFormat
+from cluster.records import Gate, Release, Specialist
+from cluster.route_model import RouteModel
+from cluster.signature import signature_of
+from cluster.store import Store
+
+BASE, ADAPTER, ROUTES = "bases/tiny", "adapters/triage", "routes/one"
+FINGERPRINT = "engine-1"
+REQUEST: dict[str, Any] = {
+    "model": "any",
+    "messages": [{"role": "system", "content": "Name the intent."}, {"role": "user", "content": "Where is it?"}],
+}
+LLM_TEXT = "from the LLM"
+
+
+class FakeEngine:
+    """Answers what it is told to; `answer_with` may raise or wait."""
+
+    def __init__(self, text: str = "refund", confidence: float = 0.99) -> None:
+        self.text, self.confidence = text, confidence
+        self.answer_with: Callable[[], Awaitable[EngineAnswer]] | None = None
+        self.name = FINGERPRINT
+        self.loaded: list[str] = []
+        self.can_load = True
+        self.num_asked = 0
+
+    async def fingerprint(self) -> str:
+        return self.name
+
+    async def load(self, adapter: str) -> None:
+        if not self.can_load:
+            raise EngineError(f"{adapter}: cannot be loaded")
+        self.loaded.append(adapter)
+
+    async def answer(
+        self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+    ) -> EngineAnswer:
+        self.num_asked += 1
+        return engine_answer(self.text, self.confidence) if self.answer_with is None else await self.answer_with()
+
+
+class FakeLLM:
+    """An OpenAI-compatible server that streams its text in two pieces, then does as `fate` says."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.fate = "finish"
+        """finish, cut (break the connection off after the first piece), or hang (say nothing after it)."""
+        self.requests: list[dict[str, Any]] = []
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> str:
+        """Listen on a free loopback port; returns the base_url."""
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_get("/v1/models", self._models)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "llm-1", "object": "model"}]})
+
+    async def _complete(self, http_request: web.Request) -> web.StreamResponse:
+        request = await http_request.json()
+        self.requests.append(request)
+        if self.status != 200:
+            return web.json_response(
+                {"error": {"message": "no", "type": "test", "param": None, "code": None}}, status=self.status
+            )
+        if not request.get("stream"):
+            return web.json_response(llm_body())
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(http_request)
+        await response.write(_event({"role": "assistant", "content": LLM_TEXT[:4]}, None))
+        if self.fate == "hang":
+            await asyncio.sleep(5)
+        if self.fate != "finish":
+            assert http_request.transport is not None
+            http_request.transport.abort()
+            return response
+        await response.write(_event({"content": LLM_TEXT[4:]}, "stop"))
+        usage = {"choices": [], "usage": llm_body()["usage"]}
+        await response.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
+        return response
+
+
+def engine_answer(text: str, confidence: float, finish_reason: str = "stop") -> EngineAnswer:
+    return EngineAnswer(
+        message={"role": "assistant", "content": text},
+        text=text,
+        confidence=confidence,
+        prompt_tokens=10,
+        completion_tokens=2,
+        finish_reason=finish_reason,
+    )
+
+
+def llm_body() -> dict[str, Any]:
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "llm-1",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": LLM_TEXT}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+    }
+
+
+def make_specialist(*, threshold: float | None = 0.9, fingerprint: str = FINGERPRINT, base: str = BASE) -> Specialist:
+    gate = Gate(
+        reference="llm",
+        population="calls of this task as served",
+        epsilon=0.05,
+        delta=0.05,
+        threshold=threshold,
+        num_calibration=100,
+        num_accepted=80,
+        num_disagreements=0,
+        upper_bound=0.03,
+        coverage=0.8,
+        fingerprint=fingerprint,
+        refused=None if threshold is not None else "too few calls",
+    )
+    prompt_format = PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100)
+    return Specialist(
+        task_id="triage",
+        sha="f" * 64,
+        base=base,
+        adapter=ADAPTER,
+        prompt_format=prompt_format.model_dump(mode="json"),
+        gate=gate,
+        report="reports/triage",
+        max_answer_tokens=16,
+    )
+
+
+def promote_release(store: Store, scratch: pathlib.Path, specialist: Specialist, snapshot: str = "one") -> str:
+    """Publish all that a release of one specialist for REQUEST names, and make it the served one."""
+    scratch.mkdir(exist_ok=True)
+    (scratch / "weights").write_text("none")
+    for folder in (specialist.base, specialist.adapter):
+        store.publish(folder, scratch, {"kind": "test"})
+    requests = (REQUEST, {**REQUEST, "response_format": {"type": "json_object"}})
+    RouteModel({signature_of(request): specialist.task_id for request in requests}, {}).save(store, ROUTES)
+    release = Release(
+        specialists={specialist.task_id: specialist}, refused={}, route_model=ROUTES, snapshot=snapshot, created_ts=1.0
+    )
+    sha = registry.publish_release(store, release)
+    registry.promote(store, sha)
+    return sha
+
+
+def _event(delta: dict[str, Any], finish_reason: str | None) -> bytes:
+    chunk = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "llm-1",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
+    }
+    return f"data: {json.dumps(chunk)}\n\n".encode()

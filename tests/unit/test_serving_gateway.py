@@ -1,0 +1,398 @@
+"""The request path over ASGI, with a scripted engine and a scripted LLM: what the client gets and what is captured."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import pathlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from fakes import (
+    BASE,
+    LLM_TEXT,
+    REQUEST,
+    FakeEngine,
+    FakeLLM,
+    engine_answer,
+    llm_body,
+    make_specialist,
+    promote_release,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.access import ApiKeys, Pseudonyms
+from cluster.calls import read_calls
+from cluster.engine import EngineAnswer
+from cluster.errors import EngineError, InputError
+from cluster.records import AgentCall, Specialist, Usage
+from cluster.store import Store
+from cluster.telemetry import Meter
+from cluster.upstream import UpstreamConfig
+from serving.capture import Capture, CaptureConfig
+from serving.fallback import FallbackLLM
+from serving.gateway import CLIENT_GONE, GatewayConfig, GatewayCore, build_api
+from serving.openai_wire import SseReader, completion_body, completion_chunks, reassemble
+from serving.table import ServingTable
+
+PATH = "/v1/chat/completions"
+DEAD = "http://127.0.0.1:9/v1"
+
+
+@dataclass
+class Running:
+    """One gateway with its parts."""
+
+    http: httpx.AsyncClient
+    api: Any
+    core: GatewayCore
+    engine: FakeEngine
+    llm: FakeLLM
+    store: Store
+    release: str
+    key: str
+
+    async def ask(self, **extra: Any) -> httpx.Response:
+        return await self.http.post(PATH, json={**REQUEST, **extra})
+
+    async def captured(self) -> list[AgentCall]:
+        await self.core.capture.flush()
+        return read_calls(self.store)
+
+
+@contextlib.asynccontextmanager
+async def gateway(
+    tmp_path: pathlib.Path, specialist: Specialist | None = None, dead_first: bool = False, **config: Any
+) -> AsyncIterator[Running]:
+    store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
+    release = promote_release(store, tmp_path / "scratch", specialist or make_specialist())
+    upstream = [
+        UpstreamConfig(
+            base_url=await llm.start(), max_attempts=1, prompt_usd_per_million=1.0, completion_usd_per_million=2.0
+        )
+    ]
+    if dead_first:
+        upstream.insert(0, UpstreamConfig(base_url=DEAD, max_attempts=1))
+    keys, meter = ApiKeys(tmp_path / "keys.json"), Meter()
+    key = keys.create("billing", "agent")
+    core = GatewayCore(
+        GatewayConfig(**config),
+        capture=Capture(store, CaptureConfig(flush_interval_s=1000.0), meter),
+        fallback=FallbackLLM(upstream, meter),
+        table=ServingTable(store, {BASE: engine}),
+        engines={BASE: engine},
+        pseudonyms=Pseudonyms(b"k" * 32),
+        api_keys=keys,
+        meter=meter,
+    )
+    api = build_api(core)
+    headers = {"Authorization": f"Bearer {key}"}
+    try:
+        async with api.router.lifespan_context(api):
+            transport = httpx.ASGITransport(api)
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as http:
+                yield Running(http, api, core, engine, llm, store, release, key)
+    finally:
+        await llm.close()
+
+
+def _text(reply: httpx.Response) -> str:
+    return reply.json()["choices"][0]["message"]["content"]
+
+
+def _streamed(reply: httpx.Response) -> dict[str, Any]:
+    reader = SseReader()
+    body = reassemble(reader.feed(reply.content))
+    assert reader.is_done and not reader.num_bad
+    return body
+
+
+def test_a_confident_answer_is_served_and_the_llm_is_not_asked(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            reply = await run.ask()
+            assert (reply.status_code, _text(reply)) == (200, "refund")
+            assert not run.llm.requests and run.engine.loaded
+            assert reply.headers["x-understudy-route"] == "accept"
+            assert reply.headers["x-understudy-release"] == run.release
+            (call,) = await run.captured()
+            assert call.call_id == reply.headers["x-understudy-call-id"]
+            assert (call.served_by, call.status, call.usage.prompt_tokens) == ("specialist", 200, 10)
+            assert call.response == reply.json() and call.request == REQUEST
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_unsure_answer_never_reaches_the_client(tmp_path: pathlib.Path, is_stream: bool) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            run.engine.text, run.engine.confidence = "SECRET", 0.5
+            reply = await run.ask(stream=is_stream)
+            assert LLM_TEXT == (_streamed(reply)["choices"][0]["message"]["content"] if is_stream else _text(reply))
+            assert "SECRET" not in reply.text and reply.headers["x-understudy-route"] == "escalate"
+            (call,) = await run.captured()
+            assert call.served_by == "llm" and call.route is not None and call.route.confidence == 0.5
+            assert call.cost_usd == pytest.approx(120e-6)
+            assert call.message == {"role": "assistant", "content": LLM_TEXT}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("error", "action"),
+    [
+        (EngineError("x"), "fall_back"),
+        (InputError("long"), "escalate"),
+        (RuntimeError("x"), "fall_back"),
+        (None, "fall_back"),
+    ],
+)
+def test_whatever_a_specialist_does_the_llm_answers(
+    tmp_path: pathlib.Path, error: Exception | None, action: str
+) -> None:
+    async def fail() -> EngineAnswer:
+        if error is not None:
+            raise error
+        await asyncio.sleep(60)
+        return engine_answer("late", 1.0)
+
+    async def scenario() -> None:
+        async with gateway(tmp_path, specialist_timeout_s=0.05) as run:
+            run.engine.answer_with = fail
+            reply = await run.ask()
+            assert _text(reply) == LLM_TEXT and reply.headers["x-understudy-route"] == action
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("extra", "action"),
+    [
+        ({"n": 2}, "llm"),
+        ({"response_format": {"type": "json_object"}}, "escalate"),
+        ({"max_tokens": 1}, "escalate"),
+        ({"messages": [{"role": "user", "content": "another kind"}]}, "llm"),
+    ],
+)
+def test_requests_a_specialist_must_not_answer(tmp_path: pathlib.Path, extra: dict[str, Any], action: str) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            reply = await run.ask(**extra)
+            assert _text(reply) == LLM_TEXT and reply.headers["x-understudy-route"] == action
+
+    asyncio.run(scenario())
+
+
+def test_an_accepted_answer_streams_as_openai_does(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            body = _streamed(await run.ask(stream=True, stream_options={"include_usage": True}))
+            assert body["choices"][0]["message"]["content"] == "refund"
+            assert body["choices"][0]["finish_reason"] == "stop" and body["usage"]["total_tokens"] == 12
+            assert "usage" not in _streamed(await run.ask(stream=True))
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_breaks_off_is_captured_as_failed_with_what_came(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            run.llm.fate = "cut"
+            reply = await run.ask(stream=True, n=2)
+            assert "error" in SseReader().feed(reply.content)[-1]
+            (call,) = await run.captured()
+            assert call.status == 502 and call.message is not None and call.message["content"] == LLM_TEXT[:4]
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_leaves_is_captured(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            run.llm.fate = "hang"
+            raw = json.dumps({**REQUEST, "stream": True, "n": 2}).encode()
+            messages = [{"type": "http.request", "body": raw}]
+            has_begun = asyncio.Event()
+
+            async def receive() -> dict[str, Any]:
+                if messages:
+                    return messages.pop()
+                await has_begun.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: dict[str, Any]) -> None:
+                if message.get("body"):
+                    has_begun.set()
+
+            authorization = (b"authorization", f"Bearer {run.key}".encode())
+            scope = {"type": "http", "method": "POST", "path": PATH, "headers": [authorization], "query_string": b""}
+            async with asyncio.timeout(3):
+                await run.api(scope, receive, send)
+            (call,) = await run.captured()
+            assert call.status == CLIENT_GONE and call.message is not None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_errors_of_the_llm_are_passed_on_and_captured(tmp_path: pathlib.Path, is_stream: bool) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            for status in (400, 503):
+                run.llm.status = status
+                reply = await run.ask(n=2, stream=is_stream)
+                assert reply.status_code == status and reply.json()["error"]["message"] == "no"
+            assert [(call.status, call.response) for call in await run.captured()] == [(400, None), (503, None)]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_the_next_endpoint_answers_for_a_dead_one(tmp_path: pathlib.Path, is_stream: bool) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, dead_first=True) as run:
+            assert (await run.ask(n=2, stream=is_stream)).status_code == 200
+            assert run.core.meter.counts[("understudy_upstream_failures_total", "0")] == 1
+
+    asyncio.run(scenario())
+
+
+def test_wrong_keys_bodies_and_paths_get_openai_errors(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            bad = {"Authorization": "Bearer us-wrong"}
+            replies = [
+                await run.http.post(PATH, json=REQUEST, headers=bad),
+                await run.http.post(PATH, content=b"[1]"),
+                await run.http.post(PATH, json={"messages": [{"role": "user", "content": ["x"]}]}),
+                await run.http.post("/v1/embeddings", json={}),
+                await run.http.get(PATH),
+            ]
+            assert [reply.status_code for reply in replies] == [401, 400, 400, 404, 404]
+            assert all(set(reply.json()["error"]) == {"message", "type", "param", "code"} for reply in replies)
+            assert not await run.captured()
+            assert (await run.http.get("/v1/models")).json()["data"][0]["id"] == "llm-1"
+            assert (await run.http.get("/healthz")).json()["release"] == run.release
+
+    asyncio.run(scenario())
+
+
+def test_headers_name_session_agent_and_step_and_names_become_pseudonyms(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            headers = {"x-session-id": "s-1", "x-agent": "support", "x-step": "3", "x-faces-person": "true"}
+            await run.http.post(PATH, json=REQUEST, headers=headers)
+            await run.ask()
+            await run.ask()
+            named, first, second = await run.captured()
+            assert (named.agent, named.step, named.faces_person) == ("support", 3, True)
+            assert named.session_id == Pseudonyms(b"k" * 32).of("session", "s-1")
+            assert first.session_id == second.session_id != named.session_id
+            assert "billing" not in first.model_dump_json()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "specialist", [make_specialist(fingerprint="other"), make_specialist(base="bases/unserved")], ids=["engine", "base"]
+)
+def test_a_gate_that_does_not_hold_here_leaves_the_task_to_the_llm(
+    tmp_path: pathlib.Path, specialist: Specialist
+) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, specialist) as run:
+            reply = await run.ask()
+            assert _text(reply) == LLM_TEXT and run.engine.num_asked == 0
+            assert reply.headers["x-understudy-reason"] == run.core.table.snapshot.skipped["triage"]
+
+    asyncio.run(scenario())
+
+
+def test_a_release_that_does_not_load_leaves_the_old_one_serving(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        store, engine = Store(str(tmp_path / "store")), FakeEngine()
+        table = ServingTable(store, {BASE: engine})
+        await table.refresh()
+        assert table.snapshot.release is None
+        first = promote_release(store, tmp_path / "scratch", make_specialist())
+        await table.refresh()
+        assert table.snapshot.release == first
+        engine.can_load = False
+        second = promote_release(store, tmp_path / "scratch", make_specialist(), "two")
+        await table.refresh()
+        assert table.snapshot.release == first and "triage" in table.snapshot.specialists
+        engine.can_load = True
+        await table.refresh()
+        assert table.snapshot.release == second
+
+    asyncio.run(scenario())
+
+
+_MESSAGES = st.one_of(
+    st.builds(lambda text: {"role": "assistant", "content": text}, st.text(min_size=1)),
+    st.builds(
+        lambda names: {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": f"call_{i}",
+                    "type": "function",
+                    "function": {"name": name, "arguments": json.dumps({"a": name})},
+                }
+                for i, name in enumerate(names)
+            ],
+        },
+        st.lists(st.text(min_size=1), min_size=1, max_size=3),
+    ),
+)
+
+
+@given(_MESSAGES, st.integers(1, 40), st.sampled_from([b"\n", b"\r\n", b"\r"]))
+def test_what_is_written_as_a_stream_reads_back_whatever_way_it_is_cut(
+    message: dict[str, Any], size: int, line_end: bytes
+) -> None:
+    usage = Usage(prompt_tokens=1, completion_tokens=2)
+    body = completion_body(message, call_id="1", model="m", created=1, usage=usage)
+    raw = b"".join(completion_chunks(body, include_usage=True)).replace(b"\n", line_end) + line_end
+    reader = SseReader()
+    chunks = [chunk for i in range(0, len(raw), size) for chunk in reader.feed(raw[i : i + size])]
+    again = reassemble(chunks)
+    assert reader.is_done and again["usage"] == body["usage"]
+    assert again["choices"][0]["message"] == message
+    assert again["choices"][0]["finish_reason"] == body["choices"][0]["finish_reason"]
+
+
+def test_reassembly_joins_arguments_choices_refusals_and_logprobs() -> None:
+    def chunk(index: int, delta: dict[str, Any], **rest: Any) -> dict[str, Any]:
+        return {"id": "x", "choices": [{"index": index, "delta": delta, **rest}]}
+
+    def call(index: int, arguments: str, **rest: Any) -> dict[str, Any]:
+        return {"tool_calls": [{"index": index, "function": {"arguments": arguments, **rest}}]}
+
+    body = reassemble(
+        [
+            chunk(0, {"role": "assistant", "content": ""}),
+            chunk(0, call(0, "", name="a")),
+            chunk(0, call(1, '{"y"', name="b")),
+            chunk(0, call(0, "{}")),
+            chunk(0, call(1, ":1}"), finish_reason="tool_calls"),
+            chunk(1, {"refusal": "I "}, logprobs={"refusal": [{"token": "I "}]}),
+            chunk(1, {"refusal": "won't"}, logprobs={"refusal": [{"token": "won't"}]}),
+            {"choices": [], "usage": llm_body()["usage"]},
+        ]
+    )
+    calls, refused = body["choices"]
+    assert [one["function"] for one in calls["message"]["tool_calls"]] == [
+        {"arguments": "{}", "name": "a"},
+        {"arguments": '{"y":1}', "name": "b"},
+    ]
+    assert calls["finish_reason"] == "tool_calls" and calls["message"]["content"] is None
+    assert refused["message"]["refusal"] == "I won't" and len(refused["logprobs"]["refusal"]) == 2
+    assert refused["finish_reason"] is None and body["usage"]["total_tokens"] == 110
