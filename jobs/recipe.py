@@ -49,4 +49,8 @@ def load_recipe(words: list[str]) -> Recipe:
     Raises:
         ConfigError: unknown recipe or key, wrong type, value out of bounds.
     """
-    return load_config(Recipe, words, RECIPES)
+    recipe = load_config(Recipe, words, RECIPES)
+    if "://" in recipe.store:
+        return recipe
+    # Workers run in other folders than the driver, so a local store is named by its whole path.
+    return recipe.model_copy(update={"store": str(pathlib.Path(recipe.store).expanduser().resolve())})

@@ -20,7 +20,7 @@ from cluster.confidence import confidence
 from cluster.config import Config
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError
-from cluster.prompts import RENDERING_VERSION, PromptFormat, read_answer, render_prompt
+from cluster.prompts import RENDERING_VERSION, Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
 
 ADAPTER_MODE = "lora"
@@ -165,6 +165,21 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
+def _to_answer(output: Any, prompt: Prompt, prompt_format: PromptFormat, tokenizer: Any) -> EngineAnswer:
+    ids = [token for token in output.token_ids if token != tokenizer.eos_token_id]
+    text, message = read_answer(ids, prompt, prompt_format, tokenizer)
+    is_whole = output.finish_reason == "stop" and message is not None
+    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    return EngineAnswer(
+        message=message,
+        text=text,
+        confidence=confidence(logprobs) if is_whole else 0.0,
+        prompt_tokens=len(prompt.ids),
+        completion_tokens=len(output.token_ids),
+        finish_reason=output.finish_reason or "length",
+    )
+
+
 def _server_class() -> Any:
     """Made in a function, because Ray Serve LLM imports the engine."""
     from ray.llm._internal.serve.core.server.llm_server import LLMServer
@@ -198,18 +213,7 @@ def _server_class() -> Any:
         ) -> EngineAnswer:
             prompt = render_prompt(request, prompt_format, self._tokenizer)
             output = await self._generate(adapter, prompt.ids, max_answer_tokens)
-            ids = [t for t in output.token_ids if t != self._tokenizer.eos_token_id]
-            text, message = read_answer(ids, prompt, prompt_format, self._tokenizer)
-            is_whole = output.finish_reason == "stop" and message is not None
-            logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
-            return EngineAnswer(
-                message=message,
-                text=text,
-                confidence=confidence(logprobs) if is_whole else 0.0,
-                prompt_tokens=len(prompt.ids),
-                completion_tokens=len(output.token_ids),
-                finish_reason=output.finish_reason or "length",
-            )
+            return _to_answer(output, prompt, prompt_format, self._tokenizer)
 
         async def _fetch_adapter(self, adapter: str) -> Any:
             from vllm.lora.request import LoRARequest

@@ -1,0 +1,94 @@
+"""One local Ray for all integration tests, and one tiny base of a made-up task: utterance -> JSON.
+
+The environment is set before Ray starts, because its processes inherit it then and not later.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from cluster.prompts import PromptFormat
+from cluster.records import Example
+from cluster.session import connect
+from training.catalog import load_catalog
+from training.dataset import build_dataset, save_dataset
+from training.scratch import init_model, texts_of, train_tokenizer
+
+SYSTEM = "Turn the command into JSON with device and level."
+DEVICES = ("lamp", "heater", "fan", "radio")
+LEVELS = ("low", "medium", "high")
+SEED = 3
+
+
+class Toy(NamedTuple):
+    """The task, an untrained base for it, and its tokenised examples."""
+
+    examples: list[Example]
+    prompt_format: PromptFormat
+    tokenizer: Any
+    base_path: pathlib.Path
+    rows_path: pathlib.Path
+    max_answer_tokens: int
+
+
+@pytest.fixture(scope="session")
+def extensions_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where torch would put what DeepSpeed compiles; named in the environment of every Ray process."""
+    return tmp_path_factory.mktemp("torch_extensions")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(extensions_dir: pathlib.Path) -> Iterator[None]:
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        # Niceness 15, Ray's default, starves its workers beside any other process.
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions_dir))
+        connect(num_cpus=2)
+        yield
+        from ray import serve
+
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    folder = tmp_path_factory.mktemp("toy")
+    examples = [_example(device, level) for device in DEVICES for level in LEVELS]
+    prompt_format = PromptFormat(kind="compact", answer_kind="json", static_lines=(SYSTEM,), max_prompt_tokens=200)
+    entry = load_catalog().get("scratch-tiny")
+    tokenizer = train_tokenizer(texts_of(examples, prompt_format.static_lines), entry.vocab_size)
+    init_model(entry, tokenizer, folder / "base", SEED)
+    rows, _, num_skipped = build_dataset(examples, prompt_format, tokenizer)
+    assert num_skipped == 0
+    save_dataset(rows, folder / "rows")
+    longest = max(len(row["input_ids"]) - row["num_prompt"] for row in rows)
+    return Toy(examples, prompt_format, tokenizer, folder / "base", folder / "rows", 2 * longest)
+
+
+def _example(device: str, level: str) -> Example:
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"Please put the {device} on {level} now"},
+    ]
+    return Example(
+        example_id=f"{device}-{level}",
+        split="train",
+        session_id=f"{device}-{level}",
+        ts=1.0,
+        request={"messages": messages, "response_format": {"type": "json_object"}},
+        target={"role": "assistant", "content": f'{{"device":"{device}","level":"{level}"}}'},
+        reference="llm",
+        source_call_ids=(f"{device}-{level}",),
+    )

@@ -1,0 +1,70 @@
+"""The shape of the code: who imports whom, how light an import is, and that files stay readable."""
+
+import ast
+import importlib.metadata
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+PACKAGES = ("cluster", "training", "serving", "jobs")
+MAY_IMPORT = {
+    "cluster": {"cluster"},
+    "training": {"cluster", "training"},
+    "serving": {"cluster", "serving"},
+    "jobs": set(PACKAGES),
+}
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported_packages(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_direction(path):
+    package = path.relative_to(ROOT).parts[0]
+    assert imported_packages(path) & set(PACKAGES) <= MAY_IMPORT[package]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is_and_stays_small(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "module docstring"
+    assert text.count("\n") <= 400
+    assert path.stem == "__main__" or path.stem not in sys.stdlib_module_names
+
+
+def test_no_function_is_longer_than_70_lines():
+    long = [
+        f"{path.name}:{node.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno + 1 > 70
+    ]
+    assert long == []
+
+
+def test_modules_import_no_heavy_package():
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.stem != "__init__"]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'ray', 'peft', 'deepspeed', 'sklearn', 'presidio_analyzer'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_top_level_packages_are_ours_alone(package):
+    assert set(importlib.metadata.packages_distributions().get(package, ["understudy"])) == {"understudy"}
