@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from typing import Any
 
@@ -60,13 +61,16 @@ def run_demo(out: pathlib.Path, words: list[str], summary_path: pathlib.Path | N
         _deploy(recipe, url)
         _wait_for_release(port, key, conversion)
         print(f"serve: {NUM_FRESH} fresh conversations, held-out templates and values")
-        fresh_began = time.monotonic()
+        fresh_began, spent = time.monotonic(), [_spent_usd(url)]
         fresh = asyncio.run(_drive(port, key, "fresh", NUM_FRESH))
         fresh_s = time.monotonic() - fresh_began
+        spent.append(_spent_usd(url))
         references = asyncio.run(_ask_llm(url, [r for r in fresh if _is_kept(r)]))
+        spent.append(_spent_usd(url))
     finally:
         _stop(process)
-    summary = _summarise(recipe, conversion, captured, fresh, references, fresh_s)
+    summary = _summarise(conversion, captured, fresh, references)
+    summary |= _costs(recipe, spent, fresh_s)
     summary["wall_s"] = round(time.monotonic() - began, 1)
     for path in filter(None, [out / "summary.json", summary_path]):
         path.write_text(json.dumps(summary, indent=1) + "\n")
@@ -189,13 +193,29 @@ async def _ask_llm(url: str, kept: list[CallResult]) -> list[dict[str, Any]]:
         return list(await asyncio.gather(*map(ask, kept)))
 
 
+def _spent_usd(url: str) -> float:
+    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/stats", timeout=10) as reply:
+        return json.load(reply)["cost_usd"]
+
+
+def _costs(recipe: Recipe, spent: list[float], fresh_s: float) -> dict[str, Any]:
+    """Spend of the fresh traffic against what it had been with every call on the LLM.
+
+    The kept calls were asked of the LLM afterwards to be compared; that is exactly what keeping them saved.
+    """
+    upstream, saved = spent[1] - spent[0], spent[2] - spent[1]
+    machine = fresh_s / 3600 * recipe.prices.replica_usd_per_hour
+    return {
+        "cost_ratio": (upstream + machine) / (upstream + saved),
+        "upstream_usd": upstream,
+        "machine_usd": machine,
+        "all_llm_usd": upstream + saved,
+        "fresh_s": round(fresh_s, 1),
+    }
+
+
 def _summarise(
-    recipe: Recipe,
-    conversion: Conversion,
-    captured: list[CallResult],
-    fresh: list[CallResult],
-    references: list[dict[str, Any]],
-    fresh_s: float,
+    conversion: Conversion, captured: list[CallResult], fresh: list[CallResult], references: list[dict[str, Any]]
 ) -> dict[str, Any]:
     kept = [result for result in fresh if _is_kept(result)]
     kinds = {task.task_id: task.kind for task in conversion.tasks}
@@ -219,7 +239,6 @@ def _summarise(
         "client_errors": sum(r.error is not None for r in [*captured, *fresh]),
         "p50_ms": round(statistics.median(latencies), 1),
         "p99_ms": round(latencies[int(0.99 * (len(latencies) - 1))], 1),
-        "fresh_s": round(fresh_s, 1),
         "routes": dict(sorted(routes.items())),
         "disagreements_by_site": dict(Counter(r.site for r, ok in zip(kept, agrees, strict=True) if not ok)),
         "seconds": conversion.seconds,

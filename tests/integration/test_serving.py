@@ -1,0 +1,265 @@
+"""The serving graph over real HTTP: gateway, a real engine with a LoRA adapter, a scripted LLM, the official client."""
+
+from __future__ import annotations
+
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import openai
+import pytest
+
+from cluster import registry
+from cluster.access import ApiKeys, keys_folder
+from cluster.calls import read_calls
+from cluster.records import AgentCall, Gate, Release, Specialist
+from cluster.route_model import RouteModel
+from cluster.signature import signature_of
+from cluster.store import Store, content_hash
+from serving.app import KEYS_FILE, ServeArgs, build
+from serving.specialist import SpecialistConfig, fingerprint_of
+from training.finetune import FinetuneConfig, finetune
+
+pytestmark = pytest.mark.integration
+
+APP, TASK, LLM = "test-serving", "command", "scripted-llm-v1"
+BASE, ADAPTER, ROUTES = "bases/toy", f"adapters/{TASK}/one", "route_model/toy"
+SPECIALISTS = SpecialistConfig(max_adapters=1, max_lora_rank=8, max_model_tokens=512, max_num_seqs=8)
+READY_TIMEOUT_S, CAPTURE_TIMEOUT_S = 120.0, 30.0
+UNKNOWN = [{"role": "system", "content": "No release knows this prompt."}, {"role": "user", "content": "Hello there"}]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "lookup_order",
+        "parameters": {"type": "object", "properties": {"order_id": {"type": "string"}}},
+    },
+}
+TOOL_REQUEST = {
+    "model": LLM,
+    "messages": [
+        {"role": "system", "content": "Help the customer by calling exactly one tool."},
+        {"role": "user", "content": "Where is AB-12345?"},
+    ],
+    "tools": [TOOL],
+}
+
+
+class Endpoint(NamedTuple):
+    """A running gateway, the client of one key of it, and what it serves from."""
+
+    client: openai.OpenAI
+    store: Store
+    release: str
+    specialist: Specialist
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: None, toy: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    from ray import serve
+
+    folder = tmp_path_factory.mktemp("serving")
+    store = Store(str(folder / "store"))
+    release, specialist = _publish(store, toy, folder)
+    key = ApiKeys(keys_folder(store.uri) / KEYS_FILE).create("test-agent", "agent")
+    llm, llm_url = _start_llm()
+    port = _free_port()
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        upstream = [{"base_url": f"{llm_url}/v1"}]
+        args = {"store": store.uri, "upstream": upstream, "specialists": SPECIALISTS}
+        serve.run(build(ServeArgs.model_validate(args)), name=APP, route_prefix="/")
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=READY_TIMEOUT_S
+        ) as client:
+            _wait_for_release(client, release)
+            yield Endpoint(client, store, release, specialist)
+    finally:
+        serve.delete(APP)
+        llm.terminate()
+        llm.wait(timeout=10)
+        llm.stdout.close()
+
+
+def test_a_learned_call_is_accepted_with_its_headers_and_captured(endpoint: Endpoint, toy: Any) -> None:
+    example = toy.examples[0]
+    reply = endpoint.client.chat.completions.with_raw_response.create(model=LLM, **example.request)
+    completion = reply.parse()
+    assert reply.headers["x-understudy-route"] == "accept", reply.headers.get("x-understudy-reason")
+    assert reply.headers["x-understudy-task"] == TASK
+    assert reply.headers["x-understudy-specialist"] == endpoint.specialist.name == completion.model
+    assert reply.headers["x-understudy-release"] == endpoint.release
+    assert 0.0 < float(reply.headers["x-understudy-confidence"]) <= 1.0
+    assert completion.choices[0].message.content == example.target["content"]
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.usage is not None and completion.usage.completion_tokens > 0
+    call = _captured(endpoint, reply.headers["x-understudy-call-id"])
+    assert (call.served_by, call.status) == ("specialist", 200)
+    assert call.message is not None and call.message["content"] == example.target["content"]
+    assert call.route is not None and call.route.action == "accept" and call.route.release == endpoint.release
+
+
+def test_an_accepted_answer_streams_as_the_client_asked(endpoint: Endpoint, toy: Any) -> None:
+    example = toy.examples[1]
+    with endpoint.client.chat.completions.with_streaming_response.create(
+        model=LLM, stream=True, stream_options={"include_usage": True}, **example.request
+    ) as reply:
+        chunks = list(reply.parse())
+        headers = reply.headers
+    assert headers["x-understudy-route"] == "accept", headers.get("x-understudy-reason")
+    assert _joined(chunks) == example.target["content"]
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 0
+    assert _captured(endpoint, headers["x-understudy-call-id"]).served_by == "specialist"
+
+
+def test_a_prompt_too_long_for_the_specialist_escalates_to_the_llm(endpoint: Endpoint, toy: Any) -> None:
+    system, user = toy.examples[0].request["messages"]
+    long = {**user, "content": user["content"] + " and again" * 200}
+    request = {**toy.examples[0].request, "messages": [system, long]}
+    reply = endpoint.client.chat.completions.with_raw_response.create(model=LLM, **request)
+    assert reply.headers["x-understudy-route"] == "escalate"
+    assert reply.headers["x-understudy-task"] == TASK
+    assert reply.parse().model == LLM
+    call = _captured(endpoint, reply.headers["x-understudy-call-id"])
+    assert call.served_by == "llm" and call.route is not None and call.route.action == "escalate"
+
+
+def test_an_unknown_call_goes_to_the_llm(endpoint: Endpoint) -> None:
+    reply = endpoint.client.chat.completions.with_raw_response.create(model=LLM, messages=UNKNOWN)
+    assert reply.headers["x-understudy-route"] == "llm"
+    assert "x-understudy-specialist" not in reply.headers
+    assert reply.parse().model == LLM
+    assert _captured(endpoint, reply.headers["x-understudy-call-id"]).served_by == "llm"
+
+
+def test_the_stream_of_the_llm_passes_through_and_is_captured_whole(endpoint: Endpoint) -> None:
+    with endpoint.client.chat.completions.with_streaming_response.create(
+        model=LLM, messages=UNKNOWN, stream=True
+    ) as reply:
+        chunks = list(reply.parse())
+        headers = reply.headers
+    assert headers["x-understudy-route"] == "llm"
+    assert len(chunks) > 2, "the LLM's answer came in one piece"
+    message = _captured(endpoint, headers["x-understudy-call-id"]).message
+    assert message is not None and message["content"] == _joined(chunks) != ""
+
+
+def test_tool_calls_pass_through(endpoint: Endpoint) -> None:
+    reply = endpoint.client.chat.completions.with_raw_response.create(**TOOL_REQUEST)
+    choice = reply.parse().choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    function = choice.message.tool_calls[0].function
+    assert (function.name, function.arguments) == ("lookup_order", '{"order_id":"AB-12345"}')
+    message = _captured(endpoint, reply.headers["x-understudy-call-id"]).message
+    assert message is not None and message["tool_calls"][0]["function"]["name"] == "lookup_order"
+
+
+def test_streamed_tool_calls_are_captured_as_one(endpoint: Endpoint) -> None:
+    with endpoint.client.chat.completions.with_streaming_response.create(stream=True, **TOOL_REQUEST) as reply:
+        chunks = list(reply.parse())
+        headers = reply.headers
+    pieces = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
+    assert "".join(piece.function.arguments or "" for piece in pieces) == '{"order_id":"AB-12345"}'
+    message = _captured(endpoint, headers["x-understudy-call-id"]).message
+    assert message is not None
+    assert [call["function"]["arguments"] for call in message["tool_calls"]] == ['{"order_id":"AB-12345"}']
+
+
+def test_models_of_the_llm_are_listed(endpoint: Endpoint) -> None:
+    assert LLM in {model.id for model in endpoint.client.models.list()}
+
+
+def test_a_wrong_key_is_turned_away(endpoint: Endpoint) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        endpoint.client.with_options(api_key="us-wrong").chat.completions.create(model=LLM, messages=UNKNOWN)
+
+
+def _publish(store: Store, toy: Any, folder: pathlib.Path) -> tuple[str, Specialist]:
+    """Train a base that knows the toy's answers and an adapter on it; promote a release that accepts them all."""
+    paths = {"train_path": toy.rows_path, "validation_path": None, "pad_token_id": toy.tokenizer.pad_token_id}
+    pretrain = FinetuneConfig(num_steps=150, batch_size=12, warmup_steps=10, checkpoint_every=150)
+    base, _ = finetune("base", pretrain, method="full", base_path=toy.base_path, storage=folder / "runs", **paths)
+    toy.tokenizer.save_pretrained(base)
+    tune = FinetuneConfig(num_steps=10, batch_size=12, warmup_steps=2, checkpoint_every=10, learning_rate=1e-4)
+    adapter, _ = finetune("adapter", tune, method="lora", base_path=base, storage=folder / "runs", **paths)
+    (adapter / "README.md").unlink(missing_ok=True)
+    base_sha = store.publish(BASE, base, {"kind": "test"})["sha256"]
+    adapter_sha = store.publish(ADAPTER, adapter, {"kind": "test"})["sha256"]
+    specialist = _specialist(toy, fingerprint_of(base_sha, SPECIALISTS), adapter_sha)
+    routes = {signature_of(example.request): TASK for example in toy.examples}
+    RouteModel(routes, {}).save(store, ROUTES)
+    release = Release(
+        specialists={TASK: specialist}, refused={}, route_model=ROUTES, snapshot="toy", created_ts=time.time()
+    )
+    sha = registry.publish_release(store, release)
+    registry.promote(store, sha)
+    return sha, specialist
+
+
+def _specialist(toy: Any, fingerprint: str, adapter_sha: str) -> Specialist:
+    gate = Gate(
+        reference="llm",
+        population="calls of this task as served",
+        epsilon=0.05,
+        delta=0.05,
+        threshold=0.0,
+        num_calibration=100,
+        num_accepted=100,
+        num_disagreements=0,
+        upper_bound=0.03,
+        coverage=1.0,
+        fingerprint=fingerprint,
+    )
+    return Specialist(
+        task_id=TASK,
+        sha=content_hash([adapter_sha, fingerprint]),
+        base=BASE,
+        adapter=ADAPTER,
+        prompt_format=toy.prompt_format.model_dump(mode="json"),
+        gate=gate,
+        report=f"{ADAPTER}/report.json",
+        max_answer_tokens=toy.max_answer_tokens,
+    )
+
+
+def _start_llm() -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "jobs.demo.llm", "--port", "0", "--latency-scale", "0"]
+    root = pathlib.Path(__file__).parents[2]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for_release(client: openai.OpenAI, release: str) -> None:
+    """The gateway may be up before its engine has the adapter; until then it names no release."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        reply = client.chat.completions.with_raw_response.create(model=LLM, messages=UNKNOWN)
+        if reply.headers.get("x-understudy-release") == release:
+            return
+        assert time.monotonic() < deadline, "the gateway did not take up the release"
+        time.sleep(0.5)
+
+
+def _captured(endpoint: Endpoint, call_id: str) -> AgentCall:
+    """The stored call; capture writes at most a second later, and exactly one row."""
+    deadline = time.monotonic() + CAPTURE_TIMEOUT_S
+    while not (calls := read_calls(endpoint.store, {call_id})):
+        assert time.monotonic() < deadline, f"call {call_id} was not captured"
+        time.sleep(0.2)
+    (call,) = calls
+    return call
+
+
+def _joined(chunks: list[Any]) -> str:
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)

@@ -1,0 +1,205 @@
+"""The report shows every task and every reason, and nothing that comes from traffic can act on its page."""
+
+import base64
+import html
+import html.parser
+import pathlib
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.records import Gate, TaskSpec
+from training.evaluation import Arm, Evaluation
+from training.gate import Outcome, clopper_pearson_interval, coverage_curve
+from training.report import newcombe_interval, write_report
+
+HOSTILE = '<script>alert("x")</script>\' onerror=$\\frac$ \u202e\u0416\ud800\x07'
+REASON = "too few calibration calls: needs 12 more & <b>better</b> examples"
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+def task(task_id: str, name: str, num_calls: int, share: float) -> TaskSpec:
+    return TaskSpec(
+        task_id=task_id,
+        name=name,
+        signature="s",
+        kind="tool_call",
+        reference="llm",
+        agents=("a",),
+        num_calls=num_calls,
+        share_calls=share,
+        share_cost=share,
+        num_examples={"train": num_calls},
+    )
+
+
+def arm(name: str, num_calls: int, num_kept: int, wrong: int) -> Arm:
+    return Arm(
+        name=name,
+        num_calls=num_calls,
+        coverage=num_kept / num_calls,
+        num_kept=num_kept,
+        num_disagreements=wrong,
+        disagreement=wrong / num_kept if num_kept else None,
+        interval=clopper_pearson_interval(wrong, num_kept) if num_kept else (0.0, 1.0),
+    )
+
+
+def evaluation(task_id: str, refused: str | None = None) -> Evaluation:
+    is_open = refused is None
+    outcomes = [Outcome(confidence=1 - i / 200, agrees=i < 80 or i % 3 > 0, session_id=f"s{i}") for i in range(120)]
+    gate = Gate(
+        reference="llm",
+        population="calls of this task as served",
+        epsilon=0.05,
+        delta=0.025,
+        threshold=0.613 if is_open else None,
+        num_calibration=120,
+        num_accepted=77 if is_open else 0,
+        num_disagreements=0,
+        upper_bound=0.0468 if is_open else None,
+        coverage=0.6417 if is_open else 0.0,
+        fingerprint="f",
+        refused=refused,
+    )
+    gated = arm("specialist + gate", 100, 63 if is_open else 0, 1 if is_open else 0)
+    arms = (arm("scratch base (as given)", 100, 100, 42), arm("specialist", 100, 100, 11), gated)
+    return Evaluation(task_id=task_id, gate=gate, arms=arms, curve=tuple(coverage_curve(outcomes)))
+
+
+TASKS = [
+    task("t1", "route ticket", 900, 0.6),
+    task("t2", HOSTILE, 450, 0.3),
+    task("t3", "refund", 60, 0.04),
+    task("t4", "rare", 3, 0.01),
+]
+INPUTS = {
+    "tasks": TASKS,
+    "evaluations": [evaluation("t1"), evaluation("t2", refused=REASON)],
+    "refused": {"t2": REASON, "t3": "no examples in test (60 calls in all)"},
+    "unassigned": {"too_rare <i>": 17, "failed": 4},
+    "losses": {"t1": {"eval_loss": 0.12345, "step": 40}, "t2": {"eval_loss": 0.5}},
+    "summary": {
+        "share_off_llm": 0.412,
+        "cost_ratio": 0.37,
+        "agreement_interval": [0.951, 0.993],
+        "p50_ms": 41.5,
+        "p99_ms": 12345.6,
+        "routes": {"a<b": 3},
+    },
+    "notes": ["the LLM is scripted & free"],
+}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects elements, attributes and text; fails where an element closes that is not open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parse(path: pathlib.Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> pathlib.Path:
+    made = tmp_path_factory.mktemp("report") / "new" / "report.html"
+    write_report(made, **INPUTS)
+    return made
+
+
+def test_hostile_names_and_reasons_are_text_everywhere(path):
+    page = parse(path)
+    shown = HOSTILE.replace("\ud800", "?")
+    assert shown in page.text and "<b>better</b>" in page.text and "too_rare <i>" in page.text
+    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "b", "i"})
+    assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
+    assert any(shown in (attrs.get("alt") or "") for _, attrs in page.elements)
+
+
+def test_page_stands_alone(path):
+    assert not re.search(r"https?:|//[a-z]", path.read_text(encoding="utf-8"))
+    elements = parse(path).elements
+    assert {tag for tag, _ in elements}.isdisjoint({"link", "iframe", "object"})
+    assert all(attrs["src"].startswith("data:image/png;base64,") for _, attrs in elements if "src" in attrs)
+    assert not any("href" in attrs for _, attrs in elements)
+
+
+def test_every_task_and_reason_appears_by_volume(path):
+    text = parse(path).text
+    places = [text.index(t.name.replace("\ud800", "?")) for t in TASKS]
+    assert places == sorted(places)
+    assert REASON in text and "no examples in test (60 calls in all)" in text and "not evaluated" in text
+
+
+def test_headline_counts_what_moved(path):
+    text = parse(path).text
+    assert "1 of 4 tasks moved" in text and "60.0% of the captured calls" in text and "about 38.5% of all calls" in text
+
+
+def test_arms_gain_losses_and_summary_are_shown(path):
+    text = parse(path).text
+    for shown in ("scratch base (as given)", "LLM (reference)", "+31.0 percentage points", "no answers kept"):
+        assert shown in text
+    assert "0.1235" in text and "95.1% to 99.3%" in text and "12346" in text and "a<b: 3" in text
+    assert "the LLM is scripted & free" in text and "4.7%" in text
+
+
+def test_pictures_have_alt_text_and_the_page_a_language(path):
+    elements = parse(path).elements
+    pictures = [attrs for tag, attrs in elements if tag == "img"]
+    assert len(pictures) == 3 and all(len(attrs["alt"]) > 30 for attrs in pictures)
+    assert "threshold 0.613: coverage 64.2%, disagreement 0.0%" in pictures[1]["alt"]
+    assert "no threshold was opened" in pictures[2]["alt"]
+    assert all(base64.b64decode(a["src"].split(",")[1]).startswith(b"\x89PNG") for a in pictures)
+    assert ("html", {"lang": "en"}) in elements
+
+
+def test_nothing_moved_and_nothing_measured(tmp_path):
+    empty = dict.fromkeys(("refused", "unassigned", "losses"), {})
+    bare = evaluation("t1", refused="none of 5 validation answers can be used").model_copy(update={"curve": ()})
+    write_report(tmp_path / "r.html", tasks=TASKS[:1], evaluations=[bare], summary=None, notes=[], **empty)
+    text = parse(tmp_path / "r.html").text
+    assert "all 1 tasks stay on the LLM" in text and "none of 5 validation answers" in text
+    assert "so there is no curve" in text and "Money" not in text and "Every call belongs to a task" in text
+    write_report(tmp_path / "r.html", tasks=[], evaluations=[], summary=None, notes=[], **empty)
+    assert "all 0 tasks" in parse(tmp_path / "r.html").text
+
+
+def test_a_refusal_outweighs_an_open_gate(tmp_path):
+    write_report(tmp_path / "r.html", **{**INPUTS, "refused": {"t1": "withdrawn by hand"}})
+    text = parse(tmp_path / "r.html").text
+    assert "No calls moved" in text and "withdrawn by hand" in text
+
+
+def test_newcombe_interval_of_the_source():
+    assert newcombe_interval(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.data())
+def test_newcombe_interval_holds_the_difference_and_flips_with_the_samples(calls_a, calls_b, data):
+    a, b = data.draw(st.integers(0, calls_a)), data.draw(st.integers(0, calls_b))
+    low, high = newcombe_interval(a, calls_a, b, calls_b)
+    assert -1 - 1e-9 <= low <= a / calls_a - b / calls_b <= high <= 1 + 1e-9
+    assert newcombe_interval(b, calls_b, a, calls_a) == pytest.approx((-high, -low))
