@@ -1,7 +1,7 @@
 """AgentCall <-> the exact token ids a specialist sees and the text it says: one rendering for training and serving.
 
 Two formats. `chat` is the base model's own chat template over the whole request. `compact` is for bases trained
-from scratch: lines that every prompt of the task repeats are left out (the weights know the task), and every word
+from scratch: sentences and lines that every prompt of the task repeats are left out (the weights know the task), and every word
 of the remaining text is followed by a copy token, so that an answer can point at words instead of spelling them:
 `{"order_id":"` copy-5 `"}`. Copy token i stands for word i; two in a row, i then j, for the text from word i
 through word j. What a fresh value looks like then does not matter, only where it stands.
@@ -34,6 +34,7 @@ SPECIAL_TOKENS = (
     *(f"<|copy{i}|>" for i in range(NUM_COPY_TOKENS)),
 )
 
+_UNIT_END = re.compile(r"((?<=[.!?])\s+|\s*\n\s*)")
 _WORD = re.compile(r"\w+(?:[-_./:@'+]\w+)*")
 _JSON_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:)?|-?\d+(?:\.\d+)?')
 _LONGEST_JSON_WORD = 64
@@ -128,9 +129,16 @@ def text_of(message: dict[str, Any]) -> str:
     return "\n".join([content, *spoken]) if spoken else content
 
 
+def split_units(text: str) -> list[tuple[str, str]]:
+    """Split text into (sentence or line, white space behind it); joined again they are the text."""
+    parts = [*_UNIT_END.split(text), ""]
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
 def variable_text(message: dict[str, Any], static_lines: frozenset[str]) -> str:
-    """The message's text without the lines that every prompt of the task repeats."""
-    return "\n".join(line for line in text_of(message).split("\n") if line.strip() and line.strip() not in static_lines)
+    """The message's text without the sentences and lines that every prompt of the task repeats."""
+    kept = [(unit, space) for unit, space in split_units(text_of(message)) if unit.strip() not in static_lines]
+    return "".join(unit + space for unit, space in kept).strip()
 
 
 def find_words(text: str) -> list[Word]:

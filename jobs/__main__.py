@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = verbs.add_parser("convert", help="captured calls -> gated specialists -> a release")
     convert.add_argument("words", **words)
     convert.add_argument("--promote", action="store_true", help="serve the release at once")
+    convert.add_argument("--report", default="report.html", help="where to write the page with pictures")
     convert.set_defaults(run=_convert)
     release = verbs.add_parser("promote", help="make a release the served one")
     release.add_argument("release")
@@ -71,7 +72,7 @@ def _convert(options: argparse.Namespace) -> None:
     from cluster.registry import promote
     from cluster.session import connect
     from cluster.store import Store
-    from jobs.convert import convert
+    from jobs.convert import convert, write_conversion_report
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(options.words)
@@ -79,6 +80,9 @@ def _convert(options: argparse.Namespace) -> None:
     conversion = convert(recipe)
     if options.promote:
         promote(Store(recipe.store), conversion.release)
+    report = pathlib.Path(options.report)
+    write_conversion_report(report, conversion, None, [])
+    print(f"report: {report}")
     print(f"{recipe.store}/releases/{conversion.release}.json")
 
 

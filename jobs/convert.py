@@ -35,6 +35,7 @@ from training.evaluation import Candidate, Evaluation, evaluate
 from training.finetune import finetune
 from training.fleet import run_fleet
 from training.gate import release_delta
+from training.report import write_report
 from training.scratch import init_model, texts_of, train_tokenizer
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
@@ -107,6 +108,22 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print) -> Conversion:
         refused=release.refused,
         losses=losses,
         seconds=clock.laps,
+    )
+
+
+def write_conversion_report(
+    path: pathlib.Path, conversion: Conversion, summary: dict[str, Any] | None, notes: list[str]
+) -> None:
+    """Write the HTML page a person reads: what moved, how sure that is, what stays and why."""
+    write_report(
+        path,
+        tasks=conversion.tasks,
+        evaluations=conversion.evaluations,
+        refused=conversion.refused,
+        unassigned=conversion.unassigned,
+        losses=conversion.losses,
+        summary=summary,
+        notes=notes,
     )
 
 

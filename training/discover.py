@@ -3,8 +3,7 @@
 Calls of one signature whose answers have one form are one task. A signature with several forms is split by what its
 prompts say: hashed n-grams, a truncated SVD and HDBSCAN (Campello et al. 2013) find topics, and topics with the same
 form and template lines are merged. Answers are read in train and validation only; every example, of any split, is
-then assigned by the route model, so that what is learned, certified and served is one population. Not known here:
-whether a specialist can learn a task. Holds all examples in memory.
+then assigned by the route model, so that what is learned, certified and served is one population. All in memory.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from pydantic import Field
 
 from cluster.answers import json_value, kind_of
 from cluster.config import Config
+from cluster.prompts import split_units
 from cluster.records import AnswerKind, Example, Split, TaskSpec
 from cluster.route_model import NUM_BUCKETS, RouteModel, TextEncoder, TopicMap, hashed_features
 from cluster.signature import message_text, signature_of, system_text, template_lines, tool_names, variable_text
@@ -324,9 +324,9 @@ def _cost_measure(everything: list[Example]) -> Callable[[list[Example]], float]
 
 
 def _static_lines(examples: list[Example]) -> tuple[str, ...]:
-    """Lines that one role says in nearly every train request, in order of first appearance.
+    """Sentences and lines that one role says in nearly every train request, in order of first appearance.
 
-    Empty where there are too few train requests to tell what is repeated from what was said.
+    Empty where there are too few train requests to tell.
     """
     requests = [e.request for e in examples if e.split == "train"]
     if len(requests) < _MIN_STATIC_REQUESTS:
@@ -334,7 +334,7 @@ def _static_lines(examples: list[Example]) -> tuple[str, ...]:
     counts: Counter[tuple[str, str]] = Counter()
     for request in requests:
         said = (m for m in request["messages"] if m["role"] in _PROMPT_ROLES)
-        lines = ((m["role"], line.strip()) for m in said for line in message_text(m).split("\n"))
+        lines = ((m["role"], unit.strip()) for m in said for unit, _ in split_units(message_text(m)))
         counts.update(list(dict.fromkeys(lines)))
     static = (line for (_, line), n in counts.items() if line and n >= _MIN_STATIC_SHARE * len(requests))
     return tuple(dict.fromkeys(static))

@@ -152,8 +152,12 @@ def _answer_loss(engine: Any, batch: dict[str, Any], device: Any) -> Any:
     """Mean cross-entropy over answer tokens; right padding needs no mask under causal attention."""
     import torch.nn.functional as F
 
-    labels = batch["labels"][:, 1:].to(device)
-    logits = engine(input_ids=batch["input_ids"].to(device)).logits[:, :-1]
+    labels = batch["labels"].to(device)
+    # Logits are the dear part of a small model: none are computed before the first answer token of the batch.
+    first = int((labels != -100).any(dim=0).nonzero()[0])
+    kept = labels.shape[1] - first + 1
+    logits = engine(input_ids=batch["input_ids"].to(device), logits_to_keep=kept).logits[:, :-1]
+    labels = labels[:, first:]
     is_answer = labels != -100
     return F.cross_entropy(logits[is_answer].float(), labels[is_answer])
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MAX_BARS = 40
 _MAX_NAME = 48
 _SPECIALIST_ARMS = ("specialist", "specialist + gate")
-_MOVES, _STAYS = "specialist", "LLM"
+_MOVES, _STAYS = "moved", "stays on the LLM"
 _COLOURS = {_MOVES: "#0072b2", _STAYS: "#e69f00"}
 _HATCHES = {_MOVES: "", _STAYS: "///"}
 """Decisions differ in hatching and in the written label too, for readers and printers without colour."""
@@ -157,7 +157,7 @@ def _headline(rows: Sequence[_Row]) -> str:
 
 
 def _task_table(rows: Sequence[_Row]) -> str:
-    header = ["No.", "Task", "Kind", "Calls", "Share", "Answered by", "Threshold", "Coverage"]
+    header = ["No.", "Task", "Kind", "Calls", "Share", "Decision", "Threshold", "Coverage"]
     header += ["Certified bound", "Epsilon", "Delta", "Why it stays"]
     cells = []
     for row in rows:
@@ -188,7 +188,7 @@ def _volume_picture(rows: Sequence[_Row]) -> str:
     for decision in (_MOVES, _STAYS):
         chosen = [place for place in places if drawn[place].decision == decision]
         looks = {"color": _COLOURS[decision], "hatch": _HATCHES[decision], "edgecolor": "white"}
-        axes.barh(chosen, [calls[place] for place in chosen], label=f"answered by {decision}", **looks)
+        axes.barh(chosen, [calls[place] for place in chosen], label=decision, **looks)
     for place in places:
         axes.annotate(
             f"{calls[place]} ({drawn[place].decision})",
@@ -199,14 +199,14 @@ def _volume_picture(rows: Sequence[_Row]) -> str:
         )
     axes.set_yticks(list(places), [_drawable(f"{row.number}. {row.task.name}") for row in drawn], parse_math=False)
     axes.set_ylim(len(drawn) - 0.4, -0.6)
-    axes.set_xlim(0, 1.25 * max(1, *calls))
+    axes.set_xlim(0, 1.45 * max(1, *calls))
     axes.set_xlabel("captured calls")
     figure.legend(loc="outside upper left", ncols=2, frameon=False)
     left_out = f" The {len(rows) - len(drawn)} smallest tasks are not drawn." if len(rows) > len(drawn) else ""
     alt = "Bars of captured calls per task: " + "; ".join(
         f"{r.task.name}, {r.task.num_calls}, {r.decision}" for r in drawn
     )
-    return _picture(figure, alt, f"Tasks by volume and who answers them.{left_out}")
+    return _picture(figure, alt, f"Tasks by volume and decision.{left_out}")
 
 
 def _task_section(row: _Row) -> str:
@@ -284,7 +284,7 @@ def _arm_table(row: _Row) -> str:
 
 
 def _gain(arms: Sequence[Arm]) -> str:
-    """How much less the specialist disagrees than its base, in percentage points."""
+    """How much more the specialist agrees than its base, in percentage points."""
     specialist = next((arm for arm in arms if arm.name == _SPECIALIST_ARMS[0] and arm.num_kept), None)
     base = next((arm for arm in arms if arm.name not in _SPECIALIST_ARMS and arm.num_kept), None)
     if specialist is None or base is None:
@@ -293,8 +293,8 @@ def _gain(arms: Sequence[Arm]) -> str:
     counts = (base.num_disagreements, base.num_kept, specialist.num_disagreements, specialist.num_kept)
     low, high = (100 * end for end in newcombe_interval(*counts))
     return (
-        f"<p>Gain of the specialist over <bdi>{_text(base.name)}</bdi>: {100 * gain:+.1f} percentage points less "
-        f"disagreement (95% interval {low:+.1f} to {high:+.1f}, Newcombe, arms treated as independent). All intervals here "
+        f"<p>Gain of the specialist over <bdi>{_text(base.name)}</bdi>: {100 * gain:+.1f} percentage points of "
+        f"agreement (95% interval {low:+.1f} to {high:+.1f}, Newcombe, arms treated as independent). All intervals here "
         "treat test calls as independent; where a conversation has several, they are somewhat too narrow.</p>"
     )
 

@@ -15,8 +15,8 @@ from training.finetune import FinetuneConfig, finetune
 
 pytestmark = pytest.mark.integration
 
-# Batches this size keep a step above 100 ms, so that the kill comes before the next checkpoint.
-CONFIG = FinetuneConfig(num_steps=12, batch_size=256, warmup_steps=2, checkpoint_every=4, max_failures=1, seed=5)
+# Ray registers a checkpoint up to two seconds late; batches this size keep the kill well before the last step.
+CONFIG = FinetuneConfig(num_steps=16, batch_size=256, warmup_steps=2, checkpoint_every=4, max_failures=1, seed=5)
 
 
 class Killer(threading.Thread):
@@ -26,6 +26,7 @@ class Killer(threading.Thread):
         super().__init__(daemon=True)
         self._folder, self._done = run_folder, threading.Event()
         self.killed: list[int] = []
+        self.step_at_kill = 0
         self.steps: dict[str, int] = {}
         """Checkpoint folder -> step, in the order of their appearance."""
 
@@ -49,6 +50,7 @@ class Killer(threading.Thread):
             for process in _train_workers():
                 process.kill()
                 self.killed.append(process.pid)
+                self.step_at_kill = max(self.steps.values())
 
 
 def test_a_killed_worker_continues_from_its_checkpoint_to_the_same_result(
@@ -72,8 +74,10 @@ def test_a_killed_worker_continues_from_its_checkpoint_to_the_same_result(
     _, undisturbed = finetune("undisturbed", CONFIG, **arguments)
 
     assert len(killer.killed) == 1
-    assert list(killer.steps.values()) == [4, 8, 12], "a run from the beginning would reach step 4 twice"
-    assert disturbed["step"] == undisturbed["step"] == 12
+    assert 4 <= killer.step_at_kill < CONFIG.num_steps
+    steps = list(killer.steps.values())
+    assert steps.count(4) == 1, "it began again from the beginning"
+    assert steps[-1] == disturbed["step"] == undisturbed["step"] == CONFIG.num_steps
     for name in ("loss", "validation_loss"):
         assert disturbed[name] == pytest.approx(undisturbed[name], abs=1e-6)
     assert (model / "adapter_model.safetensors").stat().st_size > 0
@@ -81,7 +85,7 @@ def test_a_killed_worker_continues_from_its_checkpoint_to_the_same_result(
 
 
 def _many_rows(toy: Any, folder: pathlib.Path) -> pathlib.Path:
-    """The toy's rows over and over, so that a batch is slow and no two epochs are needed for the order to matter."""
+    """The toy's rows often enough to fill batches; each step then draws its own."""
     import datasets
 
     save_dataset(list(datasets.load_from_disk(str(toy.rows_path))) * 300, folder)
