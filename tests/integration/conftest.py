@@ -31,6 +31,8 @@ THIRD_PARTY_WARNINGS = (
     "ignore:`use_arrow_tensor_v2` is deprecated:DeprecationWarning",
     # Ray Serve's config classes give pydantic keywords in a way of pydantic 1.
     "ignore:Using extra keyword arguments on `Field` is deprecated:pydantic.warnings.PydanticDeprecatedSince20",
+    # Imported by the engine; torch's own use of its old compiler.
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
 )
 
 
