@@ -21,7 +21,7 @@ from typing import Any
 
 from cluster import answers
 from cluster.access import ApiKeys, keys_folder
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, ReleaseError
 from cluster.registry import promote
 from cluster.session import connect
 from cluster.store import Store
@@ -63,7 +63,7 @@ def run_demo(out: pathlib.Path, words: list[str], summary_path: pathlib.Path | N
         conversion = convert(recipe)
         promote(Store(recipe.store), conversion.release)
         _deploy(recipe, url)
-        _wait_for_release(port, key, conversion)
+        _wait_for_release(port, conversion)
         print(f"serve: {NUM_FRESH} fresh conversations, held-out templates and values")
         fresh_began, spent = time.monotonic(), [_spent_usd(url)]
         fresh = asyncio.run(_drive(port, key, "fresh", NUM_FRESH))
@@ -166,18 +166,20 @@ async def _drive(port: int, key: str, season: str, count: int) -> list[CallResul
             )
 
 
-def _wait_for_release(port: int, key: str, conversion: Conversion, timeout_s: float = 120.0) -> None:
-    """The gateway loads every adapter before it follows a release; wait until it names the specialists."""
+def _wait_for_release(port: int, conversion: Conversion, timeout_s: float = 120.0) -> None:
+    """The gateway loads every adapter before it follows a release; wait until it serves this one.
 
-    async def list_models() -> set[str]:
-        async with _client(f"http://127.0.0.1:{port}/v1", key) as client:
-            return {model.id async for model in client.models.list()}
-
-    wanted = {f"understudy/{e.task_id}" for e in conversion.evaluations if e.gate.is_open}
+    Raises:
+        ReleaseError: it did not within `timeout_s`.
+    """
     deadline = time.monotonic() + timeout_s
-    while not wanted <= asyncio.run(list_models()):
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as reply:
+            health = json.load(reply)
+        if health["release"] == conversion.release:
+            return
         if time.monotonic() > deadline:
-            raise ConfigError(f"the gateway did not take up release {conversion.release} within {timeout_s:g} s")
+            raise ReleaseError(f"the gateway did not take up release {conversion.release} within {timeout_s:g} s")
         time.sleep(1.0)
 
 
