@@ -1,0 +1,8 @@
+"""Counts the tests that were skipped for want of the shared data (UNDERSTUDY_DATA, default ../shared/data)."""
+
+NO_DATA = "shared data not found"
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_DATA in str(report.longrepr)]
+    terminalreporter.write_line(f"skipped for want of shared data: {len(skipped)}")
