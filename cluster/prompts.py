@@ -1,18 +1,22 @@
 """AgentCall <-> the exact token ids a specialist sees and the text it says: one rendering for training and serving.
 
 Two formats. `chat` is the base model's own chat template over the whole request. `compact` is for bases trained
-from scratch: sentences and lines that every prompt of the task repeats are left out (the weights know the task), and every word
-of the remaining text is followed by a copy token, so that an answer can point at words instead of spelling them:
-`{"order_id":"` copy-5 `"}`. Copy token i stands for word i; two in a row, i then j, for the text from word i
-through word j. What a fresh value looks like then does not matter, only where it stands.
+from scratch: a task token stands for the sentences and lines that every prompt of the task repeats, and every word that
+an answer could need is followed by a copy token, so that an answer can point at words instead of spelling them:
+`{"order_id":"` copy-181 `"}`. Copy tokens count the words of one class, so that one token means "the first id of this
+shape" in every prompt; two in a row stand for the text from one word through another. Ids, dates and addresses are
+shown by their shape (AB-48213 as XX-dddd), because a fresh value is like none that was seen: only its shape and its
+place say what it is.
 
 Knows nothing of how a model is trained or served. Special tokens in the text of a request are plain text here.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,10 +24,18 @@ from cluster.answers import to_message
 from cluster.errors import InputError
 from cluster.records import AnswerKind, Record
 
-RENDERING_VERSION = 1
+RENDERING_VERSION = 2
 """Part of every engine fingerprint: raise it when the same request would give other token ids."""
 
-NUM_COPY_TOKENS = 256
+_NUM_SHAPE_CLASSES = 8
+_COPY_BLOCKS = {
+    **{"lower": 64, "title": 64, "upper": 16, "number": 16, "other": 16, "address": 16},
+    **{f"shape{i}": 8 for i in range(_NUM_SHAPE_CLASSES)},
+}
+"""Word class -> how many copy tokens it has. Shapes are classed by their length."""
+NUM_COPY_TOKENS = sum(_COPY_BLOCKS.values())
+_FIRST_OF_BLOCK = dict(zip(_COPY_BLOCKS, itertools.accumulate([0, *_COPY_BLOCKS.values()]), strict=False))
+NUM_TASK_TOKENS = 64
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("system", "developer", "user", "assistant", "tool", "function")}
 ANSWER_TOKEN, END_TOKEN, PAD_TOKEN = "<|answer|>", "<|end|>", "<|pad|>"
 SPECIAL_TOKENS = (
@@ -31,12 +43,16 @@ SPECIAL_TOKENS = (
     END_TOKEN,
     ANSWER_TOKEN,
     *ROLE_TOKENS.values(),
+    *(f"<|task{i}|>" for i in range(NUM_TASK_TOKENS)),
     *(f"<|copy{i}|>" for i in range(NUM_COPY_TOKENS)),
 )
 
 _UNIT_END = re.compile(r"((?<=[.!?])\s+|\s*\n\s*)")
 _WORD = re.compile(r"\w+(?:[-_./:@'+]\w+)*")
 _JSON_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:)?|-?\d+(?:\.\d+)?')
+_MIN_SHAPED_DIGITS = 3
+_LONGEST_SHAPE_RUN = 4
+_SHAPE_RUN = re.compile(r"[^\W\d_]+|\d+")
 _LONGEST_JSON_WORD = 64
 """Characters; a longer JSON string is prose and is split into its words."""
 
@@ -48,6 +64,10 @@ class PromptFormat(Record):
     answer_kind: AnswerKind
     static_lines: tuple[str, ...] = ()
     """Left out of a compact prompt."""
+    task_number: int = 0
+    """Which task token begins a compact prompt; numbers repeat after NUM_TASK_TOKENS."""
+    plain_words: tuple[str, ...] = ()
+    """Keys (`word_key`) of the words that get no copy token, because no answer ever needs them."""
     max_prompt_tokens: int
     """A longer prompt is not for this specialist: the call goes to the LLM."""
 
@@ -64,7 +84,8 @@ class Prompt(NamedTuple):
     """Token ids of a rendered request, and the words its copy tokens stand for."""
 
     ids: list[int]
-    words: list[Word]
+    words: dict[int, Word]
+    """Copy number -> word, in reading order."""
 
 
 def render_prompt(request: dict[str, Any], prompt_format: PromptFormat, tokenizer: Any) -> Prompt:
@@ -158,35 +179,100 @@ def find_words(text: str) -> list[Word]:
     return words
 
 
+def shape_of(word: str) -> str:
+    """A word as a compact prompt shows it: ids, long numbers and addresses by their shape, others as they are.
+
+    Example:
+        >>> shape_of("AB-48213"), shape_of("mara.lind@example.com"), shape_of("tent"), shape_of("12")
+        ('XX-dddd', 'x.x@x.x', 'tent', '12')
+    """
+    if "@" not in word and sum(map(str.isdigit, word)) < _MIN_SHAPED_DIGITS:
+        return word
+    return _SHAPE_RUN.sub(_shape_of_run, word)
+
+
+def word_key(word: str) -> str:
+    """What `PromptFormat.plain_words` knows a word by."""
+    return shape_of(word).casefold()
+
+
+def shown_text(text: str) -> str:
+    """The text as a compact prompt shows it, without copy tokens."""
+    at, parts = 0, []
+    for word in find_words(text):
+        parts += [text[at : word.begin], shape_of(text[word.begin : word.end])]
+        at = word.end
+    return "".join([*parts, text[at:]])
+
+
+def prompt_texts(request: dict[str, Any], static_lines: Sequence[str]) -> list[tuple[str, str]]:
+    """(role, text) of every message that says more than the static lines."""
+    static = frozenset(static_lines)
+    texts = [(message["role"], variable_text(message, static)) for message in request["messages"]]
+    return [(role, text) for role, text in texts if text]
+
+
+def _shape_of_run(match: re.Match[str]) -> str:
+    run = match[0]
+    if run[0].isdigit():
+        return "d" * min(len(run), _LONGEST_SHAPE_RUN)
+    return "X" * min(len(run), _LONGEST_SHAPE_RUN) if run.isupper() else "x"
+
+
 def _render_chat(request: dict[str, Any], tokenizer: Any) -> Prompt:
     messages = [{**message, "content": message.get("content") or ""} for message in request["messages"]]
     text = tokenizer.apply_chat_template(
         messages, tools=request.get("tools") or None, add_generation_prompt=True, tokenize=False
     )
-    return Prompt(tokenizer.encode(text, add_special_tokens=False), [])
+    return Prompt(tokenizer.encode(text, add_special_tokens=False), {})
 
 
 def _render_compact(request: dict[str, Any], prompt_format: PromptFormat, tokenizer: Any) -> Prompt:
-    static = frozenset(prompt_format.static_lines)
-    texts = [(message["role"], variable_text(message, static)) for message in request["messages"]]
-    texts = [(role, text) for role, text in texts if text]
-    words = [find_words(text) for _, text in texts]
-    # The last words are the ones an answer is about, so they get the copy tokens when there are too few.
-    num_plain = max(0, sum(map(len, words)) - NUM_COPY_TOKENS)
-    copied: list[Word] = []
-    ids: list[int] = []
+    texts = prompt_texts(request, prompt_format.static_lines)
+    plain_words = frozenset(prompt_format.plain_words)
+    words = _number_words([word for _, text in texts for word in _copyable_words(text, plain_words)])
     first = copy_token_id(tokenizer)
-    for (role, text), found in zip(texts, words, strict=True):
+    ids = [tokenizer.convert_tokens_to_ids(f"<|task{prompt_format.task_number % NUM_TASK_TOKENS}|>")]
+    for role, text in texts:
         ids.append(tokenizer.convert_tokens_to_ids(ROLE_TOKENS[role]))
-        plain, num_plain = found[:num_plain], max(0, num_plain - len(found))
-        at = plain[-1].end if plain else 0
-        ids += _encode(text[:at], tokenizer)
-        for word in found[len(plain) :]:
-            ids += [*_encode(text[at : word.end], tokenizer), first + len(copied)]
-            copied.append(word)
+        at = 0
+        for number, word in words.items():
+            if word.text is not text:
+                continue
+            shown = shown_text(text[at : word.begin]) + shape_of(text[word.begin : word.end])
+            ids += [*_encode(shown, tokenizer), first + number]
             at = word.end
-        ids += _encode(text[at:], tokenizer)
-    return Prompt([*ids, tokenizer.convert_tokens_to_ids(ANSWER_TOKEN)], copied)
+        ids += _encode(shown_text(text[at:]), tokenizer)
+    return Prompt([*ids, tokenizer.convert_tokens_to_ids(ANSWER_TOKEN)], words)
+
+
+def _copyable_words(text: str, plain_words: frozenset[str]) -> list[Word]:
+    return [word for word in find_words(text) if word_key(text[word.begin : word.end]) not in plain_words]
+
+
+def _number_words(words: list[Word]) -> dict[int, Word]:
+    """Count the words of each class; the last ones of a class are those an answer is about, where there are too many."""
+    classes = [_class_of(word.text[word.begin : word.end]) for word in words]
+    left_out = {name: n - _COPY_BLOCKS[name] for name, n in Counter(classes).items()}
+    seen: Counter[str] = Counter()
+    numbered = {}
+    for name, word in zip(classes, words, strict=True):
+        place = seen[name] - max(0, left_out[name])
+        seen[name] += 1
+        if place >= 0:
+            numbered[_FIRST_OF_BLOCK[name] + place] = word
+    return numbered
+
+
+def _class_of(word: str) -> str:
+    shape = shape_of(word)
+    if shape != word:
+        return "address" if "@" in word else f"shape{len(shape) % _NUM_SHAPE_CLASSES}"
+    if word.isdigit():
+        return "number"
+    if not word.isalpha():
+        return "other"
+    return "lower" if word.islower() else "upper" if word.isupper() and len(word) > 1 else "title"
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:
@@ -205,7 +291,7 @@ def _read_compact(ids: Sequence[int], prompt: Prompt, prompt_format: PromptForma
             at = stop
             continue
         stop = at + 2 if at + 1 < len(ids) and numbers[at + 1] is not None else at + 1
-        copied = _copied_text(numbers[at], numbers[stop - 1], prompt.words)
+        copied = _copied_text(prompt.words.get(numbers[at]), prompt.words.get(numbers[stop - 1]))
         if copied is None:
             return None
         parts.append(
@@ -215,10 +301,10 @@ def _read_compact(ids: Sequence[int], prompt: Prompt, prompt_format: PromptForma
     return "".join(parts)
 
 
-def _copied_text(begin: int, end: int, words: list[Word]) -> str | None:
-    if begin > end or end >= len(words) or words[begin].text is not words[end].text:
+def _copied_text(first: Word | None, last: Word | None) -> str | None:
+    if first is None or last is None or first.text is not last.text or first.begin > last.begin:
         return None
-    return words[begin].text[words[begin].begin : words[end].end]
+    return first.text[first.begin : last.end]
 
 
 def _is_json(text: str) -> bool:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import InputError
-from cluster.prompts import PromptFormat
+from cluster.prompts import RENDERING_VERSION, PromptFormat
 from cluster.records import Example, Record, Release, Specialist, Split, TaskSpec
 from cluster.registry import publish_release
 from cluster.store import Store, content_hash
@@ -29,14 +29,14 @@ from jobs.recipe import Recipe
 from training import selection
 from training.catalog import load_catalog
 from training.curate import curate, load_split
-from training.dataset import build_dataset, longest_answer, save_dataset
+from training.dataset import TaskData, build_task_data, num_answer_tokens, save_dataset
 from training.discover import discover, save_discovery
 from training.evaluation import Candidate, Evaluation, evaluate
 from training.finetune import finetune
 from training.fleet import run_fleet
 from training.gate import release_delta
 from training.report import write_report
-from training.scratch import init_model, texts_of, train_tokenizer
+from training.scratch import pretrain, texts_of, train_tokenizer
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
 _ANSWER_SLACK = 1.5
@@ -89,9 +89,9 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print) -> Conversion:
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
     clock.lap("discover")
     tasks, refused = _learnable(discovery.tasks, by_split)
-    base, tokenizer, arm = _prepare_base(recipe, store, work, tasks, by_split, say)
+    base, arm, tokenizer, data = _prepare_base(recipe, store, work, tasks, by_split, say)
     clock.lap("base")
-    plans = _plan_runs(recipe, store, work, tasks, by_split, base, tokenizer, refused)
+    plans = _plan_runs(recipe, work, tasks, data, base, refused)
     losses, failed = _train_adapters(recipe, store, work, plans, base, tokenizer, say)
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     clock.lap("finetune")
@@ -148,15 +148,6 @@ def _learnable(
     return [task for task in tasks if task.task_id not in refused], refused
 
 
-def _prompt_format(recipe: Recipe, task: TaskSpec, is_scratch: bool) -> PromptFormat:
-    return PromptFormat(
-        kind="compact" if is_scratch else "chat",
-        answer_kind=task.kind,
-        static_lines=task.static_lines if is_scratch else (),
-        max_prompt_tokens=recipe.specialists.max_model_tokens * 3 // 4,
-    )
-
-
 def _prepare_base(
     recipe: Recipe,
     store: Store,
@@ -164,103 +155,92 @@ def _prepare_base(
     tasks: list[TaskSpec],
     by_split: dict[Split, dict[str, list[Example]]],
     say: Callable[[str], None],
-) -> tuple[str, Any, str]:
-    """Load the base from hub or folder, or train it from scratch. Returns (store path, tokenizer, name of its arm)."""
+) -> tuple[str, str, Any, dict[str, TaskData]]:
+    """Load the base from hub or folder, or train it from scratch.
+
+    Returns:
+        (store path, name of its arm, tokenizer, every task's data in its tokens).
+    """
     from transformers import AutoTokenizer
 
     chosen = selection.select_base(recipe.select, tasks, p99_prompt_tokens=1)
-    if not chosen.is_scratch:
-        base = selection.publish_loaded_base(store, recipe.select.base)
+    if chosen.is_scratch:
+        base = f"bases/{recipe.select.base}-{_base_key(recipe, tasks, by_split)}"
     else:
-        key = content_hash(
-            [
-                recipe.select.base,
-                recipe.pretrain.model_dump(mode="json"),
-                [t.model_dump(mode="json") for t in tasks],
-                {
-                    s: sorted(e.example_id for group in by_split[s].values() for e in group)
-                    for s in ("train", "validation")
-                },
-            ]
-        )
-        base = f"bases/{recipe.select.base}-{key[:12]}"
-        if not store.is_published(base):
-            _train_scratch(recipe, store, work / f"base-{key[:12]}", base, tasks, by_split, say)
-    tokenizer = AutoTokenizer.from_pretrained(store.fetch(base, work / "cache"), trust_remote_code=False)
-    return base, tokenizer, chosen.arm
-
-
-def _train_scratch(
-    recipe: Recipe,
-    store: Store,
-    work: pathlib.Path,
-    base: str,
-    tasks: list[TaskSpec],
-    by_split: dict[Split, dict[str, list[Example]]],
-    say: Callable[[str], None],
-) -> None:
+        base = selection.publish_loaded_base(store, recipe.select.base)
+    if store.is_published(base):
+        tokenizer = AutoTokenizer.from_pretrained(store.fetch(base, work / "cache"), trust_remote_code=False)
+        return base, chosen.arm, tokenizer, _tokenise(recipe, tasks, by_split, tokenizer, chosen.is_scratch)
     entry = load_catalog().get(recipe.select.base)
     texts = [t for task in tasks for t in texts_of(by_split["train"][task.task_id], task.static_lines)]
     tokenizer = train_tokenizer(texts, entry.vocab_size)
-    init_model(entry, tokenizer, work / "init", recipe.pretrain.seed)
-    rows: dict[str, list] = {"train": [], "validation": []}
-    for task in tasks:
-        prompt_format = _prompt_format(recipe, task, is_scratch=True)
-        found, rule, _ = build_dataset(by_split["train"][task.task_id], prompt_format, tokenizer)
-        rows["train"] += found
-        rows["validation"] += build_dataset(by_split["validation"][task.task_id], prompt_format, tokenizer, rule)[0]
-    for split, found in rows.items():
-        save_dataset(found, work / split)
-    say(f"select: {recipe.select.base}, {len(rows['train'])} examples, {recipe.pretrain.num_steps} steps")
-    model, metrics = finetune(
-        "pretrain",
-        recipe.pretrain,
-        method="full",
-        base_path=work / "init",
-        train_path=work / "train",
-        validation_path=work / "validation",
-        pad_token_id=tokenizer.pad_token_id,
-        storage=work / "runs",
-    )
-    tokenizer.save_pretrained(model)
+    data = _tokenise(recipe, tasks, by_split, tokenizer, is_scratch=True)
+    say(f"select: {recipe.select.base}, trained from scratch for {recipe.pretrain.num_steps} steps")
+    model, metrics = pretrain(entry, recipe.pretrain, tokenizer, list(data.values()), work / pathlib.Path(base).name)
     store.publish(base, model, {"base": recipe.select.base, "metrics": metrics})
+    return base, chosen.arm, tokenizer, data
+
+
+def _base_key(recipe: Recipe, tasks: list[TaskSpec], by_split: dict[Split, dict[str, list[Example]]]) -> str:
+    """Names a scratch base by all that shapes it."""
+    seen = {s: sorted(e.example_id for group in by_split[s].values() for e in group) for s in ("train", "validation")}
+    known = [task.model_dump(mode="json") for task in tasks]
+    return content_hash([recipe.select.base, recipe.pretrain.model_dump(mode="json"), known, seen, RENDERING_VERSION])[
+        :12
+    ]
+
+
+def _tokenise(
+    recipe: Recipe,
+    tasks: list[TaskSpec],
+    by_split: dict[Split, dict[str, list[Example]]],
+    tokenizer: Any,
+    is_scratch: bool,
+) -> dict[str, TaskData]:
+    data = {}
+    for number, task in enumerate(tasks):
+        prompt_format = PromptFormat(
+            kind="compact" if is_scratch else "chat",
+            answer_kind=task.kind,
+            static_lines=task.static_lines if is_scratch else (),
+            task_number=number if is_scratch else 0,
+            max_prompt_tokens=recipe.specialists.max_model_tokens * 3 // 4,
+        )
+        train, validation = (by_split[split][task.task_id] for split in ("train", "validation"))
+        data[task.task_id] = build_task_data(train, validation, prompt_format, tokenizer)
+    return data
 
 
 def _plan_runs(
     recipe: Recipe,
-    store: Store,
     work: pathlib.Path,
     tasks: list[TaskSpec],
-    by_split: dict[Split, dict[str, list[Example]]],
+    data: dict[str, TaskData],
     base: str,
-    tokenizer: Any,
     refused: dict[str, str],
 ) -> list[_Plan]:
-    """Tokenise every task's data; a task whose prompts do not fit is refused with its reason."""
+    """Write every task's dataset; a task whose prompts do not fit is refused with its reason."""
     plans = []
     for task in tasks:
-        prompt_format = _prompt_format(recipe, task, base.startswith("bases/scratch-"))
-        examples = by_split["train"][task.task_id]
-        rows, rule, num_skipped = build_dataset(examples, prompt_format, tokenizer)
-        if num_skipped > len(examples) // 2:
+        prompt_format, rows, held_out, num_skipped = data[task.task_id]
+        if num_skipped >= max(1, len(rows)):
             refused[task.task_id] = (
-                f"{num_skipped} of {len(examples)} prompts are longer than {prompt_format.max_prompt_tokens} tokens, what base {recipe.select.base} takes"
+                f"{num_skipped} of {num_skipped + len(rows)} prompts are longer than {prompt_format.max_prompt_tokens} tokens, what base {recipe.select.base} takes"
             )
             continue
-        held_out, _, _ = build_dataset(by_split["validation"][task.task_id], prompt_format, tokenizer, rule)
-        run_id = content_hash(
-            [
-                base,
-                prompt_format.model_dump(mode="json"),
-                recipe.finetune.model_dump(mode="json"),
-                sorted(e.example_id for e in examples),
-            ]
-        )[:12]
+        facts = [base, prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]
+        run_id = content_hash(facts)[:12]
         save_dataset(rows, work / run_id / "train")
         save_dataset(held_out or rows[:1], work / run_id / "validation")
-        longest = min(int(longest_answer(rows) * _ANSWER_SLACK), recipe.specialists.max_model_tokens // 4)
+        longest = int(max(map(num_answer_tokens, rows)) * _ANSWER_SLACK)
         plans.append(
-            _Plan(task=task, prompt_format=prompt_format, run_id=run_id, max_answer_tokens=longest, num_rows=len(rows))
+            _Plan(
+                task=task,
+                prompt_format=prompt_format,
+                run_id=run_id,
+                max_answer_tokens=min(longest, recipe.specialists.max_model_tokens // 4),
+                num_rows=len(rows),
+            )
         )
     return plans
 

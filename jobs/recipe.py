@@ -17,6 +17,7 @@ from training.discover import DiscoverConfig
 from training.finetune import FinetuneConfig
 from training.fleet import FleetConfig
 from training.gate import GateConfig
+from training.scratch import PretrainConfig
 from training.selection import SelectConfig
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"
@@ -33,7 +34,7 @@ class Recipe(Config):
     curate: CurateConfig = CurateConfig()
     discover: DiscoverConfig = DiscoverConfig()
     select: SelectConfig = SelectConfig()
-    pretrain: FinetuneConfig = FinetuneConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     """Training of a scratch base; unused with bases from a hub or a local path."""
     finetune: FinetuneConfig = FinetuneConfig()
     fleet: FleetConfig = FleetConfig()

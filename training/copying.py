@@ -1,8 +1,9 @@
 """Decide, from the train split, which parts of an answer are copied from the prompt, and write them as copy tokens.
 
 A JSON field (or tool argument) is copied where most of its values stand verbatim in the prompt; a word of a text
-answer is copied where it hardly ever appears in an answer without standing in the prompt. Needed in training only:
-reading copy tokens back needs no rule (cluster/prompts.py).
+answer is copied where it hardly ever appears in an answer without standing in the prompt. Prompt words that recur and
+that no answer copies need no copy token, which halves a prompt and leaves the model fewer places to choose from. The
+rule is needed in training only: reading copy tokens back needs none (cluster/prompts.py).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cluster.answers import to_text
-from cluster.prompts import Prompt, Word, find_words
+from cluster.answers import json_value, to_text
+from cluster.prompts import Prompt, Word, find_words, word_key
 from cluster.records import AnswerKind, Record
 
 _MIN_COPIED_SHARE = 0.7
 _MIN_COPIED_WORD_SHARE = 0.95
+_MIN_PLAIN_PROMPTS = 8
+"""A word that no answer copied in this many prompts needs no copy token."""
 _LONGEST_RUN = 8
 """Words; the longest run a text answer copies at once."""
 _MARK = re.compile('"\ue000([0-9]+),([0-9]+)n\ue001"|\ue000([0-9]+),([0-9]+)\ue001')
@@ -41,7 +44,8 @@ def fit_copy_rule(kind: AnswerKind, pairs: Iterable[tuple[Prompt, dict[str, Any]
     for prompt, target in pairs:
         spans = _Spans(prompt.words)
         if kind in ("json", "tool_call"):
-            found = [(path, spans.find(_plain(leaf))) for path, leaf in _leaves(_value(target))]
+            # An absent value says nothing of where the present ones come from.
+            found = [(path, spans.find(_plain(leaf))) for path, leaf in _leaves(_value(target)) if _plain(leaf)]
         elif kind == "text":
             found = _copied_words(to_text(target), spans)
         else:
@@ -58,17 +62,33 @@ def point(target: dict[str, Any], prompt: Prompt, rule: CopyRule) -> list[str | 
     spans = _Spans(prompt.words)
     if rule.kind == "text":
         return [piece for piece in _point_text(to_text(target), spans, rule) if piece != ""]
-    if rule.kind == "label" or not rule.fields:
+    if rule.kind == "label" or not rule.fields or _value(target) is None:
         return [to_text(target)]
     return _split_marks(to_text(_message_of(_mark(_value(target), "", spans, rule), target)))
+
+
+def fit_plain_words(pairs: Iterable[tuple[Prompt, dict[str, Any]]], rule: CopyRule) -> tuple[str, ...]:
+    """Keys of the words that recur in the prompts and that no answer copies, sorted.
+
+    Args:
+        pairs: as in `fit_copy_rule`, rendered without plain words.
+    """
+    seen: Counter[str] = Counter()
+    needed: set[str] = set()
+    for prompt, target in pairs:
+        keys = {number: word_key(w.text[w.begin : w.end]) for number, w in prompt.words.items()}
+        seen.update(set(keys.values()))
+        numbers = [piece for piece in point(target, prompt, rule) if isinstance(piece, int)]
+        needed.update(keys[number] for number in numbers)
+    return tuple(sorted(key for key, n in seen.items() if n >= _MIN_PLAIN_PROMPTS and key not in needed))
 
 
 class _Spans:
     """Looks up which words of a prompt spell a given text, later messages and earlier places first."""
 
-    def __init__(self, words: list[Word]) -> None:
+    def __init__(self, words: dict[int, Word]) -> None:
         self._segments: dict[int, tuple[str, dict[int, int], dict[int, int]]] = {}
-        for number, word in enumerate(words):
+        for number, word in words.items():
             _, begins, ends = self._segments.setdefault(id(word.text), (word.text, {}, {}))
             begins[word.begin], ends[word.end] = number, number
 
@@ -88,7 +108,7 @@ def _value(target: dict[str, Any]) -> Any:
     """The structure whose leaves may be copied: parsed arguments by tool name, or the parsed JSON content."""
     calls = target.get("tool_calls")
     if not calls:
-        return json.loads(to_text(target))
+        return json_value(to_text(target))
     return [{c["function"]["name"]: json.loads(c["function"]["arguments"] or "{}")} for c in calls]
 
 

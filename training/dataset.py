@@ -7,52 +7,38 @@ and carry no loss. Compact answers point at prompt words (training/copying.py); 
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.answers import to_text
 from cluster.errors import InputError
-from cluster.prompts import PromptFormat, encode_answer, render_prompt
-from cluster.records import Example, Record
-from training.copying import CopyRule, fit_copy_rule, point
+from cluster.prompts import Prompt, PromptFormat, encode_answer, render_prompt
+from cluster.records import Example
+from training.copying import CopyRule, fit_copy_rule, fit_plain_words, point
 
 
-class DatasetFacts(Record):
-    """What a run needs to know of its data."""
+class TaskData(NamedTuple):
+    """One task, tokenised."""
 
-    num_rows: int
+    prompt_format: PromptFormat
+    """As given, with what the train split taught about its words."""
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
     num_skipped: int
-    """Examples whose prompt is longer than the base model's context allows."""
-    max_answer_tokens: int
-    """Longest answer of the train split, with the end token."""
+    """Train examples whose prompt is longer than the format allows."""
 
 
-def build_dataset(
-    examples: list[Example], prompt_format: PromptFormat, tokenizer: Any, rule: CopyRule | None = None
-) -> tuple[list[dict[str, Any]], CopyRule | None, int]:
-    """Tokenise examples.
-
-    Args:
-        rule: the copy rule of the train split; None fits one (compact format only).
-
-    Returns:
-        (rows, copy rule, number of examples skipped because their prompt is too long).
-    """
-    rendered = []
-    for example in examples:
-        try:
-            rendered.append((render_prompt(example.request, prompt_format, tokenizer), example.target))
-        except InputError:
-            continue
-    if prompt_format.kind == "compact" and rule is None:
-        rule = fit_copy_rule(prompt_format.answer_kind, rendered)
-    rows = []
-    for prompt, target in rendered:
-        if prompt_format.kind == "compact":
-            answer = encode_answer(point(target, prompt, rule), tokenizer)
-        else:
-            answer = [*tokenizer.encode(to_text(target), add_special_tokens=False), tokenizer.eos_token_id]
-        rows.append({"input_ids": [*prompt.ids, *answer], "num_prompt": len(prompt.ids)})
-    return rows, rule, len(examples) - len(rendered)
+def build_task_data(
+    train: list[Example], validation: list[Example], prompt_format: PromptFormat, tokenizer: Any
+) -> TaskData:
+    """Tokenise a task's examples; the copy rule and the plain words are fitted on the train split."""
+    rule = None
+    if prompt_format.kind == "compact":
+        pairs = _render(train, prompt_format, tokenizer)
+        rule = fit_copy_rule(prompt_format.answer_kind, pairs)
+        prompt_format = prompt_format.model_copy(update={"plain_words": fit_plain_words(pairs, rule)})
+    rows = _build_rows(train, prompt_format, tokenizer, rule)
+    held_out = _build_rows(validation, prompt_format, tokenizer, rule)
+    return TaskData(prompt_format, rows, held_out, len(train) - len(rows))
 
 
 def save_dataset(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
@@ -63,5 +49,32 @@ def save_dataset(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(str(folder))
 
 
-def longest_answer(rows: list[dict[str, Any]]) -> int:
-    return max((len(row["input_ids"]) - row["num_prompt"] for row in rows), default=1)
+def num_answer_tokens(row: dict[str, Any]) -> int:
+    """Length of a row's answer, end token included."""
+    return len(row["input_ids"]) - row["num_prompt"]
+
+
+def _build_rows(
+    examples: list[Example], prompt_format: PromptFormat, tokenizer: Any, rule: CopyRule | None
+) -> list[dict[str, Any]]:
+    rows = []
+    for prompt, target in _render(examples, prompt_format, tokenizer):
+        if rule is None:
+            answer = [*tokenizer.encode(to_text(target), add_special_tokens=False), tokenizer.eos_token_id]
+        else:
+            answer = encode_answer(point(target, prompt, rule), tokenizer)
+        rows.append({"input_ids": [*prompt.ids, *answer], "num_prompt": len(prompt.ids)})
+    return rows
+
+
+def _render(
+    examples: list[Example], prompt_format: PromptFormat, tokenizer: Any
+) -> list[tuple[Prompt, dict[str, Any]]]:
+    """(prompt, target) of the examples whose prompt fits."""
+    rendered = []
+    for example in examples:
+        try:
+            rendered.append((render_prompt(example.request, prompt_format, tokenizer), example.target))
+        except InputError:
+            continue
+    return rendered

@@ -10,13 +10,24 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import Field
+
 from cluster.answers import to_text
-from cluster.prompts import END_TOKEN, PAD_TOKEN, SPECIAL_TOKENS, text_of, variable_text
+from cluster.prompts import END_TOKEN, PAD_TOKEN, SPECIAL_TOKENS, prompt_texts, shown_text
 from cluster.records import Example
 from training.catalog import ScratchModel
+from training.dataset import TaskData, num_answer_tokens, save_dataset
+from training.finetune import FinetuneConfig, finetune
 
 _PIECES = r"[0-9]| ?\p{L}+[^\p{L}\p{N}\s]*| ?[^\p{L}\p{N}\s]+\p{L}*|\s+"
 """Digits stand alone; a word takes the punctuation behind it, so that JSON's constant parts become few tokens."""
+
+
+class PretrainConfig(FinetuneConfig):
+    """How a base is trained from scratch."""
+
+    max_answer_tokens: int = Field(default=96, ge=1)
+    """Longer answers are left to their task's own adapter: prose would take most of the base's steps."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -43,10 +54,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 def texts_of(examples: Iterable[Example], static_lines: tuple[str, ...]) -> list[str]:
     """The texts a tokenizer for these examples should know: variable prompt text and answers."""
-    static = frozenset(static_lines)
     texts = []
     for example in examples:
-        texts += [variable_text(message, static) for message in example.request["messages"] if text_of(message)]
+        texts += [shown_text(text) for _, text in prompt_texts(example.request, static_lines)]
         texts.append(to_text(example.target))
     return texts
 
@@ -72,3 +82,36 @@ def init_model(entry: ScratchModel, tokenizer: Any, folder: pathlib.Path, seed: 
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def pretrain(
+    entry: ScratchModel, config: PretrainConfig, tokenizer: Any, data: list[TaskData], work: pathlib.Path
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Train a base of the entry's shape on all tasks' train splits together.
+
+    Args:
+        work: folder for the untrained model, the datasets and the checkpoints; a rerun continues from them.
+
+    Returns:
+        (folder with model and tokenizer, last metrics).
+    """
+    init_model(entry, tokenizer, work / "init", config.seed)
+    splits = {
+        "train": [row for d in data for row in d.train],
+        "validation": [row for d in data for row in d.validation],
+    }
+    for split, rows in splits.items():
+        short = [row for row in rows if num_answer_tokens(row) <= config.max_answer_tokens]
+        save_dataset(short or rows, work / split)
+    model, metrics = finetune(
+        "pretrain",
+        config,
+        method="full",
+        base_path=work / "init",
+        train_path=work / "train",
+        validation_path=work / "validation",
+        pad_token_id=tokenizer.pad_token_id,
+        storage=work / "runs",
+    )
+    tokenizer.save_pretrained(model)
+    return model, metrics

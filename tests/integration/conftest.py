@@ -15,7 +15,7 @@ from cluster.prompts import PromptFormat
 from cluster.records import Example
 from cluster.session import connect
 from training.catalog import load_catalog
-from training.dataset import build_dataset, save_dataset
+from training.dataset import build_task_data, num_answer_tokens, save_dataset
 from training.scratch import init_model, texts_of, train_tokenizer
 
 SYSTEM = "Turn the command into JSON with device and level."
@@ -91,11 +91,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     entry = load_catalog().get("scratch-tiny")
     tokenizer = train_tokenizer(texts_of(examples, prompt_format.static_lines), entry.vocab_size)
     init_model(entry, tokenizer, folder / "base", SEED)
-    rows, _, num_skipped = build_dataset(examples, prompt_format, tokenizer)
-    assert num_skipped == 0
-    save_dataset(rows, folder / "rows")
-    longest = max(len(row["input_ids"]) - row["num_prompt"] for row in rows)
-    return Toy(examples, prompt_format, tokenizer, folder / "base", folder / "rows", 2 * longest)
+    data = build_task_data(examples, [], prompt_format, tokenizer)
+    assert data.num_skipped == 0
+    save_dataset(data.train, folder / "rows")
+    longest = max(map(num_answer_tokens, data.train))
+    return Toy(examples, data.prompt_format, tokenizer, folder / "base", folder / "rows", 2 * longest)
 
 
 def _example(device: str, level: str) -> Example:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from cluster.answers import to_text
 from cluster.errors import InputError
-from cluster.prompts import PromptFormat, encode_answer, find_words, read_answer, render_prompt, split_units
-from training.copying import CopyRule, fit_copy_rule, point
+from cluster.prompts import PromptFormat, encode_answer, find_words, read_answer, render_prompt, shape_of, split_units
+from training.copying import CopyRule, fit_copy_rule, fit_plain_words, point
 from training.scratch import train_tokenizer
 
 
@@ -66,7 +66,57 @@ def test_an_unseen_value_is_copied_and_not_spelled(tokenizer):
     assert rule.fields == {".id"}
     prompt = render_prompt(request("the order QQ-98765 is late"), fmt, tokenizer)
     pieces = point(answer({"id": "QQ-98765"}), prompt, rule)
-    assert pieces == ['{"id":"', 2, '"}']
+    number = next(n for n, word in prompt.words.items() if word.text[word.begin : word.end] == "QQ-98765")
+    assert pieces == ['{"id":"', number, '"}']
+
+
+def test_an_id_of_one_shape_has_one_name_wherever_it_stands(tokenizer):
+    fmt = prompt_format()
+    texts = ("order AB-48213", "Mara asks where her parcel QX-90001 is", "Hi! XY-11111, 2 tents")
+    assert len({number_of(render_prompt(request(text), fmt, tokenizer), "-") for text in texts}) == 1
+
+
+def number_of(prompt, mark):
+    return next(n for n, word in prompt.words.items() if mark in word.text[word.begin : word.end])
+
+
+def test_words_that_no_answer_copies_get_no_copy_token(tokenizer):
+    fmt = prompt_format()
+    pairs = [
+        (render_prompt(request(f"please find order A-{n}99 now"), fmt, tokenizer), answer({"id": f"A-{n}99"}))
+        for n in range(20)
+    ]
+    plain = fit_plain_words(pairs, fit_copy_rule("json", pairs))
+    assert plain == ("find", "now", "order", "please")
+    short = render_prompt(request("please find order A-777 now"), prompt_format(plain_words=plain), tokenizer)
+    assert len(short.words) == 1
+
+
+def test_an_absent_value_does_not_keep_a_field_from_being_copied(tokenizer):
+    fmt = prompt_format()
+    pairs = [
+        (
+            render_prompt(request(f"id A-{n}" if n % 3 == 0 else "no id"), fmt, tokenizer),
+            answer({"id": f"A-{n}" if n % 3 == 0 else None}),
+        )
+        for n in range(30)
+    ]
+    assert fit_copy_rule("json", pairs).fields == {".id"}
+
+
+def test_fenced_json_is_pointed_at_like_bare_json(tokenizer):
+    prompt = render_prompt(request("id A-1"), prompt_format(), tokenizer)
+    target = {"role": "assistant", "content": '```json\n{"id":"A-1"}\n```'}
+    assert any(
+        isinstance(piece, int) for piece in point(target, prompt, CopyRule(kind="json", fields=frozenset({".id"})))
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "shape"), [("AB-48213", "XX-dddd"), ("m.lind@example.com", "x.x@x.x"), ("tent", "tent"), ("12", "12")]
+)
+def test_ids_and_addresses_are_shown_by_their_shape(word, shape):
+    assert shape_of(word) == shape
 
 
 def test_a_label_is_not_copied_even_where_its_word_occurs(tokenizer):
