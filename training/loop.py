@@ -149,7 +149,11 @@ def _build_engine(model: Any, settings: dict[str, Any]) -> Any:
 
 
 def _answer_loss(engine: Any, batch: dict[str, Any], device: Any) -> Any:
-    """Mean cross-entropy over answer tokens; right padding needs no mask under causal attention."""
+    """Mean over examples of the mean cross-entropy of the answer's tokens.
+
+    A gate counts answers and not tokens, so a long answer weighs no more than a short one. Right padding needs no mask
+    under causal attention.
+    """
     import torch.nn.functional as F
 
     labels = batch["labels"].to(device)
@@ -159,7 +163,9 @@ def _answer_loss(engine: Any, batch: dict[str, Any], device: Any) -> Any:
     logits = engine(input_ids=batch["input_ids"].to(device), logits_to_keep=kept).logits[:, :-1]
     labels = labels[:, first:]
     is_answer = labels != -100
-    return F.cross_entropy(logits[is_answer].float(), labels[is_answer])
+    losses = F.cross_entropy(logits[is_answer].float(), labels[is_answer], reduction="none")
+    lengths = is_answer.sum(dim=1, keepdim=True).expand_as(labels)[is_answer]
+    return (losses / lengths).sum() / len(labels)
 
 
 def _set_learning_rate(engine: Any, settings: dict[str, Any], step: int) -> None:
