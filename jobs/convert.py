@@ -15,11 +15,15 @@ Every artifact is named by what it was made from, so a conversion that is run ag
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from tqdm import tqdm
+
+from cluster.engine import Engine
 from cluster.errors import InputError
 from cluster.prompts import RENDERING_VERSION, PromptFormat
 from cluster.records import Example, Record, Release, Specialist, Split, TaskSpec
@@ -31,7 +35,7 @@ from training.catalog import load_catalog
 from training.curate import curate, load_split
 from training.dataset import TaskData, build_task_data, num_answer_tokens, save_dataset
 from training.discover import discover, save_discovery
-from training.evaluation import Candidate, Evaluation, evaluate
+from training.evaluation import Candidate, Evaluation, evaluate_all
 from training.finetune import finetune
 from training.fleet import run_fleet
 from training.gate import release_delta
@@ -70,8 +74,17 @@ class _Plan(Record):
         return f"adapters/{self.task.task_id}/{self.run_id}"
 
 
-def convert(recipe: Recipe, say: Callable[[str], None] = print) -> Conversion:
-    """Run every stage. Needs Ray to be connected and, for validation, Ray Serve to be allowed to start."""
+EngineOf = Callable[[str], contextlib.AbstractContextManager[Engine]]
+"""Store path of a base -> the engine that serves it, for as long as the block runs."""
+
+
+def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: EngineOf | None = None) -> Conversion:
+    """Run every stage. Needs Ray to be connected and, for validation, Ray Serve to be allowed to start.
+
+    Args:
+        engine_of: where a graph that serves the base runs or will run anyway, its engine; None starts one for
+            validation and takes it down again.
+    """
     store = Store(recipe.store)
     work = pathlib.Path(recipe.store) / "work"
     clock = _Clock()
@@ -96,7 +109,9 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print) -> Conversion:
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     clock.lap("finetune")
     candidates = [_candidate(plan, base, arm) for plan in plans if plan.task.task_id not in failed]
-    evaluations = _validate(recipe, store, candidates, by_split, base, len(candidates) + len(refused), say)
+    num_candidates = len(candidates) + len(refused)
+    with (engine_of or (lambda base: _validation_engine(recipe, base)))(base) as engine:
+        evaluations = _validate(recipe, store, candidates, by_split, engine, num_candidates, say)
     clock.lap("validate")
     release = _release(store, candidates, evaluations, refused, route_model, snapshot.id)
     return Conversion(
@@ -266,6 +281,7 @@ def _train_adapters(
             validation_path=work / plan.run_id / "validation",
             pad_token_id=tokenizer.pad_token_id,
             storage=work / "runs",
+            label=plan.task.task_id,
         )
         (model / "README.md").unlink(missing_ok=True)
         store.publish(plan.adapter, model, {"base": base, "task_id": plan.task.task_id, "metrics": metrics})
@@ -273,10 +289,16 @@ def _train_adapters(
 
     missing = {p.task.task_id: (p.num_rows, lambda p=p: run(p)) for p in plans if not store.is_published(p.adapter)}
     _, errors = run_fleet(
-        missing, recipe.fleet, lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or metrics}")
+        missing,
+        recipe.fleet,
+        lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or _last_losses(metrics)}"),
     )
     done = [plan for plan in plans if plan.task.task_id not in errors]
     return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, errors
+
+
+def _last_losses(metrics: dict[str, Any] | None) -> str:
+    return ", ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items() if key != "curve")
 
 
 def _candidate(plan: _Plan, base: str, arm: str) -> Candidate:
@@ -290,44 +312,42 @@ def _candidate(plan: _Plan, base: str, arm: str) -> Candidate:
     )
 
 
+@contextlib.contextmanager
+def _validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
+    from ray import serve
+
+    from serving.specialist import ServeEngine, build_specialists
+
+    app = "validation"
+    handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+    try:
+        yield ServeEngine(handle)
+    finally:
+        serve.delete(app)
+
+
 def _validate(
     recipe: Recipe,
     store: Store,
     candidates: list[Candidate],
     by_split: dict[Split, dict[str, list[Example]]],
-    base: str,
+    engine: Engine,
     num_candidates: int,
     say: Callable[[str], None],
 ) -> list[Evaluation]:
-    """Start the engine that serves, ask it the held-out calls, take it down."""
-    from ray import serve
+    """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too."""
+    splits = {c.task.task_id: {s: by_split[s][c.task.task_id] for s in SPLITS if s != "train"} for c in candidates}
 
-    from serving.specialist import ServeEngine, build_specialists
+    def save(candidate: Candidate, found: Evaluation) -> None:
+        store.write_json(f"{candidate.adapter}/report.json", found.model_dump(mode="json"))
+        gate = found.gate
+        certified = f"open at {gate.threshold}, coverage {gate.coverage:.2f}, bound {gate.upper_bound}"
+        say(f"validate {candidate.task.task_id}: {gate.refused or certified}")
 
-    if not candidates:
-        return []
-    app = "validation"
-    handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
-    delta = release_delta(recipe.gate.delta, num_candidates)
-
-    async def ask_all() -> list[Evaluation]:
-        engine = ServeEngine(handle)
-        found = []
-        for candidate in candidates:
-            task_id = candidate.task.task_id
-            splits = {split: by_split[split][task_id] for split in SPLITS if split != "train"}
-            found.append(await evaluate(candidate, engine, splits, recipe.gate, delta))
-            store.write_json(f"{candidate.adapter}/report.json", found[-1].model_dump(mode="json"))
-            gate = found[-1].gate
-            say(
-                f"validate {task_id}: {gate.refused or f'open at {gate.threshold:.3f}, coverage {gate.coverage:.2f}, bound {gate.upper_bound:.3f}'}"
-            )
-        return found
-
-    try:
-        return asyncio.run(ask_all())
-    finally:
-        serve.delete(app)
+    delta = release_delta(recipe.gate.delta, max(1, num_candidates))
+    with tqdm(desc="validate", unit="answer", disable=None) as bar:
+        asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, on_answer=bar.update, on_done=save)
+        return asyncio.run(asked)
 
 
 def _release(
