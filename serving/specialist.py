@@ -201,8 +201,11 @@ def _server_class() -> Any:
             from transformers import AutoTokenizer
 
             self._store, self._base, self._config = Store(store_uri), base, config
-            source = llm_config.model_loading_config.model_source
+            # On this node too; the path is the one that `build_specialists` gave to the engine.
+            source = self._store.fetch(base, _cache())
             self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            # It would download the model in a Ray task of its own, which imports the engine once more (13 s on a CPU).
+            llm_config.get_or_create_callback().ctx.run_init_node = False
             self._numbers: dict[str, int] = {}
             self._fingerprint = fingerprint_of(self._store.manifest(base)["sha256"], config)
 
@@ -211,6 +214,11 @@ def _server_class() -> Any:
 
             self._adapter = serve.multiplexed(max_num_models_per_replica=config.max_adapters)(fetch)
             await super().__init__(llm_config)
+
+        async def _start_engine(self) -> None:
+            """Without Ray's usage report, whose actor would import the engine once more (13 s on a CPU)."""
+            assert self.engine is not None
+            await self.engine.start()
 
         async def fingerprint(self) -> str:
             return self._fingerprint
