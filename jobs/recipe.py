@@ -9,6 +9,7 @@ from pydantic import Field
 from cluster.config import Config, load_config
 from cluster.prices import PriceConfig
 from cluster.upstream import UpstreamConfig
+from serving.audit import AuditConfig
 from serving.capture import CaptureConfig
 from serving.gateway import GatewayConfig
 from serving.specialist import SpecialistConfig
@@ -31,6 +32,7 @@ class Recipe(Config):
     upstream: tuple[UpstreamConfig, ...] = Field(default=())
     """LLM endpoints in order of preference; needed to serve, not to convert."""
     capture: CaptureConfig = CaptureConfig()
+    audit: AuditConfig = AuditConfig()
     curate: CurateConfig = CurateConfig()
     discover: DiscoverConfig = DiscoverConfig()
     select: SelectConfig = SelectConfig()

@@ -20,6 +20,7 @@ from cluster.errors import ConfigError
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
 from cluster.upstream import UpstreamConfig
+from serving.audit import AuditConfig, Auditor
 from serving.capture import Capture, CaptureConfig
 from serving.fallback import FallbackLLM
 from serving.gateway import GatewayConfig, GatewayCore, build_api
@@ -43,6 +44,7 @@ class ServeArgs(Config):
     """The LLMs that answer what no specialist does, in the order in which they are asked."""
     gateway: GatewayConfig = GatewayConfig()
     capture: CaptureConfig = CaptureConfig()
+    audit: AuditConfig = AuditConfig()
     specialists: SpecialistConfig = SpecialistConfig()
 
 
@@ -82,13 +84,16 @@ class Gateway:
         config = validate(ServeArgs, args)
         store, meter = Store(config.store), Meter(export=True)
         engines = {base: ServeEngine(handle) for base, handle in handles.items()}
+        capture, fallback = Capture(store, config.capture, meter), FallbackLLM(config.upstream, meter)
+        pseudonyms = Pseudonyms(load_pseudonym_key(config.store))
         self._core = GatewayCore(
             config.gateway,
-            capture=Capture(store, config.capture, meter),
-            fallback=FallbackLLM(config.upstream, meter),
+            capture=capture,
+            fallback=fallback,
+            auditor=Auditor(config.audit, fallback, capture, pseudonyms, meter),
             table=ServingTable(store, engines),
             engines=engines,
-            pseudonyms=Pseudonyms(load_pseudonym_key(config.store)),
+            pseudonyms=pseudonyms,
             api_keys=_api_keys(config),
             meter=meter,
         )

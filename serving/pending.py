@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import re
 import time
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.access import Pseudonyms
@@ -35,6 +36,19 @@ class PendingCall:
     headers: Mapping[str, str]
     decision: RouteDecision
     specialist_cost_usd: float = 0.0
+    is_reference: bool = False
+    audit_of: str | None = None
+
+    def audit(self) -> PendingCall:
+        """The same call asked again of the LLM, begun now: a call of its own, with its own latency and cost."""
+        return replace(
+            self,
+            call_id=uuid.uuid4().hex,
+            begin=time.perf_counter(),
+            decision=self.decision.model_copy(update={"action": "audit", "reason": "reference stream"}),
+            specialist_cost_usd=0.0,
+            audit_of=self.call_id,
+        )
 
     def captured(
         self,
@@ -69,6 +83,8 @@ class PendingCall:
             status=status,
             error=error,
             faces_person=self.headers.get("x-faces-person", "").lower() == "true",
+            is_reference=self.is_reference,
+            audit_of=self.audit_of,
         )
 
     def response_headers(self) -> dict[str, str]:
