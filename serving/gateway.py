@@ -32,7 +32,7 @@ from cluster.prices import PriceConfig, seconds_cost_usd
 from cluster.prompts import PromptFormat
 from cluster.records import RouteDecision, ServedBy, Specialist, Usage
 from cluster.telemetry import Meter, log_event
-from cluster.upstream import UpstreamConfig, UpstreamStream
+from cluster.upstream import LLMNodeConfig, UpstreamStream
 from serving import policy
 from serving.audit import Auditor
 from serving.capture import Capture
@@ -230,7 +230,7 @@ class GatewayCore:
         return self._whole(call, stream.status, raw, parse_object(raw), endpoint)
 
     def _whole(
-        self, call: PendingCall, status: int, raw: bytes, body: dict[str, Any] | None, endpoint: UpstreamConfig
+        self, call: PendingCall, status: int, raw: bytes, body: dict[str, Any] | None, endpoint: LLMNodeConfig
     ) -> Response:
         """Pass on a reply that came in one piece: an answer, or an error that is the client's own."""
         if status >= 400 or body is None:
@@ -249,7 +249,7 @@ class GatewayCore:
         call: PendingCall,
         *,
         response: dict[str, Any] | None = None,
-        endpoint: UpstreamConfig | None = None,
+        endpoint: LLMNodeConfig | None = None,
         served_by: ServedBy = "llm",
         status: int = 200,
         error: str | None = None,
@@ -274,7 +274,7 @@ class _Relay(StreamingResponse):
         core: GatewayCore,
         call: PendingCall,
         stream: UpstreamStream,
-        endpoint: UpstreamConfig,
+        endpoint: LLMNodeConfig,
         stack: contextlib.AsyncExitStack,
     ) -> None:
         super().__init__(self._pieces(stream), media_type=_EVENT_STREAM, headers=call.response_headers())

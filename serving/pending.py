@@ -16,7 +16,7 @@ from typing import Any
 from cluster.access import Pseudonyms
 from cluster.prices import tokens_cost_usd
 from cluster.records import AgentCall, RouteDecision, ServedBy, Usage
-from cluster.upstream import UpstreamConfig
+from cluster.upstream import LLMNodeConfig
 from serving.openai_wire import usage_of
 
 _MAX_HEADER_CHARS = 200
@@ -55,7 +55,7 @@ class PendingCall:
         pseudonyms: Pseudonyms,
         *,
         response: dict[str, Any] | None,
-        endpoint: UpstreamConfig | None,
+        endpoint: LLMNodeConfig | None,
         served_by: ServedBy,
         status: int,
         error: str | None,
@@ -120,7 +120,7 @@ class PendingCall:
             return int(given)
         return sum(message.get("role") == "assistant" for message in self.request["messages"])
 
-    def _cost_usd(self, usage: Usage, endpoint: UpstreamConfig | None, served_by: ServedBy) -> float | None:
+    def _cost_usd(self, usage: Usage, endpoint: LLMNodeConfig | None, served_by: ServedBy) -> float | None:
         """Tokens of the LLM plus time of a specialist, kept or not; None where the LLM did not report its tokens."""
         if served_by == "specialist":
             return self.specialist_cost_usd

@@ -24,7 +24,7 @@ from cluster.route_model import RouteModel
 from cluster.signature import signature_of
 from cluster.store import Store
 from cluster.telemetry import Meter
-from cluster.upstream import UpstreamConfig
+from cluster.upstream import Upstream, UpstreamConfig
 from serving.audit import AuditConfig, Auditor
 from serving.capture import Capture, CaptureConfig
 from serving.fallback import FallbackLLM
@@ -168,7 +168,10 @@ async def gateway(
         upstream.insert(0, UpstreamConfig(base_url=DEAD, max_attempts=1))
     keys, meter = ApiKeys(tmp_path / "keys.json"), Meter()
     key = keys.create("billing", "agent")
-    capture, fallback = Capture(store, CaptureConfig(flush_interval_s=1000.0), meter), FallbackLLM(upstream, meter)
+    capture, fallback = (
+        Capture(store, CaptureConfig(flush_interval_s=1000.0), meter),
+        FallbackLLM([Upstream(one) for one in upstream], meter),
+    )
     pseudonyms = Pseudonyms(b"k" * 32)
     core = GatewayCore(
         GatewayConfig(**config),

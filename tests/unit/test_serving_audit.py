@@ -14,7 +14,7 @@ from fakes import LLM_TEXT, Running, gateway
 from cluster.access import Pseudonyms
 from cluster.store import Store
 from cluster.telemetry import Meter
-from cluster.upstream import UpstreamConfig
+from cluster.upstream import Upstream, UpstreamConfig
 from serving.audit import AuditConfig, Auditor
 from serving.capture import Capture, CaptureConfig
 from serving.fallback import FallbackLLM
@@ -24,7 +24,7 @@ AUDITS, MISSED = "understudy_audits_total", "understudy_audits_missed_total"
 
 
 def auditor(share: float, tmp_path: pathlib.Path) -> Auditor:
-    fallback = FallbackLLM([UpstreamConfig(base_url="http://127.0.0.1:9/v1")])
+    fallback = FallbackLLM([Upstream(UpstreamConfig(base_url="http://127.0.0.1:9/v1"))])
     capture = Capture(Store(str(tmp_path)), CaptureConfig())
     return Auditor(AuditConfig(share=share), fallback, capture, Pseudonyms(b"k" * 32), Meter())
 
