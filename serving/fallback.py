@@ -25,13 +25,14 @@ from serving.cluster_llm import ClusterLLMConfig
 
 def _kind(value: Any) -> str:
     is_cluster = "cluster_model" in value if isinstance(value, dict) else isinstance(value, ClusterLLMConfig)
-    return "cluster" if is_cluster else "endpoint"
+    return "<cluster>" if is_cluster else "<endpoint>"
 
 
 AnyLLMConfig = TypeAliasType(
     "AnyLLMConfig",
     Annotated[
-        Annotated[UpstreamConfig, Tag("endpoint")] | Annotated[ClusterLLMConfig, Tag("cluster")], Discriminator(_kind)
+        Annotated[UpstreamConfig, Tag("<endpoint>")] | Annotated[ClusterLLMConfig, Tag("<cluster>")],
+        Discriminator(_kind),
     ],
 )
 """An endpoint, known by its base_url, or a model on the cluster, known by its cluster_model."""

@@ -49,7 +49,7 @@ from serving.openai_wire import (
     sse_event,
 )
 from serving.pending import PendingCall
-from serving.table import ServingTable, Snapshot
+from serving.table import ServingTable, Snapshot, model_entries
 
 MAX_REQUEST_BYTES = 32 * 2**20
 CLIENT_GONE = 499
@@ -336,7 +336,8 @@ def build_api(core: GatewayCore) -> FastAPI:
     async def list_models(request: Request) -> Response:
         core.authenticate(request.headers)
         try:
-            return JSONResponse({"object": "list", "data": await core.fallback.list_models()})
+            models = [*await core.fallback.list_models(), *model_entries(core.table.snapshot)]
+            return JSONResponse({"object": "list", "data": models})
         except UpstreamError as error:
             return JSONResponse(error.body or error_body(error.message, kind="upstream_error"), error.status)
 

@@ -210,7 +210,8 @@ def test_wrong_keys_bodies_and_paths_get_openai_errors(tmp_path: pathlib.Path) -
             assert [reply.status_code for reply in replies] == [401, 400, 400, 404, 404]
             assert all(set(reply.json()["error"]) == {"message", "type", "param", "code"} for reply in replies)
             assert not await run.captured()
-            assert (await run.http.get("/v1/models")).json()["data"][0]["id"] == "llm-1"
+            models = (await run.http.get("/v1/models")).json()["data"]
+            assert [model["id"] for model in models] == ["llm-1", "understudy/triage"]
             assert (await run.http.get("/healthz")).json()["release"] == run.release
 
     asyncio.run(scenario())
