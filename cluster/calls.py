@@ -65,6 +65,8 @@ _COLUMNS = (
     _field("error", pa.string()),
     _field("label_kind", pa.string()),
     _field("faces_person", pa.bool_()),
+    _field("is_reference", pa.bool_()),
+    _field("audit_of", pa.string()),
     _json("request"),
     _json("response"),
     _json("route"),

@@ -118,7 +118,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(cls: type[Config], item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
+    # The choice within a union is part of pydantic's place and of no key; its tags are written in angle brackets.
+    where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("<"))
     if item["type"] == "extra_forbidden":
         known = [row[0] for row in describe_fields(cls)]
         near = difflib.get_close_matches(where, known, n=3, cutoff=0.4) or sorted({k.split(".")[0] for k in known})

@@ -34,7 +34,8 @@ class RouteDecision(Record):
     """What the gateway did with one call, and why; shown in response headers and captured.
 
     `accept` keeps the specialist's answer; `escalate` hands over because confidence is low or the answer
-    is invalid; `fall_back` hands over because of an error or a timeout; `llm` never asked a specialist.
+    is invalid; `fall_back` hands over because of an error or a timeout; `llm` never asked a specialist. `audit` marks
+    the LLM's answer to a call whose client already had the specialist's; no client sees it.
     """
 
     action: Action
@@ -73,6 +74,10 @@ class AgentCall(Record):
     label: str | None = None
     label_kind: str | None = None
     faces_person: bool = False
+    is_reference: bool = False
+    """Drawn by its id alone into the fixed uniform share of calls that the LLM answers whatever the specialist says."""
+    audit_of: str | None = None
+    """Id of the accepted call that this one asks the LLM again, in the background; such a call is no client traffic."""
 
     @property
     def message(self) -> dict[str, Any] | None:

@@ -27,6 +27,10 @@ METRICS: dict[str, MetricSpec] = {
     "understudy_specialist_latency_ms": MetricSpec("histogram", "Milliseconds a specialist took", ("task_id",)),
     "understudy_calls_captured_total": MetricSpec("counter", "Calls written to the store", ()),
     "understudy_calls_dropped_total": MetricSpec("counter", "Calls not written, by reason", ("reason",)),
+    "understudy_audits_total": MetricSpec(
+        "counter", "Kept answers compared with the LLM's, by task and whether they agree", ("task_id", "agrees")
+    ),
+    "understudy_audits_missed_total": MetricSpec("counter", "Audits drawn and not done, by reason", ("reason",)),
     "understudy_upstream_failures_total": MetricSpec(
         "counter", "LLM calls that failed, by endpoint number", ("endpoint",)
     ),

@@ -32,8 +32,25 @@ _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.25, 8.0
 _LONGEST_RETRY_AFTER_S = 30.0
 
 
-class UpstreamConfig(Config):
-    """Where one LLM is and how patient to be with it."""
+class LLMNodeConfig(Config):
+    """How patient to be with one LLM, and what it costs; the same for an endpoint and for a model on the cluster."""
+
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Longest wait for a whole unary answer, or between two pieces of a stream."""
+    first_byte_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait for the first piece of a stream."""
+    breaker_failures: int = Field(default=5, ge=1)
+    """Failed calls in a row after which the LLM is left alone."""
+    breaker_reset_s: float = Field(default=10.0, gt=0)
+    """How long it is left alone before one call probes it."""
+    prompt_usd_per_million: float = Field(default=0.0, ge=0)
+    """Price of a million prompt tokens in US dollars."""
+    completion_usd_per_million: float = Field(default=0.0, ge=0)
+    """Price of a million completion tokens in US dollars."""
+
+
+class UpstreamConfig(LLMNodeConfig):
+    """Where one endpoint is."""
 
     base_url: str = Field(pattern=r"^https?://[^\s/]+")
     """Address up to and including the version, e.g. https://api.openai.com/v1."""
@@ -41,20 +58,8 @@ class UpstreamConfig(Config):
     """Environment variable that holds the key; it may be unset only for a loopback address."""
     model: str | None = None
     """Model to ask for instead of the one the client names; None asks for the client's."""
-    timeout_s: float = Field(default=120.0, gt=0)
-    """Longest wait for a whole unary answer, or between two pieces of a stream."""
-    first_byte_timeout_s: float = Field(default=60.0, gt=0)
-    """Longest wait for the first piece of a stream."""
     max_attempts: int = Field(default=3, ge=1, le=10)
     """How often one call is sent at most."""
-    breaker_failures: int = Field(default=5, ge=1)
-    """Failed calls in a row after which the endpoint is left alone."""
-    breaker_reset_s: float = Field(default=10.0, gt=0)
-    """How long it is left alone before one call probes it."""
-    prompt_usd_per_million: float = Field(default=0.0, ge=0)
-    """Price of a million prompt tokens in US dollars."""
-    completion_usd_per_million: float = Field(default=0.0, ge=0)
-    """Price of a million completion tokens in US dollars."""
 
 
 class UpstreamReply(NamedTuple):

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from cluster.config import Config, load_config
 from cluster.prices import PriceConfig
-from cluster.upstream import UpstreamConfig
+from serving.audit import AuditConfig
 from serving.capture import CaptureConfig
+from serving.fallback import AnyLLMConfig
 from serving.gateway import GatewayConfig
 from serving.specialist import SpecialistConfig
 from training.curate import CurateConfig
@@ -28,9 +29,10 @@ class Recipe(Config):
 
     store: str = "store"
     """Folder, s3:// or gs:// address of the artifact store."""
-    upstream: tuple[UpstreamConfig, ...] = Field(default=())
-    """LLM endpoints in order of preference; needed to serve, not to convert."""
+    upstream: tuple[AnyLLMConfig, ...] = Field(default=())
+    """LLMs in order of preference, each an endpoint or a model on the cluster; needed to serve, not to convert."""
     capture: CaptureConfig = CaptureConfig()
+    audit: AuditConfig = AuditConfig()
     curate: CurateConfig = CurateConfig()
     discover: DiscoverConfig = DiscoverConfig()
     select: SelectConfig = SelectConfig()

@@ -1,7 +1,7 @@
 """The whole serving graph on one page: gateway -> specialists of every base model of the release -> LLMs.
 
     client -> Gateway (ingress) -> SpecialistServer, one deployment per base model
-                                -> upstream[0], upstream[1], ... (not ours)
+                                -> upstream[0], upstream[1], ...: an endpoint (not ours), or a ClusterLLMServer
 
 The bases are those of the release that CURRENT names at build time, and those that a release to come is certified on;
 a release with another base needs another build. Everything else of a release is followed by the gateway itself.
@@ -20,9 +20,11 @@ from cluster.config import Config, validate
 from cluster.errors import ConfigError
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
-from cluster.upstream import UpstreamConfig
+from cluster.upstream import Upstream, UpstreamConfig
+from serving.audit import AuditConfig, Auditor
 from serving.capture import Capture, CaptureConfig
-from serving.fallback import FallbackLLM
+from serving.cluster_llm import ClusterLLM, build_cluster_llm
+from serving.fallback import AnyLLMConfig, FallbackLLM
 from serving.gateway import GatewayConfig, GatewayCore, build_api
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists
 from serving.table import ServingTable
@@ -40,12 +42,13 @@ class ServeArgs(Config):
 
     store: str
     """Folder or object store with the releases; calls are captured into it."""
-    upstream: list[UpstreamConfig] = Field(min_length=1)
+    upstream: list[AnyLLMConfig] = Field(min_length=1)
     """The LLMs that answer what no specialist does, in the order in which they are asked."""
     bases: tuple[str, ...] = ()
     """Store paths of base models to serve besides those of the current release."""
     gateway: GatewayConfig = GatewayConfig()
     capture: CaptureConfig = CaptureConfig()
+    audit: AuditConfig = AuditConfig()
     specialists: SpecialistConfig = SpecialistConfig()
 
 
@@ -65,6 +68,11 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     found = registry.current(store)
     bases = sorted({*args.bases, *(one.base for one in (found[1].specialists.values() if found else ()))})
     handles = {base: build_specialists(base, args.specialists, args.store) for base in bases}
+    llms = {
+        number: build_cluster_llm(config)
+        for number, config in enumerate(args.upstream)
+        if not isinstance(config, UpstreamConfig)
+    }
     gateway = serve.deployment(
         # An ingress without an app: each replica builds its own from `__serve_build_asgi_app__`.
         serve.ingress()(Gateway),
@@ -74,24 +82,32 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         # Every call is captured; a second line about it would cost more than its routing.
         logging_config={"enable_access_log": False},
     )
-    return gateway.bind(args.model_dump(mode="json"), handles)
+    return gateway.bind(args.model_dump(mode="json"), handles, llms)
 
 
 class Gateway:
     """One gateway replica: its parts, and the HTTP application around them."""
 
-    def __init__(self, args: dict[str, Any], handles: dict[str, Any]) -> None:
+    def __init__(self, args: dict[str, Any], handles: dict[str, Any], llm_handles: dict[int, Any]) -> None:
+        """Take handles of the specialists by base model, and of the cluster's LLMs by their number in `upstream`."""
         configure_logging()
         config = validate(ServeArgs, args)
         store, meter = Store(config.store), Meter(export=True)
         engines = {base: ServeEngine(handle) for base, handle in handles.items()}
+        llms = [
+            Upstream(one) if isinstance(one, UpstreamConfig) else ClusterLLM(one, llm_handles[number])
+            for number, one in enumerate(config.upstream)
+        ]
+        capture, fallback = Capture(store, config.capture, meter), FallbackLLM(llms, meter)
+        pseudonyms = Pseudonyms(load_pseudonym_key(config.store))
         self._core = GatewayCore(
             config.gateway,
-            capture=Capture(store, config.capture, meter),
-            fallback=FallbackLLM(config.upstream, meter),
+            capture=capture,
+            fallback=fallback,
+            auditor=Auditor(config.audit, fallback, capture, pseudonyms, meter),
             table=ServingTable(store, engines),
             engines=engines,
-            pseudonyms=Pseudonyms(load_pseudonym_key(config.store)),
+            pseudonyms=pseudonyms,
             api_keys=_api_keys(config),
             meter=meter,
         )

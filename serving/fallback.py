@@ -1,8 +1,9 @@
 """The LLMs behind the gateway, in the order in which they are asked: chat.completions body -> the first usable answer.
 
-An endpoint that raises UpstreamError passes the call on to the next one; only before the first byte of an answer, so
-bytes of two models never mix. Each answer comes with the endpoint that gave it, because prices differ. Retries and
-circuit breaking are the endpoint's own (cluster/upstream.py).
+An LLM is an endpoint over HTTP (cluster/upstream.py) or a model on this cluster (serving/cluster_llm.py). One that
+raises UpstreamError passes the call on to the next; only before the first byte of an answer, so bytes of two models
+never mix. Each answer comes with the config of the LLM that gave it, because prices differ. Retries and circuit
+breaking are the LLM's own.
 """
 
 from __future__ import annotations
@@ -10,76 +11,107 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated, Any, Protocol
+
+from pydantic import Discriminator, Tag
+from typing_extensions import TypeAliasType
 
 from cluster.errors import UpstreamError
 from cluster.telemetry import Meter, log_event
-from cluster.upstream import Upstream, UpstreamConfig, UpstreamReply, UpstreamStream
+from cluster.upstream import LLMNodeConfig, UpstreamConfig, UpstreamReply, UpstreamStream
+from serving.cluster_llm import ClusterLLMConfig
+
+
+def _kind(value: Any) -> str:
+    is_cluster = "cluster_model" in value if isinstance(value, dict) else isinstance(value, ClusterLLMConfig)
+    return "<cluster>" if is_cluster else "<endpoint>"
+
+
+AnyLLMConfig = TypeAliasType(
+    "AnyLLMConfig",
+    Annotated[
+        Annotated[UpstreamConfig, Tag("<endpoint>")] | Annotated[ClusterLLMConfig, Tag("<cluster>")],
+        Discriminator(_kind),
+    ],
+)
+"""An endpoint, known by its base_url, or a model on the cluster, known by its cluster_model."""
+
+
+class LLM(Protocol):
+    """One LLM as `Upstream` and `ClusterLLM` are one."""
+
+    @property
+    def config(self) -> LLMNodeConfig: ...
+
+    async def chat(self, body: dict[str, Any]) -> UpstreamReply: ...
+
+    def stream(self, body: dict[str, Any]) -> AbstractAsyncContextManager[UpstreamStream]: ...
+
+    async def list_models(self) -> list[dict[str, Any]]: ...
+
+    async def close(self) -> None: ...
 
 
 class FallbackLLM:
-    """Asks endpoints in order. Belongs to one event loop; close it there."""
+    """Asks LLMs in order. Belongs to one event loop; close it there."""
 
-    def __init__(self, configs: Sequence[UpstreamConfig], meter: Meter | None = None) -> None:
-        """Take at least one endpoint; connect to nothing yet.
-
-        Raises:
-            ConfigError: an endpoint's key is not set.
-        """
-        assert configs, "a fallback LLM needs an endpoint"
-        self._upstreams = [Upstream(config) for config in configs]
+    def __init__(self, llms: Sequence[LLM], meter: Meter | None = None) -> None:
+        """Take at least one LLM; ask nothing yet."""
+        assert llms, "a fallback needs an LLM"
+        self._llms = list(llms)
         self._meter = meter or Meter()
 
-    async def chat(self, body: dict[str, Any]) -> tuple[UpstreamReply, UpstreamConfig]:
+    async def chat(self, body: dict[str, Any]) -> tuple[UpstreamReply, LLMNodeConfig]:
         """Ask for a whole answer.
 
         Raises:
-            UpstreamError: no endpoint gave one; the last endpoint's error.
+            UpstreamError: none gave one; the last one's error.
         """
-        for number, upstream in enumerate(self._upstreams):
+        for number, llm in enumerate(self._llms):
             try:
-                return await upstream.chat(body), upstream.config
+                return await llm.chat(body), llm.config
             except UpstreamError as error:
                 self._pass_on(number, error)
-        raise AssertionError("the last endpoint answers or raises")
+        raise AssertionError("the last one answers or raises")
 
     @contextlib.asynccontextmanager
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[tuple[UpstreamStream, UpstreamConfig]]:
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[tuple[UpstreamStream, LLMNodeConfig]]:
         """Start a streamed answer; its first byte is here when the block is entered.
 
         Raises:
-            UpstreamError: no endpoint gave a first byte; the last endpoint's error.
+            UpstreamError: none gave a first byte; the last one's error.
         """
-        for number, upstream in enumerate(self._upstreams):
+        for number, llm in enumerate(self._llms):
             async with contextlib.AsyncExitStack() as stack:
                 try:
-                    stream = await stack.enter_async_context(upstream.stream(body))
+                    stream = await stack.enter_async_context(llm.stream(body))
                 except UpstreamError as error:
                     self._pass_on(number, error)
                     continue
-                yield stream, upstream.config
+                yield stream, llm.config
                 return
 
     async def list_models(self) -> list[dict[str, Any]]:
-        """Model list of the first endpoint that gives one.
+        """Model list of the first LLM that gives one.
 
         Raises:
-            UpstreamError: none did; the last endpoint's error.
+            UpstreamError: none did; the last one's error.
         """
-        for number, upstream in enumerate(self._upstreams):
+        for number, llm in enumerate(self._llms):
             try:
-                return await upstream.list_models()
+                return await llm.list_models()
             except UpstreamError as error:
                 self._pass_on(number, error)
-        raise AssertionError("the last endpoint answers or raises")
+        raise AssertionError("the last one answers or raises")
 
     async def close(self) -> None:
-        for upstream in self._upstreams:
-            await upstream.close()
+        for llm in self._llms:
+            await llm.close()
 
     def _pass_on(self, number: int, error: UpstreamError) -> None:
-        """Count a failure; raise it where no endpoint is left."""
+        """Count a failure; raise it where no LLM is left."""
         self._meter.count("understudy_upstream_failures_total", endpoint=str(number))
         log_event("upstream_failed", logging.WARNING, endpoint=number, status=error.status)
-        if number == len(self._upstreams) - 1:
+        if number == len(self._llms) - 1:
             raise error

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import Field
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -31,8 +32,9 @@ from cluster.prices import PriceConfig, seconds_cost_usd
 from cluster.prompts import PromptFormat
 from cluster.records import RouteDecision, ServedBy, Specialist, Usage
 from cluster.telemetry import Meter, log_event
-from cluster.upstream import UpstreamConfig, UpstreamStream
+from cluster.upstream import LLMNodeConfig, UpstreamStream
 from serving import policy
+from serving.audit import Auditor
 from serving.capture import Capture
 from serving.fallback import FallbackLLM
 from serving.openai_wire import (
@@ -47,7 +49,7 @@ from serving.openai_wire import (
     sse_event,
 )
 from serving.pending import PendingCall
-from serving.table import ServingTable, Snapshot
+from serving.table import ServingTable, Snapshot, model_entries
 
 MAX_REQUEST_BYTES = 32 * 2**20
 CLIENT_GONE = 499
@@ -78,6 +80,7 @@ class GatewayCore:
         *,
         capture: Capture,
         fallback: FallbackLLM,
+        auditor: Auditor,
         table: ServingTable,
         engines: Mapping[str, Engine],
         pseudonyms: Pseudonyms,
@@ -87,6 +90,7 @@ class GatewayCore:
         """Take the parts; `engines` are by store path of their base model, `api_keys` may be None where auth is open."""
         assert api_keys is not None or config.auth == "open", "auth=keys needs API keys"
         self.config, self.capture, self.fallback, self.table = config, capture, fallback, table
+        self.auditor = auditor
         self.meter = meter or Meter()
         self._engines, self._pseudonyms, self._api_keys = engines, pseudonyms, api_keys
         self._num_asking = 0
@@ -115,10 +119,11 @@ class GatewayCore:
         snapshot = self.table.snapshot
         undecided = RouteDecision(action="llm", reason="undecided", release=snapshot.release)
         call = PendingCall(uuid.uuid4().hex, time.time(), time.perf_counter(), client, request, headers, undecided)
+        call.is_reference = self.auditor.is_drawn(call.call_id)
         try:
             answer = await self._ask_specialist(call, snapshot)
             if answer is not None:
-                return self._accept(call, answer)
+                return self._accept(call, answer, snapshot)
             return await (self._stream_llm(call) if request.get("stream") else self._ask_llm(call))
         except asyncio.CancelledError:
             self._finish(call, status=CLIENT_GONE, error="the client left")
@@ -181,19 +186,26 @@ class GatewayCore:
                 seconds, num_sharing=self._num_asking, config=self.config.prices
             )
 
-    def _accept(self, call: PendingCall, answer: EngineAnswer) -> Response:
+    def _accept(self, call: PendingCall, answer: EngineAnswer, snapshot: Snapshot) -> Response:
         assert answer.message is not None and call.decision.specialist is not None
         usage = Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens)
         body = completion_body(
             answer.message, call_id=call.call_id, model=call.decision.specialist, created=int(call.ts), usage=usage
         )
         self._finish(call, response=body, served_by="specialist")
+        # Runs once the client has its last byte.
+        audit = BackgroundTask(self._audit, call, answer.message, snapshot) if call.is_reference else None
         if not call.request.get("stream"):
-            return JSONResponse(body, headers=call.response_headers())
+            return JSONResponse(body, headers=call.response_headers(), background=audit)
         options = call.request.get("stream_options")
         include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
         content = b"".join(completion_chunks(body, include_usage=include_usage))
-        return Response(content, media_type=_EVENT_STREAM, headers=call.response_headers())
+        return Response(content, media_type=_EVENT_STREAM, headers=call.response_headers(), background=audit)
+
+    async def _audit(self, call: PendingCall, message: dict[str, Any], snapshot: Snapshot) -> None:
+        """Begin the call's audit; a coroutine only because Starlette would run a plain function in a thread."""
+        specialist = snapshot.specialists[call.decision.task_id or ""]
+        self.auditor.start(call, message, PromptFormat.model_validate(specialist.prompt_format).answer_kind)
 
     async def _ask_llm(self, call: PendingCall) -> Response:
         try:
@@ -218,7 +230,7 @@ class GatewayCore:
         return self._whole(call, stream.status, raw, parse_object(raw), endpoint)
 
     def _whole(
-        self, call: PendingCall, status: int, raw: bytes, body: dict[str, Any] | None, endpoint: UpstreamConfig
+        self, call: PendingCall, status: int, raw: bytes, body: dict[str, Any] | None, endpoint: LLMNodeConfig
     ) -> Response:
         """Pass on a reply that came in one piece: an answer, or an error that is the client's own."""
         if status >= 400 or body is None:
@@ -237,7 +249,7 @@ class GatewayCore:
         call: PendingCall,
         *,
         response: dict[str, Any] | None = None,
-        endpoint: UpstreamConfig | None = None,
+        endpoint: LLMNodeConfig | None = None,
         served_by: ServedBy = "llm",
         status: int = 200,
         error: str | None = None,
@@ -262,7 +274,7 @@ class _Relay(StreamingResponse):
         core: GatewayCore,
         call: PendingCall,
         stream: UpstreamStream,
-        endpoint: UpstreamConfig,
+        endpoint: LLMNodeConfig,
         stack: contextlib.AsyncExitStack,
     ) -> None:
         super().__init__(self._pieces(stream), media_type=_EVENT_STREAM, headers=call.response_headers())
@@ -313,6 +325,7 @@ def build_api(core: GatewayCore) -> FastAPI:
         finally:
             polling.cancel()
             await asyncio.gather(polling, return_exceptions=True)
+            await core.auditor.close()
             await core.capture.close()
             await core.fallback.close()
 
@@ -323,7 +336,8 @@ def build_api(core: GatewayCore) -> FastAPI:
     async def list_models(request: Request) -> Response:
         core.authenticate(request.headers)
         try:
-            return JSONResponse({"object": "list", "data": await core.fallback.list_models()})
+            models = [*await core.fallback.list_models(), *model_entries(core.table.snapshot)]
+            return JSONResponse({"object": "list", "data": models})
         except UpstreamError as error:
             return JSONResponse(error.body or error_body(error.message, kind="upstream_error"), error.status)
 

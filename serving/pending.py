@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import re
 import time
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.access import Pseudonyms
 from cluster.prices import tokens_cost_usd
 from cluster.records import AgentCall, RouteDecision, ServedBy, Usage
-from cluster.upstream import UpstreamConfig
+from cluster.upstream import LLMNodeConfig
 from serving.openai_wire import usage_of
 
 _MAX_HEADER_CHARS = 200
@@ -35,13 +36,26 @@ class PendingCall:
     headers: Mapping[str, str]
     decision: RouteDecision
     specialist_cost_usd: float = 0.0
+    is_reference: bool = False
+    audit_of: str | None = None
+
+    def audit(self) -> PendingCall:
+        """The same call asked again of the LLM, begun now: a call of its own, with its own latency and cost."""
+        return replace(
+            self,
+            call_id=uuid.uuid4().hex,
+            begin=time.perf_counter(),
+            decision=self.decision.model_copy(update={"action": "audit", "reason": "reference stream"}),
+            specialist_cost_usd=0.0,
+            audit_of=self.call_id,
+        )
 
     def captured(
         self,
         pseudonyms: Pseudonyms,
         *,
         response: dict[str, Any] | None,
-        endpoint: UpstreamConfig | None,
+        endpoint: LLMNodeConfig | None,
         served_by: ServedBy,
         status: int,
         error: str | None,
@@ -69,6 +83,8 @@ class PendingCall:
             status=status,
             error=error,
             faces_person=self.headers.get("x-faces-person", "").lower() == "true",
+            is_reference=self.is_reference,
+            audit_of=self.audit_of,
         )
 
     def response_headers(self) -> dict[str, str]:
@@ -104,7 +120,7 @@ class PendingCall:
             return int(given)
         return sum(message.get("role") == "assistant" for message in self.request["messages"])
 
-    def _cost_usd(self, usage: Usage, endpoint: UpstreamConfig | None, served_by: ServedBy) -> float | None:
+    def _cost_usd(self, usage: Usage, endpoint: LLMNodeConfig | None, served_by: ServedBy) -> float | None:
         """Tokens of the LLM plus time of a specialist, kept or not; None where the LLM did not report its tokens."""
         if served_by == "specialist":
             return self.specialist_cost_usd

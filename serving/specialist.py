@@ -63,6 +63,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
     name = deployment_name(base)
     is_cpu = config.device == "cpu"
     folder = Store(store_uri).fetch(base, _cache())
+    environment = {**cpu_environment(config.kv_cache_gib, config.num_threads), "HF_HUB_OFFLINE": "1"}
     llm_config = LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(folder)},
         accelerator_config={"kind": config.device},
@@ -73,7 +74,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
             "ray_actor_options": {"num_cpus": 0},
             "max_ongoing_requests": 4 * config.max_num_seqs,
         },
-        runtime_env={"env_vars": _environment(config)} if is_cpu else {},
+        runtime_env={"env_vars": environment} if is_cpu else {},
         log_engine_metrics=False,
     )
     return build_llm_deployment(
@@ -153,12 +154,12 @@ def _engine_kwargs(config: SpecialistConfig) -> dict[str, Any]:
     }
 
 
-def _environment(config: SpecialistConfig) -> dict[str, str]:
+def cpu_environment(kv_cache_gib: int, num_threads: int) -> dict[str, str]:
+    """What a vLLM engine on CPU reads from its environment."""
     return {
-        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
-        "OMP_NUM_THREADS": str(config.num_threads),
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "OMP_NUM_THREADS": str(num_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
     }
 
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster import registry
 from cluster.engine import Engine
@@ -29,6 +30,8 @@ class Snapshot:
 
     release: str | None = None
     """Name of the release; None where nothing was ever promoted."""
+    created_ts: float = 0.0
+    """When the release was made."""
     route_model: RouteModel | None = None
     specialists: Mapping[str, Specialist] = field(default_factory=dict)
     """Those that may be asked, by task; all resident."""
@@ -36,6 +39,14 @@ class Snapshot:
     """Why the release's other specialists are not asked, by task."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Why the release has no specialist for a task, or this gateway skips it, by task."""
+
+
+def model_entries(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """The snapshot's specialists as OpenAI's model list shows them; which of them answers is the router's choice."""
+    return [
+        {"id": f"understudy/{task}", "object": "model", "created": int(snapshot.created_ts), "owned_by": "understudy"}
+        for task in sorted(snapshot.specialists)
+    ]
 
 
 class ServingTable:
@@ -88,7 +99,7 @@ class ServingTable:
         specialists = {task: one for task, one in release.specialists.items() if task not in skipped}
         for specialist in specialists.values():
             await self._engines[specialist.base].load(specialist.adapter)
-        return Snapshot(sha, route_model, specialists, skipped, {**release.refused, **skipped})
+        return Snapshot(sha, release.created_ts, route_model, specialists, skipped, {**release.refused, **skipped})
 
     async def _skipped(self, release: Release) -> dict[str, str]:
         skipped: dict[str, str] = {}

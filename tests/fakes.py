@@ -1,23 +1,35 @@
-"""Stand-ins for tests of the request path: a route model, an engine, a release in a store, and an LLM over HTTP."""
+"""Stand-ins for tests of the request path: an engine, an LLM over HTTP, a release in a store, and a gateway of them."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import pathlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
+import httpx
 from aiohttp import web
 
 from cluster import registry
+from cluster.access import ApiKeys, Pseudonyms
+from cluster.calls import read_calls
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError
 from cluster.prompts import PromptFormat
-from cluster.records import Gate, Release, Specialist
+from cluster.records import AgentCall, Gate, Release, Specialist
 from cluster.route_model import RouteModel
 from cluster.signature import signature_of
 from cluster.store import Store
+from cluster.telemetry import Meter
+from cluster.upstream import Upstream, UpstreamConfig
+from serving.audit import AuditConfig, Auditor
+from serving.capture import Capture, CaptureConfig
+from serving.fallback import FallbackLLM
+from serving.gateway import GatewayConfig, GatewayCore, build_api
+from serving.table import ServingTable
 
 BASE, ADAPTER, ROUTES = "bases/tiny", "adapters/triage", "routes/one"
 FINGERPRINT = "engine-1"
@@ -26,6 +38,9 @@ REQUEST: dict[str, Any] = {
     "messages": [{"role": "system", "content": "Name the intent."}, {"role": "user", "content": "Where is it?"}],
 }
 LLM_TEXT = "from the LLM"
+PATH = "/v1/chat/completions"
+NO_AUDIT = AuditConfig(share=0.0)
+DEAD = "http://127.0.0.1:9/v1"
 
 
 class FakeEngine:
@@ -61,6 +76,13 @@ class FakeLLM:
         self.status = 200
         self.fate = "finish"
         """finish, cut (break the connection off after the first piece), or hang (say nothing after it)."""
+        self.text = LLM_TEXT
+        """What it says in a whole answer."""
+        self.body: dict[str, Any] | None = None
+        """A whole answer to give instead."""
+        self.may_answer = asyncio.Event()
+        """While unset, whole answers are held back."""
+        self.may_answer.set()
         self.requests: list[dict[str, Any]] = []
         self._runner: web.AppRunner | None = None
 
@@ -89,7 +111,8 @@ class FakeLLM:
                 {"error": {"message": "no", "type": "test", "param": None, "code": None}}, status=self.status
             )
         if not request.get("stream"):
-            return web.json_response(llm_body())
+            await self.may_answer.wait()
+            return web.json_response(self.body or llm_body(self.text))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(http_request)
         await response.write(_event({"role": "assistant", "content": LLM_TEXT[:4]}, None))
@@ -105,6 +128,73 @@ class FakeLLM:
         return response
 
 
+@dataclass
+class Running:
+    """One gateway with its parts."""
+
+    http: httpx.AsyncClient
+    api: Any
+    core: GatewayCore
+    engine: FakeEngine
+    llm: FakeLLM
+    store: Store
+    release: str
+    key: str
+
+    async def ask(self, **extra: Any) -> httpx.Response:
+        return await self.http.post(PATH, json={**REQUEST, **extra})
+
+    async def captured(self) -> list[AgentCall]:
+        await self.core.capture.flush()
+        return read_calls(self.store)
+
+
+@contextlib.asynccontextmanager
+async def gateway(
+    tmp_path: pathlib.Path,
+    specialist: Specialist | None = None,
+    dead_first: bool = False,
+    audit: AuditConfig = NO_AUDIT,
+    **config: Any,
+) -> AsyncIterator[Running]:
+    store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
+    release = promote_release(store, tmp_path / "scratch", specialist or make_specialist())
+    upstream = [
+        UpstreamConfig(
+            base_url=await llm.start(), max_attempts=1, prompt_usd_per_million=1.0, completion_usd_per_million=2.0
+        )
+    ]
+    if dead_first:
+        upstream.insert(0, UpstreamConfig(base_url=DEAD, max_attempts=1))
+    keys, meter = ApiKeys(tmp_path / "keys.json"), Meter()
+    key = keys.create("billing", "agent")
+    capture, fallback = (
+        Capture(store, CaptureConfig(flush_interval_s=1000.0), meter),
+        FallbackLLM([Upstream(one) for one in upstream], meter),
+    )
+    pseudonyms = Pseudonyms(b"k" * 32)
+    core = GatewayCore(
+        GatewayConfig(**config),
+        capture=capture,
+        fallback=fallback,
+        auditor=Auditor(audit, fallback, capture, pseudonyms, meter),
+        table=ServingTable(store, {BASE: engine}),
+        engines={BASE: engine},
+        pseudonyms=pseudonyms,
+        api_keys=keys,
+        meter=meter,
+    )
+    api = build_api(core)
+    headers = {"Authorization": f"Bearer {key}"}
+    try:
+        async with api.router.lifespan_context(api):
+            transport = httpx.ASGITransport(api)
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as http:
+                yield Running(http, api, core, engine, llm, store, release, key)
+    finally:
+        await llm.close()
+
+
 def engine_answer(text: str, confidence: float, finish_reason: str = "stop") -> EngineAnswer:
     return EngineAnswer(
         message={"role": "assistant", "content": text},
@@ -116,13 +206,13 @@ def engine_answer(text: str, confidence: float, finish_reason: str = "stop") -> 
     )
 
 
-def llm_body() -> dict[str, Any]:
+def llm_body(text: str = LLM_TEXT) -> dict[str, Any]:
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1,
         "model": "llm-1",
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": LLM_TEXT}, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
     }
 

@@ -52,6 +52,7 @@ EXAMPLE_SCHEMA = pa.schema(
     ]
 )
 
+BIASED = "left to the LLM by a specialist, outside the reference stream"
 LEAKED = "request also in validation, calibration or test"
 TOO_DEEP = "nested too deeply"
 MAX_NESTING = 100
@@ -133,9 +134,9 @@ def curate(store: Store, config: CurateConfig, key: bytes | None = None) -> Snap
     folder = f"{EXAMPLES_FOLDER}/{snapshot_id}"
     if store.is_published(folder):
         return load_snapshot(store, snapshot_id)
-    calls = read_calls(store)
+    calls = _without_audited(read_calls(store))
     kept, dropped, too_long = _select(calls, config)
-    by_split = _split_calls(kept, config.split)
+    by_split = _split_calls(kept, config.split, dropped)
     by_split["train"] = _clean_train(by_split, config, dropped)
     secret = key if key is not None else load_pseudonym_key(store.uri)
     redactor = Redactor(config.redact, hmac.digest(secret, b"surrogates", "sha256"))
@@ -210,6 +211,12 @@ def _snapshot_id(store: Store, config: CurateConfig) -> str:
     return content_hash([rows, config.model_dump(mode="json")])[:16]
 
 
+def _without_audited(calls: list[AgentCall]) -> list[AgentCall]:
+    """One call for each of the client's: where the LLM was asked again in the background, its answer stands for both."""
+    audited = {call.audit_of for call in calls}
+    return [call for call in calls if call.call_id not in audited]
+
+
 def _select(
     calls: Iterable[AgentCall], config: CurateConfig
 ) -> tuple[list[AgentCall], Counter[str], list[QuarantineRow]]:
@@ -263,13 +270,18 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _split_calls(calls: Iterable[AgentCall], config: SplitConfig) -> dict[Split, list[AgentCall]]:
-    known: dict[str, Split] = {}
+def _split_calls(
+    calls: Iterable[AgentCall], config: SplitConfig, dropped: Counter[str]
+) -> dict[Split, list[AgentCall]]:
+    """Calls by split. What a specialist did not keep is what it finds hard: it may teach, but held out it would
+    misrepresent the task, so there only the reference stream speaks for tasks that have a specialist."""
     by_split: dict[Split, list[AgentCall]] = {split: [] for split in SPLITS}
     for call in calls:
-        if call.session_id not in known:
-            known[call.session_id] = split_of(call.session_id, config)
-        by_split[known[call.session_id]].append(call)
+        split = split_of(call.session_id, config)
+        if split != "train" and call.route and call.route.specialist and not call.is_reference:
+            dropped[BIASED] += 1
+        else:
+            by_split[split].append(call)
     return by_split
 
 

@@ -6,6 +6,7 @@ The environment is set before Ray starts, because its processes inherit it then 
 from __future__ import annotations
 
 import pathlib
+import socket
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -81,6 +82,18 @@ def ray_cluster(extensions_dir: pathlib.Path) -> Iterator[None]:
 
         serve.shutdown()
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def serve_port(ray_cluster: None) -> int:
+    """The one port of Serve's proxy, which every app takes its turn on."""
+    from ray import serve
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    return port
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -58,7 +57,7 @@ class Endpoint(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster: None, toy: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def endpoint(serve_port: int, toy: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     from ray import serve
 
     folder = tmp_path_factory.mktemp("serving")
@@ -66,14 +65,12 @@ def endpoint(ray_cluster: None, toy: Any, tmp_path_factory: pytest.TempPathFacto
     release, specialist = _publish(store, toy, folder)
     key = ApiKeys(keys_folder(store.uri) / KEYS_FILE).create("test-agent", "agent")
     llm, llm_url = _start_llm()
-    port = _free_port()
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
         upstream = [{"base_url": f"{llm_url}/v1"}]
         args = {"store": store.uri, "upstream": upstream, "specialists": SPECIALISTS}
         serve.run(build(ServeArgs.model_validate(args)), name=APP, route_prefix="/")
         with openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=READY_TIMEOUT_S
+            base_url=f"http://127.0.0.1:{serve_port}/v1", api_key=key, max_retries=0, timeout=READY_TIMEOUT_S
         ) as client:
             _wait_for_release(client, release)
             yield Endpoint(client, store, release, specialist)
@@ -169,8 +166,8 @@ def test_streamed_tool_calls_are_captured_as_one(endpoint: Endpoint) -> None:
     assert [call["function"]["arguments"] for call in message["tool_calls"]] == ['{"order_id":"AB-12345"}']
 
 
-def test_models_of_the_llm_are_listed(endpoint: Endpoint) -> None:
-    assert LLM in {model.id for model in endpoint.client.models.list()}
+def test_models_of_the_llm_and_the_specialists_are_listed(endpoint: Endpoint) -> None:
+    assert {LLM, f"understudy/{TASK}"} <= {model.id for model in endpoint.client.models.list()}
 
 
 def test_a_wrong_key_is_turned_away(endpoint: Endpoint) -> None:
@@ -232,12 +229,6 @@ def _start_llm() -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
     assert process.stdout is not None
     return process, process.stdout.readline().strip()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _wait_for_release(client: openai.OpenAI, release: str) -> None:

@@ -55,6 +55,8 @@ def test_every_field_survives_the_store(tmp_path):
         label="a\nb",
         label_kind="gold",
         faces_person=True,
+        is_reference=True,
+        audit_of="call-9",
     )
     store = Store(str(tmp_path))
     write_calls(store, [call, make_call(1, response=None)])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import pathlib
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -15,10 +12,11 @@ import pytest
 from fakes import (
     BASE,
     LLM_TEXT,
+    PATH,
     REQUEST,
     FakeEngine,
-    FakeLLM,
     engine_answer,
+    gateway,
     llm_body,
     make_specialist,
     promote_release,
@@ -26,79 +24,14 @@ from fakes import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.access import ApiKeys, Pseudonyms
-from cluster.calls import read_calls
+from cluster.access import Pseudonyms
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, InputError
-from cluster.records import AgentCall, Specialist, Usage
+from cluster.records import Specialist, Usage
 from cluster.store import Store
-from cluster.telemetry import Meter
-from cluster.upstream import UpstreamConfig
-from serving.capture import Capture, CaptureConfig
-from serving.fallback import FallbackLLM
-from serving.gateway import CLIENT_GONE, GatewayConfig, GatewayCore, build_api
+from serving.gateway import CLIENT_GONE
 from serving.openai_wire import SseReader, completion_body, completion_chunks, reassemble
 from serving.table import ServingTable
-
-PATH = "/v1/chat/completions"
-DEAD = "http://127.0.0.1:9/v1"
-
-
-@dataclass
-class Running:
-    """One gateway with its parts."""
-
-    http: httpx.AsyncClient
-    api: Any
-    core: GatewayCore
-    engine: FakeEngine
-    llm: FakeLLM
-    store: Store
-    release: str
-    key: str
-
-    async def ask(self, **extra: Any) -> httpx.Response:
-        return await self.http.post(PATH, json={**REQUEST, **extra})
-
-    async def captured(self) -> list[AgentCall]:
-        await self.core.capture.flush()
-        return read_calls(self.store)
-
-
-@contextlib.asynccontextmanager
-async def gateway(
-    tmp_path: pathlib.Path, specialist: Specialist | None = None, dead_first: bool = False, **config: Any
-) -> AsyncIterator[Running]:
-    store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
-    release = promote_release(store, tmp_path / "scratch", specialist or make_specialist())
-    upstream = [
-        UpstreamConfig(
-            base_url=await llm.start(), max_attempts=1, prompt_usd_per_million=1.0, completion_usd_per_million=2.0
-        )
-    ]
-    if dead_first:
-        upstream.insert(0, UpstreamConfig(base_url=DEAD, max_attempts=1))
-    keys, meter = ApiKeys(tmp_path / "keys.json"), Meter()
-    key = keys.create("billing", "agent")
-    core = GatewayCore(
-        GatewayConfig(**config),
-        capture=Capture(store, CaptureConfig(flush_interval_s=1000.0), meter),
-        fallback=FallbackLLM(upstream, meter),
-        table=ServingTable(store, {BASE: engine}),
-        engines={BASE: engine},
-        pseudonyms=Pseudonyms(b"k" * 32),
-        api_keys=keys,
-        meter=meter,
-    )
-    api = build_api(core)
-    headers = {"Authorization": f"Bearer {key}"}
-    try:
-        async with api.router.lifespan_context(api):
-            transport = httpx.ASGITransport(api)
-            async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as http:
-                yield Running(http, api, core, engine, llm, store, release, key)
-    finally:
-        await llm.close()
 
 
 def _text(reply: httpx.Response) -> str:
@@ -277,7 +210,8 @@ def test_wrong_keys_bodies_and_paths_get_openai_errors(tmp_path: pathlib.Path) -
             assert [reply.status_code for reply in replies] == [401, 400, 400, 404, 404]
             assert all(set(reply.json()["error"]) == {"message", "type", "param", "code"} for reply in replies)
             assert not await run.captured()
-            assert (await run.http.get("/v1/models")).json()["data"][0]["id"] == "llm-1"
+            models = (await run.http.get("/v1/models")).json()["data"]
+            assert [model["id"] for model in models] == ["llm-1", "understudy/triage"]
             assert (await run.http.get("/healthz")).json()["release"] == run.release
 
     asyncio.run(scenario())

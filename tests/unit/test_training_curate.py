@@ -12,11 +12,12 @@ from cluster.calls import read_calls, write_calls
 from cluster.config import validate
 from cluster.errors import ConfigError, InputError, StoreError
 from cluster.quarantine import read_quarantine
-from cluster.records import AgentCall
+from cluster.records import AgentCall, RouteDecision
 from cluster.store import Store
 from jobs.ingest import ingest
 from training.curate import (
     BAD_OUTCOME,
+    BIASED,
     LEAKED,
     SPLITS,
     TOO_DEEP,
@@ -88,6 +89,27 @@ def test_calls_that_cannot_be_learned_from_are_dropped_and_counted(tmp_path, fie
     store, snapshot = curate_calls(tmp_path, [make_call(0), make_call(1, **fields)])
     assert snapshot.counts.dropped == {reason: 1}
     assert set().union(*(ids_of(store, snapshot, split) for split in SPLITS)) == {"call-0"}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_audited_call_counts_once_and_the_llms_answer_is_the_target(tmp_path, split):
+    routes = [RouteDecision(action=action, reason="", task_id="t", specialist="t@1") for action in ("accept", "audit")]
+    shared = {"session_id": SESSION_IN[split], "is_reference": True}
+    kept = make_call(0, "same", served_by="specialist", route=routes[0], response=answer("ours"), **shared)
+    audit = make_call(1, "same", audit_of="call-0", route=routes[1], response=answer("theirs"), **shared)
+    store, snapshot = curate_calls(tmp_path, [kept, audit])
+    assert (snapshot.counts.num_calls, snapshot.counts.dropped) == (1, {})
+    assert ids_of(store, snapshot, split) == {"call-1"}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_escalated_calls_teach_but_only_the_reference_stream_is_held_out(tmp_path, split):
+    route = RouteDecision(action="escalate", reason="", task_id="t", specialist="t@1", confidence=0.1)
+    calls = [make_call(i, session_id=SESSION_IN[split], route=route, is_reference=i == 0) for i in range(2)]
+    store, snapshot = curate_calls(tmp_path, calls)
+    is_train = split == "train"
+    assert snapshot.counts.dropped == ({} if is_train else {BIASED: 1})
+    assert ids_of(store, snapshot, split) == ({"call-0", "call-1"} if is_train else {"call-0"})
 
 
 def test_a_long_prompt_is_listed_in_quarantine(tmp_path):

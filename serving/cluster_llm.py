@@ -1,0 +1,232 @@
+"""The LLM node as a model on this Ray cluster: chat.completions body -> the same replies as an endpoint over HTTP.
+
+`ClusterLLMServer` extends Ray's LLMServer with one method, `complete`, that takes and gives OpenAI's JSON, so that
+the gateway loads no engine; `ClusterLLM` is its client and stands in `upstream` beside endpoints, in the config's
+order. The model renders with its own chat template; it knows nothing of tasks or adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from pydantic import Field
+
+from cluster.errors import UpstreamError
+from cluster.upstream import Breaker, LLMNodeConfig, UpstreamReply, UpstreamStream
+from serving.openai_wire import error_body, parse_object
+from serving.specialist import cpu_environment
+
+_EVENT_STREAM = "text/event-stream"
+
+
+class ClusterLLMConfig(LLMNodeConfig):
+    """A chat model served on the cluster. It has no price of its own: give what its tokens cost on your machines."""
+
+    cluster_model: str = Field(min_length=1)
+    """Folder that every node can read, or hub id, of a model with a chat template."""
+    name: str | None = Field(default=None, min_length=1)
+    """Id of the model in replies and in the model list; None takes the last part of cluster_model."""
+    device: str = Field(default="cpu", pattern="^(cpu|gpu)$")
+    """What the engine runs on."""
+    num_gpus: int = Field(default=1, ge=1)
+    """GPUs of one replica, over which the weights are split; unused on CPU."""
+    dtype: str = Field(default="bfloat16", pattern="^(float32|bfloat16|float16)$")
+    """Weights and arithmetic."""
+    max_model_tokens: int = Field(default=4096, ge=64)
+    """Prompt and answer together."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Requests in one batch."""
+    tool_call_parser: str | None = None
+    """vLLM's parser for this model's tool calls, e.g. hermes; None refuses tools unless tool_choice names one."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """Memory for keys and values; CPU only (a GPU engine takes its share of device memory)."""
+    num_threads: int = Field(default=1, ge=1)
+    """CPUs and OpenMP threads of a CPU engine."""
+    min_replicas: int = Field(default=1, ge=0)
+    """Replicas kept when idle."""
+    max_replicas: int = Field(default=1, ge=1)
+    """Replicas at most."""
+
+    @property
+    def model_name(self) -> str:
+        return self.name or self.cluster_model.rstrip("/").rpartition("/")[2]
+
+
+def build_cluster_llm(config: ClusterLLMConfig) -> Any:
+    """Bind the deployment that serves the model."""
+    from ray.serve.llm import LLMConfig, build_llm_deployment
+
+    is_cpu = config.device == "cpu"
+    bundles = [{"CPU": config.num_threads}] if is_cpu else [{"GPU": 1}] * config.num_gpus
+    llm_config = LLMConfig(
+        model_loading_config={"model_id": config.model_name, "model_source": config.cluster_model},
+        accelerator_config={"kind": config.device},
+        placement_group_config={"bundles": bundles},
+        engine_kwargs=_engine_kwargs(config),
+        deployment_config={
+            "autoscaling_config": {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas},
+            "ray_actor_options": {"num_cpus": 0},
+            "max_ongoing_requests": 4 * config.max_num_seqs,
+            # One caller's queue; beyond it the next LLM is asked at once instead of after the timeout.
+            "max_queued_requests": 4 * config.max_num_seqs,
+        },
+        runtime_env={"env_vars": cpu_environment(config.kv_cache_gib, config.num_threads)} if is_cpu else {},
+        log_engine_metrics=False,
+    )
+    return build_llm_deployment(llm_config, deployment_cls=_server_class())
+
+
+class ClusterLLM:
+    """Client of one ClusterLLMServer, with an Upstream's methods. Belongs to one event loop.
+
+    A call is sent once: Serve has already queued it for a replica that works, and the next LLM is a better retry.
+    """
+
+    def __init__(self, config: ClusterLLMConfig, handle: Any, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take the deployment's handle; ask nothing yet."""
+        self.config = config
+        self.breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
+        self._handle = handle.options(stream=True)
+
+    async def chat(self, body: dict[str, Any]) -> UpstreamReply:
+        """Ask for a whole answer.
+
+        Raises:
+            UpstreamError: no usable answer; `status` and `body` are fit for the client.
+        """
+        begin = time.perf_counter()
+        async with self._opened({**body, "stream": False}, self.config.timeout_s) as (status, raw, _):
+            reply = parse_object(raw)
+            if reply is None:
+                raise self._error(502, "answered with something that is no JSON object")
+            return UpstreamReply(status, reply, raw, (time.perf_counter() - begin) * 1e3)
+
+    @contextlib.asynccontextmanager
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[UpstreamStream]:
+        """Start a streamed answer; its first piece is here when the block is entered.
+
+        Raises:
+            UpstreamError: the model gave no first piece.
+        """
+        async with self._opened({**body, "stream": True}, self.config.first_byte_timeout_s) as (status, first, rest):
+            kind = _EVENT_STREAM if status == 200 else "application/json"
+            yield UpstreamStream(status, kind, self._chunks(first, rest))
+
+    async def list_models(self) -> list[dict[str, Any]]:
+        """The model's entry; it is known without asking."""
+        return [{"id": self.config.model_name, "object": "model", "created": 0, "owned_by": "understudy"}]
+
+    async def close(self) -> None:
+        """Nothing to close: the handle belongs to Serve."""
+
+    @contextlib.asynccontextmanager
+    async def _opened(self, body: dict[str, Any], limit_s: float) -> AsyncIterator[tuple[int, bytes, Any]]:
+        """Status and first piece of an answer worth having, and the iterator of the others."""
+        if not self.breaker.may_call():
+            raise self._error(
+                503, "has failed repeatedly and is being left alone; try again shortly", "upstream_unavailable"
+            )
+        pieces = self._handle.complete.remote({**body, "model": self.config.model_name})
+        try:
+            try:
+                begun = await self._next(pieces, limit_s)
+                if begun is None:
+                    raise self._error(502, "gave no answer; send the request again")
+                status, first = begun
+                if status == 429 or status >= 500:
+                    raise UpstreamError(f"{self._who()} answered {status}", status, parse_object(first))
+            except UpstreamError as error:
+                if error.status != 429:
+                    self.breaker.fail()
+                raise
+            self.breaker.succeed()
+            yield status, first, pieces
+        finally:
+            # Tells the engine to stop where the client or this call left early; else it changes nothing.
+            pieces.cancel()
+
+    async def _chunks(self, first: bytes, rest: Any) -> AsyncIterator[bytes]:
+        yield first
+        while (piece := await self._next(rest, self.config.timeout_s)) is not None:
+            yield piece[1]
+
+    async def _next(self, pieces: Any, limit_s: float) -> tuple[int, bytes] | None:
+        """Status and the next piece, None at the end; raises UpstreamError where Ray or the engine failed."""
+        try:
+            async with asyncio.timeout(limit_s):
+                return await anext(pieces, None)
+        except _ray_errors() as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: BaseException) -> UpstreamError:
+        from ray.exceptions import RayTaskError
+        from ray.serve.exceptions import BackPressureError
+
+        if isinstance(error, TimeoutError):
+            return self._error(504, "did not answer in time; raise its timeout_s or try again", "upstream_timeout")
+        if isinstance(error, BackPressureError):
+            return self._error(429, "has too many calls waiting; try again or raise max_replicas", "upstream_busy")
+        status, name = (502 if isinstance(error, RayTaskError) else 503), type(error).__name__
+        return self._error(status, f"failed ({name}); send the request again", "upstream_unavailable")
+
+    def _error(self, status: int, reason: str, code: str = "upstream_error") -> UpstreamError:
+        message = f"{self._who()} {reason}"
+        return UpstreamError(message, status, error_body(message, kind="upstream_error", code=code))
+
+    def _who(self) -> str:
+        return f"upstream.cluster_model={self.config.model_name}"
+
+
+def _engine_kwargs(config: ClusterLLMConfig) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {
+        "dtype": config.dtype,
+        "enforce_eager": config.device == "cpu",
+        "max_model_len": config.max_model_tokens,
+        "max_num_seqs": config.max_num_seqs,
+        "disable_log_stats": True,
+    }
+    if config.device == "gpu":
+        kwargs["tensor_parallel_size"] = config.num_gpus
+    if config.tool_call_parser:
+        kwargs |= {"enable_auto_tool_choice": True, "tool_call_parser": config.tool_call_parser}
+    return kwargs
+
+
+def _ray_errors() -> tuple[type[BaseException], ...]:
+    """What a handle's call may raise; looked up when something was raised, so that importing this loads no Ray."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    return RayError, RayServeException, TimeoutError
+
+
+def _server_class() -> Any:
+    """Made in a function, because Ray Serve LLM imports the engine."""
+    from ray.llm._internal.serve.core.server.llm_server import LLMServer
+
+    class ClusterLLMServer(LLMServer):
+        async def complete(self, body: dict[str, Any]) -> AsyncIterator[tuple[int, bytes]]:
+            """Status and next piece: one JSON object, or SSE events as they come."""
+            from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, ErrorResponse
+
+            try:
+                request = ChatCompletionRequest(**body)
+            except ValueError as error:
+                yield 400, json.dumps(error_body(str(error), kind="invalid_request_error")).encode()
+                return
+            async for piece in await self.chat(request):
+                if isinstance(piece, list) and not isinstance(piece[0], str):
+                    (piece,) = piece
+                if isinstance(piece, list):
+                    yield 200, "".join(piece).encode()
+                elif isinstance(piece, ErrorResponse):
+                    yield piece.error.code, piece.model_dump_json().encode()
+                else:
+                    yield 200, piece.model_dump_json().encode()
+
+    return ClusterLLMServer
