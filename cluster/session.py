@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
+
+from cluster.errors import ConfigError
+from cluster.resources import Node
+
+
+def joins_cluster() -> bool:
+    """Whether `connect` joins a running cluster; else it starts Ray on this machine."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def connect(num_cpus: int | None = None) -> None:
@@ -11,6 +21,9 @@ def connect(num_cpus: int | None = None) -> None:
 
     Args:
         num_cpus: CPUs of a local cluster; None takes the machine's.
+
+    Raises:
+        ConfigError: there is no cluster at RAY_ADDRESS.
     """
     import ray
 
@@ -18,8 +31,50 @@ def connect(num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **options)
+    if joins_cluster():
+        try:
+            ray.init(address="auto", **options)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no cluster answers there ({error}); allowed: the address of "
+                "a running cluster; next: unset RAY_ADDRESS to run on this machine"
+            ) from None
         return
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes of the connected cluster."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(cpus=one.get("CPU", 0.0), gpus=one.get("GPU", 0.0)) for one in resources]
+
+
+def serve_is_running() -> bool:
+    """Whether the connected cluster has a Ray Serve."""
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def serve_without_http() -> Iterator[None]:
+    """Use the cluster's Ray Serve, or start one that listens nowhere; one that nobody uses is gone afterwards.
+
+    A conversion asks its engine through handles; an HTTP proxy would only take the endpoint's port.
+    """
+    from ray import serve
+
+    serve.start(proxy_location="Disabled")
+    try:
+        yield
+    finally:
+        status = serve.status()
+        if not status.applications and not status.proxies:
+            serve.shutdown()

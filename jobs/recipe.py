@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pathlib
+import textwrap
 
 from pydantic import Field
 
-from cluster.config import Config, load_config
+from cluster.config import Config, describe_fields, load_config
 from cluster.prices import PriceConfig
+from cluster.resources import LimitsConfig
 from cluster.upstream import UpstreamConfig
 from serving.capture import CaptureConfig
+from serving.endpoint import ServeConfig
 from serving.gateway import GatewayConfig
 from serving.specialist import SpecialistConfig
 from training.curate import CurateConfig
@@ -29,7 +32,7 @@ class Recipe(Config):
     store: str = "store"
     """Folder, s3:// or gs:// address of the artifact store."""
     upstream: tuple[UpstreamConfig, ...] = Field(default=())
-    """LLM endpoints in order of preference; needed to serve, not to convert."""
+    """LLM endpoints in order of preference; needed to serve, not to convert. Without any, `serve` takes OPENAI_BASE_URL."""
     capture: CaptureConfig = CaptureConfig()
     curate: CurateConfig = CurateConfig()
     discover: DiscoverConfig = DiscoverConfig()
@@ -41,6 +44,8 @@ class Recipe(Config):
     gate: GateConfig = GateConfig()
     specialists: SpecialistConfig = SpecialistConfig()
     gateway: GatewayConfig = GatewayConfig()
+    serve: ServeConfig = ServeConfig()
+    limits: LimitsConfig = LimitsConfig()
     prices: PriceConfig = PriceConfig()
 
 
@@ -55,3 +60,16 @@ def load_recipe(words: list[str]) -> Recipe:
         return recipe
     # Workers run in other folders than the driver, so a local store is named by its whole path.
     return recipe.model_copy(update={"store": str(pathlib.Path(recipe.store).expanduser().resolve())})
+
+
+def describe_recipe(sections: tuple[str, ...]) -> str:
+    """The recipe's fields in these sections as text: key, type, bounds, default, and what it means."""
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
+    lines = [f"recipes: {recipes}, or a path ending in .toml", "fields (key=value):"]
+    for key, kind, default, meaning in describe_fields(Recipe):
+        if key.split(".")[0] in sections:
+            lines += [
+                f"  {key}: {kind} = {default}",
+                textwrap.fill(meaning, 110, initial_indent="      ", subsequent_indent="      "),
+            ]
+    return "\n".join(lines)
