@@ -8,6 +8,7 @@ import textwrap
 from pydantic import Field
 
 from cluster.config import Config, describe_fields, load_config
+from cluster.errors import ConfigError
 from cluster.prices import PriceConfig
 from cluster.resources import LimitsConfig
 from cluster.upstream import UpstreamConfig
@@ -24,6 +25,8 @@ from training.scratch import PretrainConfig
 from training.selection import SelectConfig
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"
+_JOB_FOLDERS = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks what `ray job submit --working-dir` uploads."""
 
 
 class Recipe(Config):
@@ -53,13 +56,19 @@ def load_recipe(words: list[str]) -> Recipe:
     """Resolve command-line words.
 
     Raises:
-        ConfigError: unknown recipe or key, wrong type, value out of bounds.
+        ConfigError: unknown recipe or key, wrong type, value out of bounds, or a store that would not outlive the job.
     """
     recipe = load_config(Recipe, words, RECIPES)
     if "://" in recipe.store:
         return recipe
     # Workers run in other folders than the driver, so a local store is named by its whole path.
-    return recipe.model_copy(update={"store": str(pathlib.Path(recipe.store).expanduser().resolve())})
+    store = str(pathlib.Path(recipe.store).expanduser().resolve())
+    if _JOB_FOLDERS in store:
+        raise ConfigError(
+            f"store={recipe.store!r}: lies in the submitted job's own folder, which Ray removes; allowed: the whole "
+            "path of a folder that all nodes share, s3://... or gs://...; next: store=/shared/store"
+        )
+    return recipe.model_copy(update={"store": store})
 
 
 def describe_recipe(sections: tuple[str, ...]) -> str:
