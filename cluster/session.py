@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.resources import Node
+
+_PROBE_TIMEOUT_S = 5.0
 
 
 def joins_cluster() -> bool:
@@ -25,6 +28,8 @@ def connect(num_cpus: int | None = None) -> None:
     Raises:
         ConfigError: there is no cluster at RAY_ADDRESS.
     """
+    if joins_cluster():
+        _check_reachable(os.environ["RAY_ADDRESS"])
     import ray
 
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -32,16 +37,28 @@ def connect(num_cpus: int | None = None) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if joins_cluster():
-        try:
-            ray.init(address="auto", **options)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no cluster answers there ({error}); allowed: the address of "
-                "a running cluster; next: unset RAY_ADDRESS to run on this machine"
-            ) from None
+        ray.init(address="auto", **options)
         return
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray tries for minutes before it says that nobody listens.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "://" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r}: no cluster answers there ({error}); allowed: HOST:PORT of a running cluster; "
+            "next: `ray status`, or unset RAY_ADDRESS to run on this machine"
+        ) from None
 
 
 def cluster_nodes() -> list[Node]:

@@ -312,7 +312,8 @@ def _validate(
 
     if not candidates:
         return []
-    app = "validation"
+    # One name for one store: conversions side by side do not meet, and one that was killed is taken over.
+    app = f"validation-{content_hash(recipe.store)[:8]}"
     delta = release_delta(recipe.gate.delta, num_candidates)
 
     async def ask_all(engine: ServeEngine) -> list[Evaluation]:

@@ -88,6 +88,12 @@ def test_a_taken_port_is_named_before_ray(capsys, store):
     assert code == 2 and f"serve.http.port={port}: cannot listen" in err
 
 
+def test_a_cluster_that_is_not_there_is_named(capsys, store, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    code, _, err = run(capsys, "convert", f"store={store}")
+    assert code == 2 and "RAY_ADDRESS='127.0.0.1:9': no cluster answers" in err and "next" in err
+
+
 def test_a_store_in_a_submitted_jobs_own_folder_is_refused(capsys, tmp_path, monkeypatch):
     folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     folder.mkdir(parents=True)
