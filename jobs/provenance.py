@@ -1,8 +1,8 @@
 """What a release was made with: the resolved recipe, the code, the packages and the seeds, as JSON beside it.
 
 The git commit is that of the checkout the code runs from, else UNDERSTUDY_GIT_SHA (uploads and images carry no .git),
-else null; the hash of the source files says which code it was in every case. Recipes name the variables that hold
-secrets and never hold one.
+else null; the hash of the source files says which code it was in every case. No environment variable's value is
+written: a recipe names those that hold keys.
 """
 
 from __future__ import annotations

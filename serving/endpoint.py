@@ -50,8 +50,8 @@ def check_port(http: HttpConfig) -> None:
             probe.bind((http.host, http.port))
         except OSError as error:
             raise ConfigError(
-                f"serve.http.port={http.port}: cannot listen on {http.host}:{http.port} ({error.strerror}); "
-                f"allowed: a free port; next: serve.http.port={http.port + 1}"
+                f"serve.http.host={http.host}, serve.http.port={http.port}: cannot listen there ({error.strerror}); "
+                "allowed: an address of this machine and a port that is free; next: serve.http.port=PORT"
             ) from None
 
 
