@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+from collections.abc import Iterator
 from typing import Any
+
+from cluster.errors import ConfigError
+from cluster.resources import Node
+
+_PROBE_TIMEOUT_S = 5.0
+
+
+def joins_cluster() -> bool:
+    """Whether `connect` joins a running cluster; else it starts Ray on this machine."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def connect(num_cpus: int | None = None) -> None:
@@ -11,15 +24,74 @@ def connect(num_cpus: int | None = None) -> None:
 
     Args:
         num_cpus: CPUs of a local cluster; None takes the machine's.
+
+    Raises:
+        ConfigError: there is no cluster at RAY_ADDRESS.
     """
+    if joins_cluster():
+        _check_reachable(os.environ["RAY_ADDRESS"])
     import ray
 
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
-    if os.environ.get("RAY_ADDRESS"):
+    if joins_cluster():
         ray.init(address="auto", **options)
         return
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray tries for minutes before it says that nobody listens.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "://" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r}: no cluster answers there ({error}); allowed: HOST:PORT of a running cluster; "
+            "next: `ray status`, or unset RAY_ADDRESS to run on this machine"
+        ) from None
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes of the connected cluster."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(cpus=one.get("CPU", 0.0), gpus=one.get("GPU", 0.0)) for one in resources]
+
+
+def serve_is_running() -> bool:
+    """Whether the connected cluster has a Ray Serve."""
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def serve_without_http() -> Iterator[None]:
+    """Use the cluster's Ray Serve, or start one that listens nowhere; one that nobody uses is gone afterwards.
+
+    A conversion asks its engine through handles; an HTTP proxy would only take the endpoint's port.
+    """
+    from ray import serve
+
+    serve.start(proxy_location="Disabled")
+    try:
+        yield
+    finally:
+        status = serve.status()
+        if not status.applications and not status.proxies:
+            serve.shutdown()

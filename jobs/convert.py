@@ -9,6 +9,8 @@
 | validate    | adapter + held-out -> gate    | training/evaluation.py, gate.py   | adapters/TASK_ID/RUN_ID/report.json |
 | release     | all of it -> Release          | cluster/registry.py               | releases/SHA256.json              |
 
+Beside the release stands SHA256.config.json: the resolved recipe, code, packages and seeds (jobs/provenance.py).
+
 Every artifact is named by what it was made from, so a conversion that is run again continues where it stopped.
 """
 
@@ -24,7 +26,9 @@ from cluster.errors import InputError
 from cluster.prompts import RENDERING_VERSION, PromptFormat
 from cluster.records import Example, Record, Release, Specialist, Split, TaskSpec
 from cluster.registry import publish_release
+from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
+from jobs.provenance import save_config
 from jobs.recipe import Recipe
 from training import selection
 from training.catalog import load_catalog
@@ -99,8 +103,10 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print) -> Conversion:
     evaluations = _validate(recipe, store, candidates, by_split, base, len(candidates) + len(refused), say)
     clock.lap("validate")
     release = _release(store, candidates, evaluations, refused, route_model, snapshot.id)
+    sha = publish_release(store, release)
+    save_config(store, sha, recipe)
     return Conversion(
-        release=publish_release(store, release),
+        release=sha,
         snapshot=snapshot.id,
         tasks=discovery.tasks,
         unassigned=discovery.unassigned,
@@ -306,12 +312,11 @@ def _validate(
 
     if not candidates:
         return []
-    app = "validation"
-    handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+    # One name for one store: conversions side by side do not meet, and one that was killed is taken over.
+    app = f"validation-{content_hash(recipe.store)[:8]}"
     delta = release_delta(recipe.gate.delta, num_candidates)
 
-    async def ask_all() -> list[Evaluation]:
-        engine = ServeEngine(handle)
+    async def ask_all(engine: ServeEngine) -> list[Evaluation]:
         found = []
         for candidate in candidates:
             task_id = candidate.task.task_id
@@ -324,10 +329,12 @@ def _validate(
             )
         return found
 
-    try:
-        return asyncio.run(ask_all())
-    finally:
-        serve.delete(app)
+    with serve_without_http():
+        handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+        try:
+            return asyncio.run(ask_all(ServeEngine(handle)))
+        finally:
+            serve.delete(app)
 
 
 def _release(

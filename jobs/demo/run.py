@@ -126,6 +126,7 @@ def _deploy(recipe: Recipe, url: str) -> None:
             "upstream": upstream,
             "gateway": recipe.gateway,
             "capture": recipe.capture,
+            "audit": recipe.audit,
             "specialists": recipe.specialists,
         }
     )
