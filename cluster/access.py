@@ -81,6 +81,11 @@ class ApiKeys:
         self._save(kept)
         return len(entries) - len(kept)
 
+    def holders(self) -> list[Identity]:
+        """Who holds a key, one entry for each key, by name."""
+        entries = sorted(self._read().values(), key=lambda entry: (entry["client"], entry["role"]))
+        return [Identity(client=entry["client"], role=entry["role"]) for entry in entries]
+
     def verify(self, key: str) -> Identity | None:
         """The holder of `key`, or None. Takes as long for a wrong secret as for a right one.
 

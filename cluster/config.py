@@ -7,10 +7,10 @@ allowed, before any Ray call. Config classes live beside the code they configure
 from __future__ import annotations
 
 import difflib
-import json
 import pathlib
+import re
 import tomllib
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,7 +30,8 @@ def load_config(cls: type[ConfigT], arguments: list[str], recipe_dir: pathlib.Pa
     """Resolve command-line words such as `recipe=demo gate.epsilon=0.03` into `cls`.
 
     Args:
-        arguments: `key=value` words; a value is read as TOML (`3`, `true`, `[1, 2]`), else as a string.
+        arguments: `key=value` words; a value is read as TOML (`3`, `true`, `[1, 2]`), else as a string. An item of a
+            list is named by its number: `upstream.0.base_url=URL` changes the recipe's first one, or adds it.
         recipe_dir: where a bare recipe NAME is looked up as NAME.toml.
 
     Raises:
@@ -43,7 +44,7 @@ def load_config(cls: type[ConfigT], arguments: list[str], recipe_dir: pathlib.Pa
     for key, raw in map(_split_argument, arguments):
         if key != "recipe":
             merged = _merge(merged, _nest(key, _parse_value(raw)))
-    return validate(cls, merged)
+    return validate(cls, _number_lists(merged))
 
 
 def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
@@ -58,23 +59,43 @@ def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         raise ConfigError("\n".join(_explain(cls, item) for item in error.errors())) from None
 
 
-def dump_config(config: Config, path: pathlib.Path) -> None:
-    """Write the resolved configuration as JSON beside an artifact."""
-    path.write_text(json.dumps(config.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
-
-
 def describe_fields(cls: type[Config], prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """List (key, type, default, meaning) of every field, nested ones with dotted keys."""
+    """List (key, type and bounds, default, meaning) of every field, nested ones with dotted keys.
+
+    Fields of the items of a list stand under its key with N for the item's number.
+    """
     rows: list[tuple[str, str, str, str]] = []
     for name, field in cls.model_fields.items():
-        kind = field.annotation
+        kind, key = field.annotation, prefix + name
         if isinstance(kind, type) and issubclass(kind, Config):
-            rows += describe_fields(kind, f"{prefix}{name}.")
+            rows += describe_fields(kind, f"{key}.")
             continue
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        label = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        rows.append((prefix + name, label, default, (field.description or "").replace("\n", " ")))
+        label = ", ".join([_type_name(kind), *_bounds(field.metadata)])
+        rows.append((key, label, default, " ".join((field.description or "").split())))
+        for item in _item_classes(kind):
+            known = {row[0] for row in rows}
+            rows += [row for row in describe_fields(item, f"{key}.N.") if row[0] not in known]
     return rows
+
+
+def _item_classes(kind: Any) -> list[type[Config]]:
+    """Config classes that items of a list may have: one, or those of a union; its alias is looked through."""
+    if isinstance(kind, type) and issubclass(kind, Config):
+        return [kind]
+    return [one for item in get_args(getattr(kind, "__value__", kind)) for one in _item_classes(item)]
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, type) and not get_args(kind):
+        return kind.__name__
+    return re.sub(r"\b(?:typing|\w+(?:\.\w+)*)\.(?=[A-Z])", "", str(kind))
+
+
+def _bounds(metadata: list[Any]) -> list[str]:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=", "pattern": "matches"}
+    found = ((sign, getattr(item, name, None)) for item in metadata for name, sign in signs.items())
+    return [f"{sign} {value}" for sign, value in found if value is not None]
 
 
 def _split_argument(word: str) -> tuple[str, str]:
@@ -109,12 +130,37 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Dictionaries merge key by key; everything else replaces."""
+    """Dictionaries merge key by key, lists with numbered items item by item; everything else replaces."""
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        old = merged.get(key)
+        if isinstance(old, list) and _is_numbered(value):
+            old = {str(number): item for number, item in enumerate(old)}
+        both = isinstance(value, dict) and isinstance(old, dict)
+        merged[key] = _merge(old, value) if both else value
     return merged
+
+
+def _is_numbered(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(key.isdecimal() for key in value)
+
+
+def _number_lists(value: Any, where: str = "") -> Any:
+    """Turn {"0": a, "1": b} into [a, b], at every depth.
+
+    Raises:
+        ConfigError: a number is left out.
+    """
+    if not isinstance(value, dict):
+        return value
+    items = {key: _number_lists(item, f"{where}{key}.") for key, item in value.items()}
+    if not _is_numbered(items):
+        return items
+    missing = next((number for number in range(len(items)) if str(number) not in items), None)
+    if missing is not None:
+        key = max(items, key=int)
+        raise ConfigError(f"{where}{key}: given without {where}{missing}; allowed: numbers from 0 without a gap")
+    return [items[str(number)] for number in range(len(items))]
 
 
 def _explain(cls: type[Config], item: Any) -> str:
@@ -122,7 +168,8 @@ def _explain(cls: type[Config], item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("<"))
     if item["type"] == "extra_forbidden":
         known = [row[0] for row in describe_fields(cls)]
-        near = difflib.get_close_matches(where, known, n=3, cutoff=0.4) or sorted({k.split(".")[0] for k in known})
+        asked = ".".join("N" if part.isdecimal() else part for part in where.split("."))
+        near = difflib.get_close_matches(asked, known, n=3, cutoff=0.4) or sorted({k.split(".")[0] for k in known})
         return f"{where}: unknown key; nearest valid: {', '.join(near)}; see `understudy convert --help`"
     if item["type"] == "missing":
         return f"{where}: required and not given; set it with {where}=VALUE or in the recipe"

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import socket
+from collections.abc import Iterator
 from typing import Any
+
+from cluster.errors import ConfigError
+from cluster.resources import Node
 
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only
@@ -14,6 +20,12 @@ _LOCAL_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # runs, replicas and engines share the cores
 }
 """Of a cluster on this machine, read when Ray is imported; what the user has set stays."""
+_PROBE_TIMEOUT_S = 5.0
+
+
+def joins_cluster() -> bool:
+    """Whether `connect` joins a running cluster; else it starts Ray on this machine."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def connect(num_cpus: int | None = None) -> None:
@@ -21,11 +33,16 @@ def connect(num_cpus: int | None = None) -> None:
 
     Args:
         num_cpus: CPUs of a local cluster; None takes the machine's.
+
+    Raises:
+        ConfigError: there is no cluster at RAY_ADDRESS.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    is_local = not os.environ.get("RAY_ADDRESS")
+    is_local = not joins_cluster()
     for name, value in _LOCAL_ENVIRONMENT.items() if is_local else ():
         os.environ.setdefault(name, value)
+    if not is_local:
+        _check_reachable(os.environ["RAY_ADDRESS"])
     import ray
 
     for name in ("httpx", "ray.serve", "ray.train"):
@@ -37,3 +54,57 @@ def connect(num_cpus: int | None = None) -> None:
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
     else:
         ray.init(address="auto", **options)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray tries for minutes before it says that nobody listens.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "://" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r}: no cluster answers there ({error}); allowed: HOST:PORT of a running cluster; "
+            "next: `ray status`, or unset RAY_ADDRESS to run on this machine"
+        ) from None
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes of the connected cluster."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(cpus=one.get("CPU", 0.0), gpus=one.get("GPU", 0.0)) for one in resources]
+
+
+def serve_is_running() -> bool:
+    """Whether the connected cluster has a Ray Serve."""
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def serve_without_http() -> Iterator[None]:
+    """Use the cluster's Ray Serve, or start one that listens nowhere; one that nobody uses is gone afterwards.
+
+    A conversion asks its engine through handles; an HTTP proxy would only take the endpoint's port.
+    """
+    from ray import serve
+
+    serve.start(proxy_location="Disabled")
+    try:
+        yield
+    finally:
+        status = serve.status()
+        if not status.applications and not status.proxies:
+            serve.shutdown()

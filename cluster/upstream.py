@@ -124,7 +124,7 @@ class Upstream:
         self.breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
         self._sleep = sleep
         self._address = _shown(config.base_url)
-        self._headers = {"Content-Type": "application/json", **_authorization(config)}
+        self._headers = {"Content-Type": "application/json", **authorization(config)}
         self._session: aiohttp.ClientSession | None = None
 
     async def chat(self, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> UpstreamReply:
@@ -311,11 +311,16 @@ class Upstream:
         return UpstreamError(message, status, body)
 
 
-def _authorization(config: UpstreamConfig) -> dict[str, str]:
+def authorization(config: UpstreamConfig) -> dict[str, str]:
+    """The header that carries the endpoint's key; none for a loopback address without one.
+
+    Raises:
+        ConfigError: the key's variable is unset and the address is not a loopback one.
+    """
     key = os.environ.get(config.api_key_env)
     if key:
         return {"Authorization": f"Bearer {key}"}
-    if not _is_loopback(config.base_url):
+    if not is_loopback(config.base_url):
         raise ConfigError(
             f"upstream.api_key_env={config.api_key_env!r}: this variable is not set, and upstream.base_url="
             f"{_shown(config.base_url)} is not on this machine; set it: export {config.api_key_env}=..."
@@ -323,7 +328,8 @@ def _authorization(config: UpstreamConfig) -> dict[str, str]:
     return {}
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
+    """Whether the address is on this machine."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

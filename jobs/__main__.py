@@ -8,9 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import shutil
 import sys
+import tempfile
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError, InputError, UnderstudyError
+
+if TYPE_CHECKING:
+    from cluster.store import Store
+    from jobs.convert import Conversion
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,18 +35,40 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class _Verb(argparse.ArgumentParser):
+    """A verb whose --help ends with the recipe's fields that it reads; all but `sections` stay out."""
+
+    def __init__(self, *args: Any, sections: tuple[str, ...] = ("store",), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._sections = sections
+
+    def format_help(self) -> str:
+        from jobs.recipe import describe_recipe
+
+        return f"{super().format_help()}\n{describe_recipe(self._sections)}\n"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="understudy", description="LLM traffic in, gated specialists out.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Verb)
     words = {"nargs": "*", "metavar": "key=value", "help": "recipe=NAME|PATH and overrides such as gate.epsilon=0.02"}
     ingest = verbs.add_parser("ingest", help="read call logs into the store")
     ingest.add_argument("paths", nargs="+", help="*.calls.jsonl[.gz], *.sessions.jsonl[.gz], and key=value words")
     ingest.set_defaults(run=_ingest)
-    convert = verbs.add_parser("convert", help="captured calls -> gated specialists -> a release")
+    stages = ("store", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists", "limits")
+    convert = verbs.add_parser("convert", help="captured calls -> gated specialists -> a release", sections=stages)
     convert.add_argument("words", **words)
     convert.add_argument("--promote", action="store_true", help="serve the release at once")
-    convert.add_argument("--report", default="report.html", help="where to write the page with pictures")
+    convert.add_argument("--report", type=pathlib.Path, help="write the page with pictures here too")
+    convert.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
     convert.set_defaults(run=_convert)
+    parts = ("store", "upstream", "gateway", "capture", "audit", "specialists", "serve", "limits")
+    serve = verbs.add_parser(
+        "serve", help="run the endpoint until Ctrl-C: specialists first, else the LLM", sections=parts
+    )
+    serve.add_argument("words", **words)
+    serve.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
+    serve.set_defaults(run=_serve)
     release = verbs.add_parser("promote", help="make a release the served one")
     release.add_argument("release")
     release.add_argument("words", **words)
@@ -47,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     back = verbs.add_parser("rollback", help="serve the release that was served before")
     back.add_argument("words", **words)
     back.set_defaults(run=_roll_back)
-    demo = verbs.add_parser("demo", help="the whole journey on this machine with a scripted LLM")
+    _add_keys(verbs, words)
+    demo = verbs.add_parser("demo", help="the whole journey on this machine with a scripted LLM", sections=stages)
     demo.add_argument("words", **words)
     demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/demo"))
     demo.add_argument("--summary", type=pathlib.Path, help="also write the machine-readable summary here")
@@ -60,6 +90,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_keys(verbs: Any, words: dict[str, Any]) -> None:
+    keys = verbs.add_parser("keys", help="make, list and revoke API keys of the endpoint")
+    actions = keys.add_subparsers(dest="action", required=True, parser_class=_Verb)
+    create = actions.add_parser("create", help="make a key and print it, once")
+    create.add_argument("name", help="who holds it, such as billing-agent")
+    create.add_argument("words", **{**words, "help": "role=agent|viewer|curator|admin (default agent), store=..."})
+    create.set_defaults(run=_create_key)
+    known = actions.add_parser("list", help="whose keys there are")
+    known.add_argument("words", **words)
+    known.set_defaults(run=_list_keys)
+    revoke = actions.add_parser("revoke", help="remove all keys of one holder")
+    revoke.add_argument("name")
+    revoke.add_argument("words", **words)
+    revoke.set_defaults(run=_revoke_keys)
 
 
 def _ingest(options: argparse.Namespace) -> None:
@@ -77,20 +123,49 @@ def _ingest(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from cluster.registry import promote
-    from cluster.session import connect
     from cluster.store import Store
-    from jobs.convert import convert, write_conversion_report
+    from jobs.convert import convert
+    from jobs.plan import check_here, connect_for, plan_conversion, show_plan
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(options.words)
-    connect()
+    plan = plan_conversion(recipe)
+    if options.dry_run:
+        print(json.dumps(show_plan(recipe, plan), indent=1))
+        return check_here(plan, recipe)
+    connect_for(plan, recipe)
     conversion = convert(recipe)
     if options.promote:
         promote(Store(recipe.store), conversion.release)
-    report = pathlib.Path(options.report)
-    write_conversion_report(report, conversion, None, [])
-    print(f"report: {report}")
-    print(f"{recipe.store}/releases/{conversion.release}.json")
+    print(f"report: {_save_report(Store(recipe.store), conversion, options.report)}")
+    print(f"{recipe.store}/releases/{conversion.release}.json", flush=True)
+
+
+def _save_report(store: Store, conversion: Conversion, copy: pathlib.Path | None) -> str:
+    """Write the report beside the release, where it outlives a cluster's job, and to `copy`."""
+    from jobs.convert import write_conversion_report
+
+    path = f"releases/{conversion.release}.report.html"
+    with tempfile.TemporaryDirectory() as folder:
+        page = pathlib.Path(folder) / "report.html"
+        write_conversion_report(page, conversion, None, [])
+        store.write_bytes(path, page.read_bytes())
+        if copy:
+            shutil.copyfile(page, copy)
+    return f"{store.uri}/{path}"
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from jobs.plan import check_here, plan_serving, show_plan
+    from jobs.recipe import load_recipe
+    from jobs.serve import count_bases, resolve_upstream, serve
+
+    recipe = resolve_upstream(load_recipe(options.words))
+    plan = plan_serving(recipe, count_bases(recipe.store))
+    if options.dry_run:
+        print(json.dumps(show_plan(recipe, plan), indent=1))
+        return check_here(plan, recipe)
+    serve(recipe, plan)
 
 
 def _promote(options: argparse.Namespace) -> None:
@@ -109,9 +184,34 @@ def _roll_back(options: argparse.Namespace) -> None:
     print(roll_back(Store(load_recipe(options.words).store)))
 
 
+def _create_key(options: argparse.Namespace) -> None:
+    from jobs.keys import create_key
+
+    key = create_key(options.name, options.words)
+    print("The key is stored hashed and shown only here; an agent sends it as its api_key.", file=sys.stderr)
+    print(key)
+
+
+def _list_keys(options: argparse.Namespace) -> None:
+    from jobs.keys import list_keys
+
+    for line in list_keys(options.words):
+        print(line)
+
+
+def _revoke_keys(options: argparse.Namespace) -> None:
+    from jobs.keys import revoke_keys
+
+    print(f"revoked: {revoke_keys(options.name, options.words)}")
+
+
 def _demo(options: argparse.Namespace) -> None:
     from jobs.demo.run import run_demo
+    from jobs.plan import check_here, plan_conversion
+    from jobs.recipe import load_recipe
 
+    recipe = load_recipe(["recipe=demo", *options.words])
+    check_here(plan_conversion(recipe), recipe)
     run_demo(options.out, options.words, options.summary, options.provider)
 
 

@@ -9,6 +9,8 @@
 | validate    | adapter + held-out -> gate    | training/evaluation.py, gate.py   | adapters/TASK_ID/RUN_ID/report.json |
 | release     | all of it -> Release          | cluster/registry.py               | releases/SHA256.json              |
 
+Beside the release stands SHA256.config.json: the resolved recipe, code, packages and seeds (jobs/provenance.py).
+
 Every artifact is named by what it was made from, so a conversion that is run again continues where it stopped.
 """
 
@@ -28,7 +30,9 @@ from cluster.errors import InputError
 from cluster.prompts import RENDERING_VERSION, PromptFormat
 from cluster.records import Example, Record, Release, Specialist, Split, TaskSpec
 from cluster.registry import publish_release
+from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
+from jobs.provenance import save_config
 from jobs.recipe import Recipe
 from training import selection
 from training.catalog import load_catalog
@@ -110,12 +114,16 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     clock.lap("finetune")
     candidates = [_candidate(plan, base, arm) for plan in plans if plan.task.task_id not in failed]
     num_candidates = len(candidates) + len(refused)
-    with (engine_of or (lambda base: _validation_engine(recipe, base)))(base) as engine:
-        evaluations = _validate(recipe, store, candidates, by_split, engine, num_candidates, say)
+    evaluations: list[Evaluation] = []
+    if candidates:
+        with (engine_of or (lambda base: _validation_engine(recipe, base)))(base) as engine:
+            evaluations = _validate(recipe, store, candidates, by_split, engine, num_candidates, say)
     clock.lap("validate")
     release = _release(store, candidates, evaluations, refused, route_model, snapshot.id)
+    sha = publish_release(store, release)
+    save_config(store, sha, recipe)
     return Conversion(
-        release=publish_release(store, release),
+        release=sha,
         snapshot=snapshot.id,
         tasks=discovery.tasks,
         unassigned=discovery.unassigned,
@@ -318,12 +326,14 @@ def _validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
 
     from serving.specialist import ServeEngine, build_specialists
 
-    app = "validation"
-    handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
-    try:
-        yield ServeEngine(handle)
-    finally:
-        serve.delete(app)
+    # One name for one store: conversions side by side do not meet, and one that was killed is taken over.
+    app = f"validation-{content_hash(recipe.store)[:8]}"
+    with serve_without_http():
+        handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+        try:
+            yield ServeEngine(handle)
+        finally:
+            serve.delete(app)
 
 
 def _validate(
@@ -344,7 +354,7 @@ def _validate(
         certified = f"open at {gate.threshold}, coverage {gate.coverage:.2f}, bound {gate.upper_bound}"
         say(f"validate {candidate.task.task_id}: {gate.refused or certified}")
 
-    delta = release_delta(recipe.gate.delta, max(1, num_candidates))
+    delta = release_delta(recipe.gate.delta, num_candidates)
     with tqdm(desc="validate", unit="answer", disable=None) as bar:
         asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, on_answer=bar.update, on_done=save)
         return asyncio.run(asked)

@@ -142,6 +142,7 @@ def _deploy(recipe: Recipe, provider: Provider, *bases: str) -> None:
         bases=bases,
         gateway=recipe.gateway,
         capture=recipe.capture,
+        audit=recipe.audit,
         specialists=recipe.specialists,
     )
     serve.run(build(args), name=APP, route_prefix="/")

@@ -36,3 +36,20 @@ def test_every_shipped_recipe_loads(path):
 
 def test_every_field_says_what_it_means():
     assert [row[0] for row in describe_fields(Recipe) if not row[3]] == []
+
+
+def test_items_of_a_list_are_overridden_by_number(tmp_path):
+    recipe = tmp_path / "two.toml"
+    recipe.write_text('[[upstream]]\nbase_url = "http://a/v1"\nmodel = "m"\n[[upstream]]\nbase_url = "http://b/v1"\n')
+    words = [f"recipe={recipe}", "upstream.1.model=n", "upstream.2.base_url=http://c/v1"]
+    found = [(one.base_url, one.model) for one in load_recipe(words).upstream]
+    assert found == [("http://a/v1", "m"), ("http://b/v1", "n"), ("http://c/v1", None)]
+    with pytest.raises(ConfigError, match="upstream.3: given without upstream.2; allowed"):
+        load_recipe([f"recipe={recipe}", "upstream.3.base_url=http://c/v1"])
+
+
+def test_fields_are_described_with_type_bounds_and_default():
+    rows = {key: (kind, default) for key, kind, default, _ in describe_fields(Recipe)}
+    assert rows["gate.epsilon"] == ("float, > 0, < 1", "0.05")
+    assert rows["upstream.N.base_url"] == (r"str, matches ^https?://[^\s/]+", "required")
+    assert rows["gateway.auth"] == ("Literal['keys', 'open']", "'keys'")

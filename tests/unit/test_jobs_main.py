@@ -1,0 +1,212 @@
+"""`understudy VERB` without Ray: exit codes, messages that name field, value, allowed and next, dry runs and help."""
+
+import gzip
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from cluster.access import ApiKeys
+from cluster.calls import read_calls
+from cluster.quarantine import read_quarantine
+from cluster.store import Store
+from jobs import provenance
+from jobs.__main__ import main
+from jobs.recipe import load_recipe
+from training.curate import CurateConfig, curate
+
+LLM = "upstream.0.base_url=http://127.0.0.1:9/v1"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("RAY_ADDRESS", "OPENAI_BASE_URL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    # No verb of these tests may get as far as Ray.
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+
+@pytest.fixture
+def store(tmp_path) -> str:
+    return str(tmp_path / "store")
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def record(number: int, content: str = "hello") -> str:
+    request = {"messages": [{"role": "user", "content": content}]}
+    response = {"choices": [{"message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}]}
+    return json.dumps({"id": f"c{number}", "session": f"s{number}", "request": request, "response": response})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["convert", "recipe=nope"], ["recipe=nope", "allowed: a path ending in .toml, or one of: demo, local"]),
+        (["convert", "gate.epsilom=0.1"], ["gate.epsilom: unknown key", "gate.epsilon", "understudy convert --help"]),
+        (["convert", "gate.epsilon=small"], ["gate.epsilon: got 'small'", "valid number"]),
+        (["convert", "fleet.max_parallel=0"], ["fleet.max_parallel: got 0", "greater than or equal to 1"]),
+        (["convert", "select.base=scratch-huge"], ["'scratch-huge'", "allowed", "next"]),
+        (["convert", "finetune.gpus_per_worker=99"], ["finetune.gpus_per_worker=99", "allowed"]),
+        (["convert", "fleet.max_parallel=9999"], ["fleet.max_parallel=9999", "at most"]),
+        (["serve"], ["upstream", "[[upstream]]", "OPENAI_BASE_URL", "next: understudy serve"]),
+        (["serve", "upstream.0.base_url=ftp://a"], ["upstream.0.base_url: got 'ftp://a'"]),
+        (["serve", "upstream.0.base_ulr=http://a"], ["upstream.0.base_ulr: unknown key", "upstream.N.base_url"]),
+        (["serve", "upstream.1.base_url=http://a"], ["upstream.1: given without upstream.0", "allowed"]),
+        (["serve", "upstream.0.base_url=https://llm.example/v1"], ["OPENAI_API_KEY", "export OPENAI_API_KEY=..."]),
+        (["serve", "upstream.0.base_url=http://localhost:8000/v1"], ["upstream.0.base_url", "this endpoint itself"]),
+        (["serve", LLM, "serve.http.port=70000"], ["serve.http.port: got 70000", "65535"]),
+        (["keys", "create", "bob", "role=boss"], ["role='boss'", "allowed: agent, viewer, curator, admin"]),
+        (["keys", "revoke", "bob"], ["NAME='bob'", "allowed: none", "next: understudy keys list"]),
+        (["keys", "list", "store=s3://bucket/x"], ["store='s3://bucket/x'", "gateway.auth=open"]),
+        (["ingest", "missing.calls.jsonl"], ["missing.calls.jsonl: no such file", "allowed", "next"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_is_wrong_exits_2_and_is_named(capsys, store, arguments, parts):
+    at = [] if any(word.startswith("store=") for word in arguments) else [f"store={store}"]
+    code, out, err = run(capsys, *arguments, *at)
+    assert (code, out) == (2, "")
+    assert [part for part in parts if part not in err] == []
+    assert "Traceback" not in err
+
+
+def test_a_taken_port_is_named_before_ray(capsys, store):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = run(capsys, "serve", LLM, f"serve.http.port={port}", f"store={store}")
+    assert code == 2 and f"serve.http.port={port}: cannot listen" in err
+
+
+def test_a_cluster_that_is_not_there_is_named(capsys, store, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    code, _, err = run(capsys, "convert", f"store={store}")
+    assert code == 2 and "RAY_ADDRESS='127.0.0.1:9': no cluster answers" in err and "next" in err
+
+
+def test_a_store_in_a_submitted_jobs_own_folder_is_refused(capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    code, _, err = run(capsys, "convert", "--dry-run")
+    assert code == 2 and "store='store'" in err and "next: store=/shared/store" in err
+
+
+def test_a_dry_run_prints_recipe_and_resources_and_touches_nothing(capsys, store):
+    code, out, _ = run(capsys, "convert", "--dry-run", f"store={store}", "recipe=demo", "fleet.max_parallel=1")
+    shown = json.loads(out)
+    assert code == 0
+    assert shown["config"]["gate"]["epsilon"] == 0.03
+    assert [(part["name"], part["total_cpus"]) for part in shown["resources"]] == [
+        ("base training", 2.0),
+        ("fine-tunes", 1.0),
+        ("validation engine", 1.0),
+    ]
+    assert not pathlib.Path(store).exists()
+
+
+def test_a_dry_run_of_what_cannot_start_shows_it_and_exits_2(capsys, store):
+    code, out, err = run(capsys, "convert", "--dry-run", f"store={store}", "fleet.max_parallel=9999")
+    assert code == 2 and json.loads(out)["config"]["fleet"]["max_parallel"] == 9999 and "at most" in err
+
+
+def test_serve_takes_its_llm_from_the_environment_last(capsys, store, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/env")
+    _, out, _ = run(capsys, "serve", "--dry-run", f"store={store}")
+    assert [one["base_url"] for one in json.loads(out)["config"]["upstream"]] == ["http://127.0.0.1:9/env"]
+    _, out, _ = run(capsys, "serve", "--dry-run", f"store={store}", LLM)
+    shown = json.loads(out)
+    assert [one["base_url"] for one in shown["config"]["upstream"]] == ["http://127.0.0.1:9/v1"]
+    assert [part["name"] for part in shown["resources"]] == ["gateway"]
+    assert not pathlib.Path(store).exists()
+
+
+@pytest.mark.parametrize("verb", ["convert", "serve", "ingest", "demo", "promote", "rollback", "keys"])
+def test_help_lists_the_fields_a_verb_reads(capsys, verb):
+    with pytest.raises(SystemExit) as exit:
+        main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert "store: str = 'store'" in out and "Folder, s3:// or gs:// address" in out
+    assert ("gate.epsilon: float, > 0, < 1 = 0.05" in out) == (verb in ("convert", "demo"))
+    assert ("upstream.N.base_url: str" in out) == (verb == "serve")
+
+
+def test_keys_are_shown_once_and_stored_hashed(capsys, store):
+    code, key, _ = run(capsys, "keys", "create", "bob", "role=viewer", f"store={store}")
+    path = pathlib.Path(f"{store}.keys/api_keys.json")
+    assert code == 0 and key.strip() not in path.read_text()
+    holder = ApiKeys(path).verify(key.strip())
+    assert holder is not None and (holder.client, holder.role) == ("bob", "viewer")
+    assert run(capsys, "keys", "list", f"store={store}")[1] == "bob\tviewer\n"
+    assert run(capsys, "keys", "revoke", "bob", f"store={store}")[1] == "revoked: 1\n"
+    assert ApiKeys(path).verify(key.strip()) is None
+
+
+def test_bad_records_are_quarantined_and_the_rest_is_read(capsys, store, tmp_path):
+    logs = {
+        "cut.calls.jsonl.gz": gzip.compress("\n".join(record(n) for n in range(400)).encode())[:-200],
+        "truncated.calls.jsonl": f"{record(1000)}\n{record(1001)[:-30]}\n".encode(),
+        "silent.calls.jsonl": f'{{"id": "x", "request": {{"model": "m"}}}}\n{record(2000)}\n'.encode(),
+    }
+    for name, content in logs.items():
+        (tmp_path / name).write_bytes(content)
+    code, out, _ = run(capsys, "ingest", *(str(tmp_path / name) for name in logs), f"store={store}")
+    counts = json.loads(out)
+    assert code == 0
+    rows = {(pathlib.Path(row.source).name, row.reason) for row in read_quarantine(Store(store))}
+    assert rows == {
+        ("cut.calls.jsonl.gz", "corrupt file"),
+        ("truncated.calls.jsonl", "not JSON"),
+        ("silent.calls.jsonl", "no messages"),
+    }
+    assert counts["quarantined"] == 3
+    ids = {call.call_id for call in read_calls(Store(store))}
+    assert {"c1000", "c2000"} <= ids and len(ids) == counts["ingested"]
+
+
+def test_a_huge_prompt_is_stored_whole_and_left_out_of_training_with_its_reason(capsys, store, tmp_path):
+    prompt = "word " * 60_000
+    log = tmp_path / "a.calls.jsonl"
+    log.write_text("\n".join([record(0, prompt), *(record(n, f"hello {n}") for n in range(1, 20))]))
+    code, out, _ = run(capsys, "ingest", str(log), f"store={store}")
+    assert (code, json.loads(out)["ingested"]) == (0, 20)
+    (stored,) = read_calls(Store(store), {"c0"})
+    assert stored.request["messages"][0]["content"] == prompt and len(prompt) == 300_000
+    snapshot = curate(Store(store), CurateConfig())
+    reason = "prompt longer than 100000 characters"
+    assert snapshot.counts.dropped == {reason: 1}
+    (row,) = read_quarantine(Store(store))
+    assert row.reason == reason and "call c0: 300" in row.detail
+
+
+def test_the_configuration_beside_a_release_says_what_made_it(store, monkeypatch):
+    monkeypatch.undo()
+    recipe = load_recipe([f"store={store}", "finetune.seed=5"])
+    path = provenance.save_config(Store(store), "abc", recipe)
+    beside = Store(store).read_json(path)
+    assert path == "releases/abc.config.json"
+    assert beside["config"] == recipe.model_dump(mode="json")
+    assert beside["seeds"] == {"finetune.seed": 5, "pretrain.seed": 0}
+    assert beside["packages"]["ray"] and beside["packages"]["pydantic"]
+
+
+def test_the_commit_comes_from_the_checkout_or_from_whoever_packed_the_code(tmp_path, monkeypatch):
+    monkeypatch.setenv(provenance.GIT_SHA_ENV, "f" * 40)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.describe(load_recipe([]))["git_sha"] == "f" * 40
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+    subprocess.run(["git", "-C", str(tmp_path), *author, "commit", "-qm", "a", "--allow-empty"], check=True)
+    assert len(provenance.describe(load_recipe([]))["git_sha"]) == 40
+    assert provenance.describe(load_recipe([]))["git_sha"] != "f" * 40
