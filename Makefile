@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/pip install --quiet --quiet --disable-pip-version-check
+# PROVIDER=env: the demo asks the provider that OPENAI_BASE_URL and its like describe, after printing what it will cost.
+PROVIDER ?= scripted
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 export RAY_worker_niceness ?= 0
@@ -25,7 +27,7 @@ $(READY): requirements-cpu.txt pyproject.toml
 	touch $(READY)
 
 demo: setup
-	$(BIN)/python -m jobs demo --out out/demo
+	$(BIN)/python -m jobs demo --out out/demo --provider $(PROVIDER)
 
 test: setup
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ Split = Literal["train", "validation", "calibration", "test"]
 AnswerKind = Literal["tool_call", "json", "label", "text"]
 Reference = Literal["llm", "gold"]
 ServedBy = Literal["llm", "gold", "specialist"]
-Action = Literal["llm", "accept", "escalate", "fall_back"]
+Action = Literal["llm", "accept", "escalate", "fall_back", "audit"]
 
 
 class Record(BaseModel):

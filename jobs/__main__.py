@@ -50,7 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser("demo", help="the whole journey on this machine with a scripted LLM")
     demo.add_argument("words", **words)
     demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/demo"))
-    demo.add_argument("--summary", type=pathlib.Path)
+    demo.add_argument("--summary", type=pathlib.Path, help="also write the machine-readable summary here")
+    demo.add_argument(
+        "--provider",
+        choices=("scripted", "env"),
+        default="scripted",
+        help="who plays the LLM: a scripted server, or the provider that OPENAI_BASE_URL, OPENAI_API_KEY, OPENAI_MODEL "
+        "and OPENAI_USD_PER_MILLION describe, after printing what it will cost",
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -105,7 +112,7 @@ def _roll_back(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from jobs.demo.run import run_demo
 
-    print(json.dumps(run_demo(options.out, options.words, options.summary), indent=1))
+    run_demo(options.out, options.words, options.summary, options.provider)
 
 
 if __name__ == "__main__":

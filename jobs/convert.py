@@ -16,31 +16,35 @@ Every artifact is named by what it was made from, so a conversion that is run ag
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from tqdm import tqdm
+
+from cluster.engine import Engine
 from cluster.errors import InputError
 from cluster.prompts import RENDERING_VERSION, PromptFormat
 from cluster.records import Example, Record, Release, Specialist, Split, TaskSpec
 from cluster.registry import publish_release
 from cluster.store import Store, content_hash
 from jobs.recipe import Recipe
-from training import selection
 from training.bases import publish_loaded_base
+from training.candidates import Scope
 from training.catalog import load_catalog
 from training.curate import curate, load_split
 from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise_tasks
 from training.discover import discover, save_discovery
-from training.evaluation import Candidate, Evaluation, evaluate
+from training.evaluation import Candidate, Evaluation, evaluate_all
 from training.finetune import finetune
 from training.fleet import run_fleet
 from training.gate import release_delta
 from training.probe import model_memory_gib
 from training.report import write_report
 from training.scratch import pretrain, texts_of, train_tokenizer
-from training.selection import Selection
+from training.selection import Selection, group_by_task, select_base
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
 _ANSWER_SLACK = 1.5
@@ -75,8 +79,17 @@ class _Plan(Record):
         return f"adapters/{self.task.task_id}/{self.run_id}"
 
 
-def convert(recipe: Recipe, say: Callable[[str], None] = print) -> Conversion:
-    """Run every stage. Needs Ray to be connected and, for validation, Ray Serve to be allowed to start."""
+EngineOf = Callable[[str], contextlib.AbstractContextManager[Engine]]
+"""Store path of a base -> the engine that serves it, for as long as the block runs."""
+
+
+def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: EngineOf | None = None) -> Conversion:
+    """Run every stage. Needs Ray to be connected and, for validation, Ray Serve to be allowed to start.
+
+    Args:
+        engine_of: where a graph that serves the base runs or will run anyway, its engine; None starts one for
+            validation and takes it down again.
+    """
     store = Store(recipe.store)
     work = pathlib.Path(recipe.store) / "work"
     clock = _Clock()
@@ -90,20 +103,25 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print) -> Conversion:
         raise InputError(f"store {recipe.store}: no calls to learn from; capture or `understudy ingest PATH...` first")
     discovery = discover(train, recipe.discover)
     route_model = save_discovery(store, snapshot.id, discovery)
-    by_split = {split: selection.group_by_task(train[split], discovery.assignment) for split in SPLITS}
+    by_split = {split: group_by_task(train[split], discovery.assignment) for split in SPLITS}
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
     clock.lap("discover")
     tasks, refused = _learnable(discovery.tasks, by_split)
-    chosen = _select(recipe, store, work, snapshot.id, tasks, by_split, say)
+    scope = _scope(recipe, tasks, by_split)
+    chosen = select_base(store, snapshot.id, recipe.select, scope, recipe.pretrain, recipe.finetune, work)
+    for one in chosen.candidates:
+        say(f"select {one.name}: {one.status}: {one.reason}")
     clock.lap("select")
-    base, tokenizer, data = _prepare_base(recipe, store, work, chosen, tasks, by_split, say)
+    base, tokenizer, data = _prepare_base(recipe, store, work, chosen, scope, say)
     clock.lap("base")
     plans = _plan_runs(recipe, work, tasks, data, base, chosen.base, refused)
     losses, failed = _train_adapters(recipe, store, work, plans, base, tokenizer, say)
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     clock.lap("finetune")
     candidates = [_candidate(plan, base, chosen.arm) for plan in plans if plan.task.task_id not in failed]
-    evaluations = _validate(recipe, store, candidates, by_split, base, len(candidates) + len(refused), say)
+    num_candidates = len(candidates) + len(refused)
+    with (engine_of or (lambda base: _validation_engine(recipe, base)))(base) as engine:
+        evaluations = _validate(recipe, store, candidates, by_split, engine, num_candidates, say)
     clock.lap("validate")
     release = _release(store, candidates, evaluations, refused, route_model, snapshot.id)
     return Conversion(
@@ -156,40 +174,13 @@ def _learnable(
     return [task for task in tasks if task.task_id not in refused], refused
 
 
-def _select(
-    recipe: Recipe,
-    store: Store,
-    work: pathlib.Path,
-    snapshot: str,
-    tasks: list[TaskSpec],
-    by_split: dict[Split, dict[str, list[Example]]],
-    say: Callable[[str], None],
-) -> Selection:
-    scope = selection.Scope(
-        tasks=tasks,
-        by_split=by_split,
-        max_model_tokens=recipe.specialists.max_model_tokens,
-        max_prompt_tokens=_max_prompt_tokens(recipe),
-        machine_gib=model_memory_gib(recipe.finetune),
-    )
-    chosen = selection.select_base(store, snapshot, recipe.select, scope, recipe.pretrain, recipe.finetune, work)
-    for candidate in chosen.candidates:
-        say(f"select {candidate.name}: {candidate.status}: {candidate.reason}")
-    return chosen
-
-
-def _max_prompt_tokens(recipe: Recipe) -> int:
-    return recipe.specialists.max_model_tokens * 3 // 4
+def _scope(recipe: Recipe, tasks: list[TaskSpec], by_split: dict[Split, dict[str, list[Example]]]) -> Scope:
+    max_tokens = recipe.specialists.max_model_tokens
+    return Scope(tasks, by_split, max_tokens, max_tokens * 3 // 4, model_memory_gib(recipe.finetune))
 
 
 def _prepare_base(
-    recipe: Recipe,
-    store: Store,
-    work: pathlib.Path,
-    chosen: Selection,
-    tasks: list[TaskSpec],
-    by_split: dict[Split, dict[str, list[Example]]],
-    say: Callable[[str], None],
+    recipe: Recipe, store: Store, work: pathlib.Path, chosen: Selection, scope: Scope, say: Callable[[str], None]
 ) -> tuple[str, Any, dict[str, TaskData]]:
     """Publish the base of a hub or folder, or train it from scratch.
 
@@ -198,25 +189,21 @@ def _prepare_base(
     """
     from transformers import AutoTokenizer
 
+    train, validation = scope.by_split["train"], scope.by_split["validation"]
+
     def tokenise(tokenizer: Any) -> dict[str, TaskData]:
-        return tokenise_tasks(
-            tasks,
-            by_split["train"],
-            by_split["validation"],
-            tokenizer,
-            is_scratch=chosen.is_scratch,
-            max_prompt_tokens=_max_prompt_tokens(recipe),
-        )
+        limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
+        return tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
 
     if chosen.is_scratch:
-        base = f"bases/{chosen.base}-{_base_key(recipe, chosen.base, tasks, by_split)}"
+        base = f"bases/{chosen.base}-{_base_key(recipe, chosen.base, scope)}"
     else:
         base = publish_loaded_base(store, chosen.base)
     if store.is_published(base):
         tokenizer = AutoTokenizer.from_pretrained(store.fetch(base, work / "cache"), trust_remote_code=False)
         return base, tokenizer, tokenise(tokenizer)
     entry = load_catalog().get(chosen.base)
-    texts = [t for task in tasks for t in texts_of(by_split["train"][task.task_id], task.static_lines)]
+    texts = [t for task in scope.tasks for t in texts_of(train[task.task_id], task.static_lines)]
     tokenizer = train_tokenizer(texts, entry.vocab_size)
     data = tokenise(tokenizer)
     say(f"base: {chosen.base}, trained from scratch for {recipe.pretrain.num_steps} steps")
@@ -225,10 +212,11 @@ def _prepare_base(
     return base, tokenizer, data
 
 
-def _base_key(recipe: Recipe, name: str, tasks: list[TaskSpec], by_split: dict[Split, dict[str, list[Example]]]) -> str:
+def _base_key(recipe: Recipe, name: str, scope: Scope) -> str:
     """Names a scratch base by all that shapes it."""
-    seen = {s: sorted(e.example_id for group in by_split[s].values() for e in group) for s in ("train", "validation")}
-    known = [task.model_dump(mode="json") for task in tasks]
+    groups = {split: scope.by_split[split].values() for split in ("train", "validation")}
+    seen = {split: sorted(e.example_id for group in groups[split] for e in group) for split in groups}
+    known = [task.model_dump(mode="json") for task in scope.tasks]
     return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, RENDERING_VERSION])[:12]
 
 
@@ -288,6 +276,7 @@ def _train_adapters(
             validation_path=work / plan.run_id / "validation",
             pad_token_id=tokenizer.pad_token_id,
             storage=work / "runs",
+            label=plan.task.task_id,
         )
         (model / "README.md").unlink(missing_ok=True)
         store.publish(plan.adapter, model, {"base": base, "task_id": plan.task.task_id, "metrics": metrics})
@@ -295,10 +284,16 @@ def _train_adapters(
 
     missing = {p.task.task_id: (p.num_rows, lambda p=p: run(p)) for p in plans if not store.is_published(p.adapter)}
     _, errors = run_fleet(
-        missing, recipe.fleet, lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or metrics}")
+        missing,
+        recipe.fleet,
+        lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or _last_losses(metrics)}"),
     )
     done = [plan for plan in plans if plan.task.task_id not in errors]
     return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, errors
+
+
+def _last_losses(metrics: dict[str, Any] | None) -> str:
+    return ", ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items() if key != "curve")
 
 
 def _candidate(plan: _Plan, base: str, arm: str) -> Candidate:
@@ -312,44 +307,42 @@ def _candidate(plan: _Plan, base: str, arm: str) -> Candidate:
     )
 
 
+@contextlib.contextmanager
+def _validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
+    from ray import serve
+
+    from serving.specialist import ServeEngine, build_specialists
+
+    app = "validation"
+    handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+    try:
+        yield ServeEngine(handle)
+    finally:
+        serve.delete(app)
+
+
 def _validate(
     recipe: Recipe,
     store: Store,
     candidates: list[Candidate],
     by_split: dict[Split, dict[str, list[Example]]],
-    base: str,
+    engine: Engine,
     num_candidates: int,
     say: Callable[[str], None],
 ) -> list[Evaluation]:
-    """Start the engine that serves, ask it the held-out calls, take it down."""
-    from ray import serve
+    """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too."""
+    splits = {c.task.task_id: {s: by_split[s][c.task.task_id] for s in SPLITS if s != "train"} for c in candidates}
 
-    from serving.specialist import ServeEngine, build_specialists
+    def save(candidate: Candidate, found: Evaluation) -> None:
+        store.write_json(f"{candidate.adapter}/report.json", found.model_dump(mode="json"))
+        gate = found.gate
+        certified = f"open at {gate.threshold}, coverage {gate.coverage:.2f}, bound {gate.upper_bound}"
+        say(f"validate {candidate.task.task_id}: {gate.refused or certified}")
 
-    if not candidates:
-        return []
-    app = "validation"
-    handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
-    delta = release_delta(recipe.gate.delta, num_candidates)
-
-    async def ask_all() -> list[Evaluation]:
-        engine = ServeEngine(handle)
-        found = []
-        for candidate in candidates:
-            task_id = candidate.task.task_id
-            splits = {split: by_split[split][task_id] for split in SPLITS if split != "train"}
-            found.append(await evaluate(candidate, engine, splits, recipe.gate, delta))
-            store.write_json(f"{candidate.adapter}/report.json", found[-1].model_dump(mode="json"))
-            gate = found[-1].gate
-            say(
-                f"validate {task_id}: {gate.refused or f'open at {gate.threshold:.3f}, coverage {gate.coverage:.2f}, bound {gate.upper_bound:.3f}'}"
-            )
-        return found
-
-    try:
-        return asyncio.run(ask_all())
-    finally:
-        serve.delete(app)
+    delta = release_delta(recipe.gate.delta, max(1, num_candidates))
+    with tqdm(desc="validate", unit="answer", disable=None) as bar:
+        asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, on_answer=bar.update, on_done=save)
+        return asyncio.run(asked)
 
 
 def _release(

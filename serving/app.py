@@ -3,8 +3,9 @@
     client -> Gateway (ingress) -> SpecialistServer, one deployment per base model
                                 -> upstream[0], upstream[1], ... (not ours)
 
-The bases are those of the release that CURRENT names at build time; a release with another base needs another
-build. Everything else of a release is followed by the gateway itself. Imports no engine until a base is served.
+The bases are those of the release that CURRENT names at build time, and those that a release to come is certified on;
+a release with another base needs another build. Everything else of a release is followed by the gateway itself.
+Imports no engine until a base is served.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class ServeArgs(Config):
     """Folder or object store with the releases; calls are captured into it."""
     upstream: list[UpstreamConfig] = Field(min_length=1)
     """The LLMs that answer what no specialist does, in the order in which they are asked."""
+    bases: tuple[str, ...] = ()
+    """Store paths of base models to serve besides those of the current release."""
     gateway: GatewayConfig = GatewayConfig()
     capture: CaptureConfig = CaptureConfig()
     specialists: SpecialistConfig = SpecialistConfig()
@@ -60,7 +63,7 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     load_pseudonym_key(args.store)
     _api_keys(args)
     found = registry.current(store)
-    bases = sorted({one.base for one in found[1].specialists.values()}) if found else []
+    bases = sorted({*args.bases, *(one.base for one in (found[1].specialists.values() if found else ()))})
     handles = {base: build_specialists(base, args.specialists, args.store) for base in bases}
     gateway = serve.deployment(
         # An ingress without an app: each replica builds its own from `__serve_build_asgi_app__`.

@@ -40,7 +40,7 @@ class SpecialistConfig(Config):
     """Largest adapter rank the engine makes room for."""
     max_model_tokens: int = Field(default=1024, ge=64)
     """Prompt and answer together."""
-    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_seqs: int = Field(default=128, ge=1)
     """Requests in one batch."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """Memory for keys and values; CPU only (a GPU engine takes its share of device memory)."""
@@ -79,7 +79,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
     return build_llm_deployment(
         llm_config,
         deployment_cls=_server_class(),
-        name_prefix="",
+        override_serve_options={"name": name},
         bind_kwargs={"store_uri": store_uri, "base": base, "config": config},
     )
 
@@ -87,6 +87,17 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
 def deployment_name(base: str) -> str:
     """Ray Serve deployment name of a base's specialists."""
     return f"specialists-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
+
+
+def find_engine(app: str, base: str) -> ServeEngine:
+    """The engine of a base in a Serve application that runs.
+
+    Raises:
+        ray.serve.exceptions.RayServeException: there is no such application or deployment.
+    """
+    from ray import serve
+
+    return ServeEngine(serve.get_deployment_handle(deployment_name(base), app))
 
 
 def fingerprint_of(base_sha: str, config: SpecialistConfig) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field
 from cluster.config import Config
 from cluster.errors import TrainingError
 from training.loop import train_loop
+from training.progress import show_progress
 
 
 class FinetuneConfig(Config):
@@ -57,11 +58,13 @@ def finetune(
     validation_path: pathlib.Path | None,
     pad_token_id: int,
     storage: pathlib.Path,
+    label: str | None = None,
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """Train and wait for the result. Continues from the last checkpoint where a run of this name began before.
 
     Args:
         storage: folder for checkpoints; shared by all nodes of the cluster.
+        label: what its progress bar is called; None takes `name`.
 
     Returns:
         (folder with what is served, last metrics).
@@ -80,6 +83,7 @@ def finetune(
         "validation_path": str(validation_path) if validation_path else None,
         "pad_token_id": pad_token_id,
         "num_threads": max(1, int(config.cpus_per_worker)),
+        "progress_path": str(storage.resolve() / f"{name}.progress"),
     }
     resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})}
     trainer = TorchTrainer(
@@ -96,7 +100,9 @@ def finetune(
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
-    result = trainer.fit()
+    storage.mkdir(parents=True, exist_ok=True)
+    with show_progress(pathlib.Path(settings["progress_path"]), label or name, config.num_steps):
+        result = trainer.fit()
     if result.error is not None or result.checkpoint is None:
         raise TrainingError(f"run {name}: failed after {config.max_failures} restarts: {result.error}")
     return pathlib.Path(result.checkpoint.path) / "model", dict(result.metrics or {})

@@ -27,6 +27,8 @@ from cluster.errors import InputError
 from cluster.records import Gate, Record, Reference
 
 _MAX_CURVE_POINTS = 100
+_CHANCE_TOLERANCE = 0.01
+"""Chances to pass that differ by less are alike."""
 
 
 class GateConfig(Config):
@@ -116,9 +118,11 @@ def plan_grid(
 ) -> list[float] | str:
     """Fix the thresholds to test, before any calibration answer is looked at.
 
-    From the highest threshold expected to accept start_factor times the calls that suffice without an error (or, where
-    none is, the lowest, if it can be expected to suffice) down to the lowest one that validation does not rule out.
-    Ruled out is a threshold at which the lower end of the 95% interval of validation disagreement exceeds epsilon.
+    Candidates go from the highest threshold expected to accept start_factor times the calls that suffice without an
+    error (or, where none is, the lowest, if it can be expected to suffice) down to the lowest one that validation does
+    not rule out. Ruled out is a threshold at which the lower end of the 95% interval of validation disagreement exceeds
+    epsilon. The first one tested is the highest candidate whose chance to pass, as validation has it, is about as good
+    as any: where the reference itself errs now and then, a longer prefix forgives an error that a short one does not.
 
     Args:
         validation: one call per session, like calibration, so that its coverage is that of calibration.
@@ -138,7 +142,11 @@ def plan_grid(
         large = prefixes[-1:]
     plausible = [p for p in large if _is_plausible(p, config.epsilon)]
     if plausible:
-        return [p.threshold for p in _thin(plausible, config.max_grid)]
+        tested = _thin(plausible, config.max_grid)
+        calls_per_call = num_calibration / len(validation)
+        chances = [_pass_chance(p, calls_per_call, config.epsilon, delta) for p in tested]
+        first = next(k for k, chance in enumerate(chances) if chance >= max(chances) - _CHANCE_TOLERANCE)
+        return [p.threshold for p in tested[first:]]
     return _refuse_early(prefixes, large, len(validation), num_calibration, wanted, config.epsilon)
 
 
@@ -257,6 +265,20 @@ def _accepted_at(threshold: float, outcomes: Sequence[Outcome]) -> _Prefix:
 
 def _is_plausible(prefix: _Prefix, epsilon: float) -> bool:
     return clopper_pearson_interval(prefix.num_disagreements, prefix.num_accepted)[0] <= epsilon
+
+
+def _pass_chance(prefix: _Prefix, calls_per_call: float, epsilon: float, delta: float) -> float:
+    """Chance that calibration passes at this threshold: beta-binomial, from a Jeffreys prior and validation's counts.
+
+    A bound of k errors among n calls is at most epsilon exactly where the binomial(n, epsilon) puts at most delta on
+    k errors or fewer, so the errors that are forgiven are the delta quantile, less one.
+    """
+    from scipy.stats import betabinom, binom
+
+    num_calls = round(prefix.num_accepted * calls_per_call)
+    num_forgiven = binom.ppf(delta, num_calls, epsilon) - 1
+    num_agreements = prefix.num_accepted - prefix.num_disagreements
+    return float(betabinom.cdf(num_forgiven, num_calls, prefix.num_disagreements + 0.5, num_agreements + 0.5))
 
 
 def _require_fixed_sequence(grid: Sequence[float], calibration: Sequence[Outcome]) -> None:

@@ -14,6 +14,10 @@ import pathlib
 import tempfile
 from typing import Any
 
+from training.progress import write_progress
+
+_NUM_CURVE_POINTS = 20
+
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Run on every worker of a TorchTrainer.
@@ -21,8 +25,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     Args:
         settings: see `training.finetune.RunSettings`, as a plain dictionary.
 
-    Side effects: reports {step, loss, validation_loss} with a checkpoint every `checkpoint_every` steps and at the
-    end; the last checkpoint's `model/` folder holds what is served (PEFT or full safetensors).
+    Side effects: reports {step, loss, validation_loss, curve} with a checkpoint every `checkpoint_every` steps and at
+    the end; the last checkpoint's `model/` folder holds what is served (PEFT or full safetensors).
     """
     import ray.train
     import torch
@@ -35,7 +39,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     engine = _build_engine(model, settings)
     rows = Rows(settings["train_path"], settings, context.get_world_rank(), context.get_world_size())
     held_out = Rows(settings["validation_path"], settings, 0, 1) if settings["validation_path"] else None
-    step = _resume(engine)
+    step, curve = _resume(engine)
+    stride = max(1, settings["num_steps"] // _NUM_CURVE_POINTS)
     losses: list[float] = []
     while step < settings["num_steps"]:
         _set_learning_rate(engine, settings, step)
@@ -44,9 +49,15 @@ def train_loop(settings: dict[str, Any]) -> None:
         engine.step()
         losses.append(float(loss.detach()))
         step += 1
-        if step % settings["checkpoint_every"] == 0 or step == settings["num_steps"]:
-            _report(engine, settings, step, sum(losses) / len(losses), held_out)
+        is_checkpoint = step % settings["checkpoint_every"] == 0 or step == settings["num_steps"]
+        if step % stride == 0 or is_checkpoint:
+            curve.append({"step": step, "loss": sum(losses) / len(losses)})
             losses.clear()
+            if context.get_world_rank() == 0:
+                write_progress(pathlib.Path(settings["progress_path"]), step, curve[-1]["loss"])
+        if is_checkpoint:
+            curve[-1]["validation_loss"] = _validation_loss(engine, held_out)
+            _report(engine, settings, step, curve)
 
 
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
@@ -174,24 +185,24 @@ def _set_learning_rate(engine: Any, settings: dict[str, Any], step: int) -> None
         group["lr"] = rate
 
 
-def _resume(engine: Any) -> int:
+def _resume(engine: Any) -> tuple[int, list[dict[str, Any]]]:
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0
+        return 0, []
     with checkpoint.as_directory() as folder:
         _, state = engine.load_checkpoint(folder, tag="last")
-    return int(state["step"])
+    return int(state["step"]), list(state["curve"])
 
 
-def _report(engine: Any, settings: dict[str, Any], step: int, loss: float, held_out: Rows | None) -> None:
+def _report(engine: Any, settings: dict[str, Any], step: int, curve: list[dict[str, Any]]) -> None:
     import ray.train
     from ray.train import Checkpoint
 
-    metrics = {"step": step, "loss": loss, "validation_loss": _validation_loss(engine, held_out)}
+    metrics = {**curve[-1], "curve": curve}
     with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, tag="last", client_state={"step": step})
+        engine.save_checkpoint(folder, tag="last", client_state={"step": step, "curve": curve})
         if step == settings["num_steps"]:
             _save_model(engine, settings, pathlib.Path(folder) / "model")
         if ray.train.get_context().get_world_rank() == 0:

@@ -65,7 +65,9 @@ def init_model(entry: ScratchModel, tokenizer: Any, folder: pathlib.Path, seed: 
     """Write an untrained model of the catalog entry's shape, with its tokenizer, to `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=entry.vocab_size,

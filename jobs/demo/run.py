@@ -1,86 +1,115 @@
 """The demo from end to end: agent -> gateway -> capture -> convert -> promote -> fresh traffic -> summary.
 
-The LLM is scripted and says so. Fresh traffic uses held-out templates and values. Every kept answer of the fresh
-traffic is compared with what the LLM answers to the same request, asked directly and not counted as traffic.
+The graph is deployed twice: without specialists to capture, and, once adapters are trained, with the engine that
+validation asks and that serves the release afterwards. Fresh traffic uses held-out templates and values.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import pathlib
 import shutil
 import socket
-import statistics
-import subprocess
-import sys
 import time
 import urllib.request
-from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
-from cluster import answers
 from cluster.access import ApiKeys, keys_folder
+from cluster.calls import read_call_columns, read_calls
+from cluster.engine import Engine
 from cluster.errors import ConfigError, ReleaseError
+from cluster.records import AgentCall, Usage
 from cluster.registry import promote
 from cluster.session import connect
 from cluster.store import Store
 from jobs.convert import Conversion, convert, write_conversion_report
 from jobs.demo.agent import CallResult, run_agent
-from jobs.demo.world import make_conversations
+from jobs.demo.provider import KEY_VARIABLE, Provider, ProviderName, start_provider, stop_provider
+from jobs.demo.summary import LLMAnswer, is_kept, print_summary, summarise_agreement, summarise_costs
+from jobs.demo.world import SITES, make_conversations
 from jobs.recipe import Recipe, load_recipe
-from training.gate import clopper_pearson_interval
 
 NUM_CAPTURED, NUM_FRESH = 1100, 100
 MAX_IN_FLIGHT = 48
-MODEL = "scripted-llm-v1"
 SEED = 7
-SCRIPTED = "The LLM of this demo is scripted (jobs/demo/llm.py); it disagrees with itself on 0.3% of the calls with one right answer."
+APP = "understudy"
 SCRATCH = (
     "The base model was trained from scratch on the captured traffic's train split; no pretrained weights were used."
 )
 _MARKER = ".understudy-demo"
+_FLUSH_WAIT_S = 10.0
 
 
-def run_demo(out: pathlib.Path, words: list[str], summary_path: pathlib.Path | None) -> dict[str, Any]:
-    """Run everything below `out`, which is emptied first. Returns the summary.
+def run_demo(
+    out: pathlib.Path, words: list[str], summary_path: pathlib.Path | None, provider_name: ProviderName = "scripted"
+) -> dict[str, Any]:
+    """Run everything below `out`, which is emptied first. Prints the summary and returns it.
 
     Raises:
-        ConfigError: `out` holds something that is not an earlier demo.
+        ConfigError: `out` holds something that is not an earlier demo, or the provider is not described.
     """
     began = time.monotonic()
-    _empty(out)
     recipe = load_recipe(["recipe=demo", f"store={out / 'store'}", *words])
-    process, url = _start_llm()
+    provider = start_provider(provider_name, (NUM_CAPTURED + 2 * NUM_FRESH) * len(SITES), SEED)
     try:
+        _empty(out)
         connect()
-        port = _start_serve()
-        key = ApiKeys(keys_folder(recipe.store) / "api_keys.json").create("demo-agent", "agent")
-        _deploy(recipe, url)
-        print(f"S1 capture: {NUM_CAPTURED} conversations through the gateway; the LLM is scripted")
-        captured = asyncio.run(_drive(port, key, "captured", NUM_CAPTURED))
-        _undeploy()
-        conversion = convert(recipe)
-        promote(Store(recipe.store), conversion.release)
-        _deploy(recipe, url)
-        _wait_for_release(port, conversion)
-        print(f"serve: {NUM_FRESH} fresh conversations, held-out templates and values")
-        fresh_began, spent = time.monotonic(), [_spent_usd(url)]
-        fresh = asyncio.run(_drive(port, key, "fresh", NUM_FRESH))
-        fresh_s = time.monotonic() - fresh_began
-        spent.append(_spent_usd(url))
-        references = asyncio.run(_ask_llm(url, [r for r in fresh if _is_kept(r)]))
-        spent.append(_spent_usd(url))
+        summary, conversion = _journey(recipe, provider)
     finally:
-        _stop(process)
-    summary = _summarise(conversion, captured, fresh, references)
-    summary |= _costs(recipe, spent, fresh_s)
+        _shut_down()
+        stop_provider(provider)
     summary["wall_s"] = round(time.monotonic() - began, 1)
     for path in filter(None, [out / "summary.json", summary_path]):
         path.write_text(json.dumps(summary, indent=1) + "\n")
     (out / "conversion.json").write_text(conversion.model_dump_json(indent=1) + "\n")
-    write_conversion_report(out / "report.html", conversion, summary, [SCRIPTED, SCRATCH])
+    write_conversion_report(out / "report.html", conversion, summary, [provider.note, SCRATCH])
+    print_summary(summary)
+    print(f"summary: {out / 'summary.json'}\n{out / 'report.html'}")
     return summary
+
+
+def _journey(recipe: Recipe, provider: Provider) -> tuple[dict[str, Any], Conversion]:
+    store = Store(recipe.store)
+    port = _start_serve()
+    key = ApiKeys(keys_folder(recipe.store) / "api_keys.json").create("demo-agent", "agent")
+    _deploy(recipe, provider)
+    print(f"S1 capture: {NUM_CAPTURED} conversations of {len(SITES)} calls through the gateway; {provider.note}")
+    captured = asyncio.run(_drive(port, key, provider.model, "captured", NUM_CAPTURED))
+    _undeploy()
+
+    @contextlib.contextmanager
+    def deployed_engine(base: str) -> Iterator[Engine]:
+        """The graph that will serve the release; it stays."""
+        from serving.specialist import find_engine
+
+        _deploy(recipe, provider, base)
+        yield find_engine(APP, base)
+
+    converting = time.monotonic()
+    conversion = convert(recipe, engine_of=deployed_engine)
+    conversion_s = time.monotonic() - converting
+    promote(store, conversion.release)
+    _wait_for_release(port, conversion)
+    print(f"serve: {NUM_FRESH} fresh conversations, held-out templates and values")
+    fresh_began, fresh_ts = time.monotonic(), time.time()
+    fresh = asyncio.run(_drive(port, key, provider.model, "fresh", NUM_FRESH))
+    fresh_s = time.monotonic() - fresh_began
+    calls = _captured_since(store, fresh_ts, len(fresh))
+    references = asyncio.run(_ask_llm(provider, [result for result in fresh if is_kept(result)]))
+    costs = summarise_costs(
+        calls,
+        references,
+        provider.upstream,
+        fresh_s=fresh_s,
+        conversion_s=conversion_s,
+        usd_per_hour=recipe.prices.replica_usd_per_hour,
+    )
+    summary = summarise_agreement(conversion, captured, fresh, references)
+    return {"llm": provider.model, **summary, **costs}, conversion
 
 
 def _empty(out: pathlib.Path) -> None:
@@ -90,17 +119,6 @@ def _empty(out: pathlib.Path) -> None:
     shutil.rmtree(f"{out / 'store'}.keys", ignore_errors=True)
     out.mkdir(parents=True)
     (out / _MARKER).touch()
-
-
-def _start_llm() -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "jobs.demo.llm", "--port", "0", "--seed", str(SEED)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline() if process.stdout else ""
-    url = next((word for word in line.split() if word.startswith("http://")), None)
-    if url is None:
-        process.terminate()
-        raise ConfigError(f"scripted LLM did not start; it said {line!r}")
-    return process, url.rstrip("/")
 
 
 def _start_serve() -> int:
@@ -113,40 +131,35 @@ def _start_serve() -> int:
     return port
 
 
-def _deploy(recipe: Recipe, url: str) -> None:
+def _deploy(recipe: Recipe, provider: Provider, *bases: str) -> None:
     from ray import serve
 
     from serving.app import ServeArgs, build
 
-    base_url = url if url.endswith("/v1") else f"{url}/v1"
-    upstream = [{"base_url": base_url, "prompt_usd_per_million": 2.5, "completion_usd_per_million": 10.0}]
-    args = ServeArgs.model_validate(
-        {
-            "store": recipe.store,
-            "upstream": upstream,
-            "gateway": recipe.gateway,
-            "capture": recipe.capture,
-            "specialists": recipe.specialists,
-        }
+    args = ServeArgs(
+        store=recipe.store,
+        upstream=[provider.upstream],
+        bases=bases,
+        gateway=recipe.gateway,
+        capture=recipe.capture,
+        specialists=recipe.specialists,
     )
-    serve.run(build(args), name="understudy", route_prefix="/")
+    serve.run(build(args), name=APP, route_prefix="/")
 
 
 def _undeploy() -> None:
     from ray import serve
 
-    serve.delete("understudy")
+    serve.delete(APP)
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _shut_down() -> None:
     import ray
     from ray import serve
 
     if ray.is_initialized():
         serve.shutdown()
         ray.shutdown()
-    process.terminate()
-    process.wait(timeout=10)
 
 
 def _client(base_url: str, key: str) -> Any:
@@ -155,14 +168,14 @@ def _client(base_url: str, key: str) -> Any:
     return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=120)
 
 
-async def _drive(port: int, key: str, season: str, count: int) -> list[CallResult]:
+async def _drive(port: int, key: str, model: str, season: str, count: int) -> list[CallResult]:
     from tqdm import tqdm
 
     conversations = make_conversations(season, count, SEED)
     async with _client(f"http://127.0.0.1:{port}/v1", key) as client:
         with tqdm(total=count, desc=season, unit="conversation", disable=None) as bar:
             return await run_agent(
-                client, MODEL, conversations, MAX_IN_FLIGHT, lambda done, _: bar.update(done - bar.n)
+                client, model, conversations, MAX_IN_FLIGHT, lambda done, _: bar.update(done - bar.n)
             )
 
 
@@ -180,74 +193,31 @@ def _wait_for_release(port: int, conversion: Conversion, timeout_s: float = 120.
             return
         if time.monotonic() > deadline:
             raise ReleaseError(f"the gateway did not take up release {conversion.release} within {timeout_s:g} s")
-        time.sleep(1.0)
+        time.sleep(0.2)
 
 
-def _is_kept(result: CallResult) -> bool:
-    return result.error is None and result.headers.get("x-understudy-route") == "accept"
+def _captured_since(store: Store, ts: float, num_calls: int) -> list[AgentCall]:
+    """The calls captured since `ts`: waits until `num_calls` are flushed, audits not counted, and one flush longer."""
+    deadline = time.monotonic() + _FLUSH_WAIT_S
+    while time.monotonic() < deadline:
+        rows = read_call_columns(store, ["ts", "action"]).to_pylist()
+        if sum(row["ts"] >= ts and row["action"] != "audit" for row in rows) >= num_calls:
+            break
+        time.sleep(0.2)
+    time.sleep(2.0)
+    return [call for call in read_calls(store) if call.ts >= ts]
 
 
-async def _ask_llm(url: str, kept: list[CallResult]) -> list[dict[str, Any]]:
+async def _ask_llm(provider: Provider, kept: list[CallResult]) -> list[LLMAnswer]:
+    """What the LLM itself says to the kept calls; asked directly, so that it is no traffic."""
     slots = asyncio.Semaphore(MAX_IN_FLIGHT)
-    async with _client(url if url.endswith("/v1") else f"{url}/v1", "none") as client:
+    async with _client(provider.upstream.base_url, os.environ.get(KEY_VARIABLE) or "none") as client:
 
-        async def ask(result: CallResult) -> dict[str, Any]:
+        async def ask(result: CallResult) -> LLMAnswer:
             async with slots:
                 request = {k: v for k, v in result.request.items() if k not in ("stream", "stream_options")}
                 reply = await client.chat.completions.create(**request)
-                return reply.choices[0].message.model_dump(exclude_none=True)
+                usage = Usage(prompt_tokens=reply.usage.prompt_tokens, completion_tokens=reply.usage.completion_tokens)
+                return LLMAnswer(reply.choices[0].message.model_dump(exclude_none=True), usage)
 
         return list(await asyncio.gather(*map(ask, kept)))
-
-
-def _spent_usd(url: str) -> float:
-    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/stats", timeout=10) as reply:
-        return json.load(reply)["cost_usd"]
-
-
-def _costs(recipe: Recipe, spent: list[float], fresh_s: float) -> dict[str, Any]:
-    """Spend of the fresh traffic against what it had been with every call on the LLM.
-
-    The kept calls were asked of the LLM afterwards to be compared; that is exactly what keeping them saved.
-    """
-    upstream, saved = spent[1] - spent[0], spent[2] - spent[1]
-    machine = fresh_s / 3600 * recipe.prices.replica_usd_per_hour
-    return {
-        "cost_ratio": (upstream + machine) / (upstream + saved),
-        "upstream_usd": upstream,
-        "machine_usd": machine,
-        "all_llm_usd": upstream + saved,
-        "fresh_s": round(fresh_s, 1),
-    }
-
-
-def _summarise(
-    conversion: Conversion, captured: list[CallResult], fresh: list[CallResult], references: list[dict[str, Any]]
-) -> dict[str, Any]:
-    kept = [result for result in fresh if _is_kept(result)]
-    kinds = {task.task_id: task.kind for task in conversion.tasks}
-    agrees = [
-        answers.grade(r.message, reference, kinds[r.headers["x-understudy-task"]], r.request).agrees
-        for r, reference in zip(kept, references, strict=True)
-    ]
-    wrong = agrees.count(False)
-    low, high = clopper_pearson_interval(wrong, len(kept)) if kept else (0.0, 1.0)
-    latencies = sorted(result.latency_ms for result in fresh)
-    routes = Counter(f"{r.site}:{r.headers.get('x-understudy-route', 'error')}" for r in fresh)
-    evaluations = {e.task_id: e for e in conversion.evaluations}
-    return {
-        "llm": "scripted",
-        "tasks_released": sum(e.gate.is_open for e in conversion.evaluations),
-        "tasks_refused": len(conversion.refused),
-        "calls": len(fresh),
-        "share_off_llm": len(kept) / len(fresh),
-        "agreement_accepted": 1 - wrong / len(kept) if kept else None,
-        "agreement_interval": [1 - high, 1 - low],
-        "client_errors": sum(r.error is not None for r in [*captured, *fresh]),
-        "p50_ms": round(statistics.median(latencies), 1),
-        "p99_ms": round(latencies[int(0.99 * (len(latencies) - 1))], 1),
-        "routes": dict(sorted(routes.items())),
-        "disagreements_by_site": dict(Counter(r.site for r, ok in zip(kept, agrees, strict=True) if not ok)),
-        "seconds": conversion.seconds,
-        "gates": {t: e.gate.refused or f"open, coverage {e.gate.coverage:.3f}" for t, e in evaluations.items()},
-    }

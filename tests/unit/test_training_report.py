@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.records import Gate, TaskSpec
-from training.evaluation import Arm, Evaluation
+from training.evaluation import Arm, Evaluation, newcombe_interval
 from training.gate import Outcome, clopper_pearson_interval, coverage_curve
-from training.report import newcombe_interval, write_report
+from training.report import write_report
 
 HOSTILE = '<script>alert("x")</script>\' onerror=$\\frac$ \u202e\u0416\ud800\x07'
 REASON = "too few calibration calls: needs 12 more & <b>better</b> examples"

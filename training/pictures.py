@@ -1,0 +1,174 @@
+"""The report's pictures: tasks by volume, coverage against disagreement, learning curves; inline PNG with a text for all.
+
+Names come from traffic: they are drawn as plain printable ASCII, and escaped wherever they stand as text. Decisions
+differ in hatching and in the written label too, for readers and printers without colour.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cluster.records import TaskSpec
+from training.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOVES, STAYS = "moved", "stays on the LLM"
+_MAX_BARS = 40
+_MAX_NAME = 48
+_COLOURS = {MOVES: "#0072b2", STAYS: "#e69f00"}
+_HATCHES = {MOVES: "", STAYS: "///"}
+_CURVE_STYLES = ("-", "--", ":", "-.")
+
+
+class Row(NamedTuple):
+    """One task with what was decided about it."""
+
+    number: int
+    task: TaskSpec
+    evaluation: Evaluation | None
+    reason: str | None
+    """Why it stays on the LLM; None where it moves."""
+
+    @property
+    def decision(self) -> str:
+        return STAYS if self.reason else MOVES
+
+
+def draw_volume(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    from matplotlib.figure import Figure
+
+    drawn = rows[:_MAX_BARS]
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(drawn)), layout="constrained")
+    axes = figure.add_subplot()
+    places, calls = range(len(drawn)), [row.task.num_calls for row in drawn]
+    for decision in (MOVES, STAYS):
+        chosen = [place for place in places if drawn[place].decision == decision]
+        looks = {"color": _COLOURS[decision], "hatch": _HATCHES[decision], "edgecolor": "white"}
+        axes.barh(chosen, [calls[place] for place in chosen], label=decision, **looks)
+    for place in places:
+        axes.annotate(
+            f"{calls[place]} ({drawn[place].decision})",
+            (calls[place], place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_yticks(list(places), [_drawable(f"{row.number}. {row.task.name}") for row in drawn], parse_math=False)
+    axes.set_ylim(len(drawn) - 0.4, -0.6)
+    axes.set_xlim(0, 1.45 * max(1, *calls))
+    axes.set_xlabel("captured calls")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    left_out = f" The {len(rows) - len(drawn)} smallest tasks are not drawn." if len(rows) > len(drawn) else ""
+    alt = "Bars of captured calls per task: " + "; ".join(
+        f"{r.task.name}, {r.task.num_calls}, {r.decision}" for r in drawn
+    )
+    return picture(figure, alt, f"Tasks by volume and decision.{left_out}")
+
+
+def draw_coverage(row: Row) -> str:
+    assert row.evaluation is not None
+    curve, gate = row.evaluation.curve, row.evaluation.gate
+    if not curve:
+        return "<p>No validation answer could be used, so there is no curve.</p>"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    coverage, disagreement, lower, upper = (
+        [point[key] for point in curve] for key in ("coverage", "disagreement", "lower", "upper")
+    )
+    axes.fill_between(coverage, lower, upper, color="#0072b2", alpha=0.18, label="95% interval")
+    axes.plot(coverage, disagreement, color="#0072b2", marker=".", label="disagreement")
+    axes.axhline(gate.epsilon, color="black", linestyle="--", label=f"epsilon {number(gate.epsilon)}")
+    chosen = _chosen_point(row)
+    where = "no threshold was opened"
+    if chosen:
+        where = f"threshold {number(gate.threshold)}: coverage {percent(chosen['coverage'])}"
+        where += f", disagreement {percent(chosen['disagreement'])}"
+        mark = {"marker": "D", "markersize": 9, "color": "#d55e00", "markeredgecolor": "black", "linestyle": "none"}
+        axes.plot([chosen["coverage"]], [chosen["disagreement"]], label=f"threshold {number(gate.threshold)}", **mark)
+    top = min(1.0, max(3 * gate.epsilon, 1.5 * max(disagreement)))
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(-0.03 * top, top)
+    axes.set_xlabel("coverage: share of validation calls accepted")
+    axes.set_ylabel("disagreement among them")
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize="small")
+    last = curve[-1]
+    alt = (
+        f"Disagreement against coverage on validation for {row.task.name}; epsilon {number(gate.epsilon)}; {where}; at "
+    )
+    alt += f"coverage {percent(last['coverage'])} disagreement is {percent(last['disagreement'])}"
+    return picture(figure, alt, f"On validation, {where}.")
+
+
+def _chosen_point(row: Row) -> Mapping[str, float] | None:
+    """The drawn point that accepts most among those the threshold allows; the curve is thinned, so it may lie above."""
+    assert row.evaluation is not None
+    threshold = row.evaluation.gate.threshold
+    if row.decision != MOVES or threshold is None:
+        return None
+    return min(
+        (p for p in row.evaluation.curve if p["threshold"] >= threshold), key=lambda p: p["threshold"], default=None
+    )
+
+
+def draw_losses(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Learning curves: training loss by step, validation loss as dots where a checkpoint was written.
+
+    Args:
+        curves: name of a run -> points of step, loss and, at checkpoints, validation_loss.
+    """
+    drawn = {name: points for name, points in curves.items() if points}
+    if not drawn:
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (name, points) in enumerate(list(drawn.items())[:_MAX_BARS]):
+        steps, losses = ([point[key] for point in points] for key in ("step", "loss"))
+        style = _CURVE_STYLES[place // 10 % len(_CURVE_STYLES)]
+        (line,) = axes.plot(steps, losses, style, label=_drawable(name))
+        held_out = [(p["step"], p["validation_loss"]) for p in points if p.get("validation_loss") is not None]
+        axes.plot(*zip(*held_out, strict=True), "o", color=line.get_color()) if held_out else None
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss of the answer's tokens")
+    axes.legend(fontsize="small", frameon=False)
+    alt = "Loss from the first to the last point: " + "; ".join(
+        f"{name} {number(points[0]['loss'])} to {number(points[-1]['loss'])}" for name, points in drawn.items()
+    )
+    return picture(figure, alt, "Learning curves; dots are validation loss at checkpoints.")
+
+
+def picture(figure: Figure, alt: str, caption: str) -> str:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
+    data = base64.b64encode(drawn.getvalue()).decode("ascii")
+    return f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def _drawable(name: str) -> str:
+    """The picture's font lacks many characters, and a missing one is a warning; the task's number still tells it."""
+    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in name)
+    return plain if len(plain) <= _MAX_NAME else plain[: _MAX_NAME - 3] + "..."
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage, or a dash."""
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def number(value: float | None) -> str:
+    """Four figures, or a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
