@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
+from fakes import FakeEngine
 
+from cluster.calls import write_calls
 from cluster.config import validate
-from cluster.records import Example, TaskSpec
+from cluster.records import AgentCall, Example, TaskSpec
 from cluster.store import Store
+from jobs.convert import convert
+from jobs.recipe import Recipe
 from training.bases import open_base, publish_loaded_base
 from training.candidates import Scope
 from training.dataset import save_dataset, tokenise_tasks
-from training.finetune import FinetuneConfig, finetune
+from training.finetune import FinetuneConfig
 from training.loop import Rows, answer_loss, build_model
 from training.scratch import PretrainConfig
 from training.selection import SelectConfig, select_base
 
 pytestmark = pytest.mark.integration
 
+SYSTEM = "Turn the command into JSON with device and level."
+DEVICES, LEVELS = ("lamp", "heater", "fan", "radio"), ("low", "medium", "high")
 TASK, ABSENT = "command", "no-such-org/no-such-model"
 WINDOW = 512
 TEMPLATE = (
@@ -91,41 +99,38 @@ def test_the_smallest_good_enough_candidate_is_chosen_and_the_others_are_recorde
     assert again == chosen and not (tmp_path / "elsewhere").exists(), "it was measured twice"
 
 
-def test_a_base_from_a_folder_is_published_once_and_an_adapter_on_its_chat_learns(
-    ray_cluster: None, folders: Folders, scope: Scope, tmp_path: pathlib.Path
+def test_a_conversion_on_a_base_from_a_folder_trains_its_chat_format_and_publishes_it(
+    ray_cluster: None, folders: Folders, tmp_path: pathlib.Path
 ) -> None:
     store = Store(str(tmp_path / "store"))
-    config = validate(SelectConfig, {"base": folders.large})
-    chosen = select_base(store, "one", config, scope, PretrainConfig(), FINETUNE, tmp_path / "work")
-    assert chosen.candidates[0].p99_prompt_tokens > 0 and not chosen.candidates[0].is_p99_estimated
+    write_calls(store, [_call(number) for number in range(240)])
+    select = {"base": folders.large}
+    settings = {"store": store.uri, "select": select, "specialists": {"max_model_tokens": WINDOW}}
+    recipe = validate(Recipe, {**settings, "finetune": FINETUNE.model_dump()})
+    said: list[str] = []
 
-    path = publish_loaded_base(store, folders.large)
-    assert path == publish_loaded_base(store, folders.large) and path.startswith("bases/large-")
-    base = store.fetch(path, tmp_path / "cache")
-    tokenizer = open_base(str(base)).tokenizer
-    data = tokenise_tasks(
-        scope.tasks,
-        scope.by_split["train"],
-        scope.by_split["validation"],
-        tokenizer,
-        is_scratch=False,
-        max_prompt_tokens=scope.max_prompt_tokens,
-    )[TASK]
-    assert tokenizer.decode(data.train[0]["input_ids"]).endswith('"level":"low"}<|im_end|>')
-    save_dataset(data.train, tmp_path / "rows")
-    adapter, metrics = finetune(
-        "chat",
-        FINETUNE,
-        method="lora",
-        base_path=base,
-        train_path=tmp_path / "rows",
-        validation_path=tmp_path / "rows",
-        pad_token_id=tokenizer.pad_token_id,
-        storage=tmp_path / "runs",
-    )
-    assert metrics["validation_loss"] < 0.7 * _loss(base, data.train, tokenizer, tmp_path / "rows")
-    store.publish("adapters/command/one", adapter, {"base": path})
-    assert (adapter / "adapter_model.safetensors").stat().st_size > 0
+    @contextlib.contextmanager
+    def engine_of(base: str) -> Iterator[FakeEngine]:
+        yield FakeEngine(text="{}")
+
+    conversion = convert(recipe, say=said.append, engine_of=engine_of)
+    (task,) = conversion.tasks
+    (candidate,) = conversion.selection.candidates
+    assert (conversion.selection.base, conversion.selection.arm) == (folders.large, "untrained base")
+    assert candidate.p99_prompt_tokens > 0 and not candidate.is_p99_estimated
+    assert store.read_json(f"tasks/selection-{conversion.snapshot}.json")["candidates"][0]["status"] == "chosen"
+    curve = [point["loss"] for point in conversion.losses[task.task_id]["curve"]]
+    assert curve[-1] < 0.7 * curve[0]
+
+    (base,) = {path.rsplit("/", 1)[0] for path in store.list("bases") if path.endswith("manifest.json")}
+    assert base == publish_loaded_base(store, folders.large) and base.startswith("bases/large-")
+    import datasets
+
+    (rows,) = pathlib.Path(store.uri).glob("work/*/train")
+    ids = datasets.load_from_disk(str(rows))[0]["input_ids"]
+    text = open_base(str(store.fetch(base, tmp_path))).tokenizer.decode(ids)
+    assert text.startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>") and text.endswith('"}<|im_end|>')
+    assert any(path.endswith("adapter_model.safetensors") for path in store.list(f"adapters/{task.task_id}"))
 
 
 def test_an_edited_folder_is_a_new_base(folders: Folders, tmp_path: pathlib.Path) -> None:
@@ -136,6 +141,25 @@ def test_an_edited_folder_is_a_new_base(folders: Folders, tmp_path: pathlib.Path
     config = saved / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 1e-4}))
     assert publish_loaded_base(store, str(saved)) != first
+
+
+def _call(number: int) -> AgentCall:
+    device, level = DEVICES[number % 4], LEVELS[number // 4 % 3]
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"Please put the {device} on {level} for {number} minutes"},
+    ]
+    answer = {"role": "assistant", "content": f'{{"device":"{device}","level":"{level}"}}'}
+    return AgentCall(
+        call_id=f"call-{number}",
+        ts=float(number),
+        client_id="client",
+        agent="home",
+        session_id=f"session-{number}",
+        step=0,
+        request={"messages": messages, "response_format": {"type": "json_object"}},
+        response={"choices": [{"message": answer, "finish_reason": "stop"}]},
+    )
 
 
 def _task(examples: list[Example]) -> TaskSpec:
@@ -207,14 +231,6 @@ def _teach(folder: pathlib.Path, examples: list[Example]) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
-
-
-def _loss(base: pathlib.Path, rows: list[dict[str, Any]], tokenizer: Any, folder: pathlib.Path) -> float:
-    import torch
-
-    model = build_model({"base_path": str(base), "method": "full"})
-    with torch.no_grad():
-        return float(answer_loss(model, _rows(rows, tokenizer, folder.parent / "again").batch(0), "cpu"))
 
 
 def _rows(rows: list[dict[str, Any]], tokenizer: Any, folder: pathlib.Path) -> Rows:
