@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -39,23 +40,28 @@ FINETUNE = FinetuneConfig(num_steps=40, batch_size=12, warmup_steps=3, checkpoin
 
 
 class Folders(NamedTuple):
-    """Two bases as a user would have them: one that knows the task already, and a larger one that knows nothing."""
+    """Bases as a user would have them."""
 
     able: str
+    """Knows the task already."""
     large: str
+    """Larger, and knows nothing."""
+    broken: str
+    """Its weights are missing."""
 
 
 @pytest.fixture(scope="module")
 def folders(toy: Any, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("bases")
     tokenizer = _tokenizer(toy.examples)
-    able, large = root / "able", root / "large"
+    able, large, broken = root / "able", root / "large", root / "broken"
     _write_base(able, tokenizer, layers=2)
     _write_base(large, tokenizer, layers=4)
     _teach(able, toy.examples)
     # A published sampling setting that contradicts itself; save_pretrained would refuse it.
     (able / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
-    return Folders(str(able), str(large))
+    shutil.copytree(able, broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    return Folders(str(able), str(large), str(broken))
 
 
 @pytest.fixture
@@ -73,7 +79,7 @@ def scope(toy: Any) -> Scope:
 def test_the_smallest_good_enough_candidate_is_chosen_and_the_others_are_recorded(
     ray_cluster: None, folders: Folders, scope: Scope, tmp_path: pathlib.Path
 ) -> None:
-    names = (folders.large, ABSENT, "qwen3-8b", folders.able, "scratch-tiny")
+    names = (folders.large, ABSENT, "qwen3-8b", folders.broken, folders.able, "scratch-tiny")
     config = validate(SelectConfig, {"candidates": names, "probe_steps": 8, "probe_examples": 12})
     store = Store(str(tmp_path / "store"))
     chosen = select_base(store, "one", config, scope, PretrainConfig(), FINETUNE, tmp_path / "work")
@@ -86,9 +92,11 @@ def test_the_smallest_good_enough_candidate_is_chosen_and_the_others_are_recorde
         folders.large: "measured",
         "scratch-tiny": "measured",
         ABSENT: "unavailable",
+        folders.broken: "unavailable",
         "qwen3-8b": "rejected",
     }
     assert "cannot be loaded" in found[ABSENT].reason
+    assert found[folders.broken].reason.startswith("probe failed: OSError"), found[folders.broken].reason
     assert "> budget 2.000 GiB" in found["qwen3-8b"].reason
     able = found[folders.able]
     assert [rung.num_steps for rung in able.rungs] == [0, 2, 4, 8]
