@@ -2,6 +2,7 @@
 
 UnderstudyError
 |-- ConfigError (ValueError)        a recipe or override is wrong; exit code 2
+|   `-- BaseUnavailableError        a base model that cannot be fetched from a hub or read from a folder
 |-- InputError (ValueError)         a file or record given by the user cannot be used
 |-- StoreError (OSError)            an artifact is missing, half-written or altered
 |-- UpstreamError (RuntimeError)    the LLM behind `upstream.base_url` did not answer
@@ -19,6 +20,10 @@ class UnderstudyError(Exception):
 
 class ConfigError(UnderstudyError, ValueError):
     """Configuration that cannot work; raised before any Ray call."""
+
+
+class BaseUnavailableError(ConfigError):
+    """A base model that is named properly and yet cannot be fetched or read."""
 
 
 class InputError(UnderstudyError, ValueError):

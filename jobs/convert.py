@@ -4,7 +4,8 @@
 |-------------|-------------------------------|-----------------------------------|-----------------------------------|
 | S2 curate   | AgentCall* -> Example*        | training/curate.py                | examples/SNAPSHOT/                |
 | S3 discover | Example* -> TaskSpec*         | training/discover.py              | tasks/TASK_ID.json, route_model/  |
-| S4 select   | TaskSpec* -> base model       | training/selection.py, scratch.py | bases/NAME/                       |
+| S4 select   | TaskSpec* -> base model       | training/selection.py, probe.py   | tasks/selection-SNAPSHOT.json     |
+|             |                               | training/bases.py, scratch.py     | bases/NAME-HASH/                  |
 | S5 finetune | TaskSpec + base -> adapter    | training/finetune.py, fleet.py    | adapters/TASK_ID/RUN_ID/          |
 | validate    | adapter + held-out -> gate    | training/evaluation.py, gate.py   | adapters/TASK_ID/RUN_ID/report.json |
 | release     | all of it -> Release          | cluster/registry.py               | releases/SHA256.json              |
@@ -34,17 +35,20 @@ from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
 from jobs.provenance import save_config
 from jobs.recipe import Recipe
-from training import selection
+from training.bases import publish_loaded_base
+from training.candidates import Scope
 from training.catalog import load_catalog
 from training.curate import curate, load_split
-from training.dataset import TaskData, build_task_data, num_answer_tokens, save_dataset
+from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise_tasks
 from training.discover import discover, save_discovery
 from training.evaluation import Candidate, Evaluation, evaluate_all
 from training.finetune import finetune
 from training.fleet import run_fleet
 from training.gate import release_delta
+from training.probe import model_memory_gib
 from training.report import write_report
 from training.scratch import pretrain, texts_of, train_tokenizer
+from training.selection import Selection, group_by_task, select_base
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
 _ANSWER_SLACK = 1.5
@@ -58,6 +62,7 @@ class Conversion(Record):
     snapshot: str
     tasks: tuple[TaskSpec, ...]
     unassigned: dict[str, int]
+    selection: Selection
     evaluations: tuple[Evaluation, ...]
     refused: dict[str, str]
     losses: dict[str, dict[str, Any]]
@@ -102,17 +107,22 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         raise InputError(f"store {recipe.store}: no calls to learn from; capture or `understudy ingest PATH...` first")
     discovery = discover(train, recipe.discover)
     route_model = save_discovery(store, snapshot.id, discovery)
-    by_split = {split: selection.group_by_task(train[split], discovery.assignment) for split in SPLITS}
+    by_split = {split: group_by_task(train[split], discovery.assignment) for split in SPLITS}
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
     clock.lap("discover")
     tasks, refused = _learnable(discovery.tasks, by_split)
-    base, arm, tokenizer, data = _prepare_base(recipe, store, work, tasks, by_split, say)
+    scope = _scope(recipe, tasks, by_split)
+    chosen = select_base(store, snapshot.id, recipe.select, scope, recipe.pretrain, recipe.finetune, work)
+    for one in chosen.candidates:
+        say(f"select {one.name}: {one.status}: {one.reason}")
+    clock.lap("select")
+    base, tokenizer, data = _prepare_base(recipe, store, work, chosen, scope, say)
     clock.lap("base")
-    plans = _plan_runs(recipe, work, tasks, data, base, refused)
+    plans = _plan_runs(recipe, work, tasks, data, base, chosen.base, refused)
     losses, failed = _train_adapters(recipe, store, work, plans, base, tokenizer, say)
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     clock.lap("finetune")
-    candidates = [_candidate(plan, base, arm) for plan in plans if plan.task.task_id not in failed]
+    candidates = [_candidate(plan, base, chosen.arm) for plan in plans if plan.task.task_id not in failed]
     num_candidates = len(candidates) + len(refused)
     evaluations: list[Evaluation] = []
     if candidates:
@@ -127,6 +137,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         snapshot=snapshot.id,
         tasks=discovery.tasks,
         unassigned=discovery.unassigned,
+        selection=chosen,
         evaluations=tuple(evaluations),
         refused=release.refused,
         losses=losses,
@@ -171,67 +182,50 @@ def _learnable(
     return [task for task in tasks if task.task_id not in refused], refused
 
 
+def _scope(recipe: Recipe, tasks: list[TaskSpec], by_split: dict[Split, dict[str, list[Example]]]) -> Scope:
+    max_tokens = recipe.specialists.max_model_tokens
+    return Scope(tasks, by_split, max_tokens, max_tokens * 3 // 4, model_memory_gib(recipe.finetune))
+
+
 def _prepare_base(
-    recipe: Recipe,
-    store: Store,
-    work: pathlib.Path,
-    tasks: list[TaskSpec],
-    by_split: dict[Split, dict[str, list[Example]]],
-    say: Callable[[str], None],
-) -> tuple[str, str, Any, dict[str, TaskData]]:
-    """Load the base from hub or folder, or train it from scratch.
+    recipe: Recipe, store: Store, work: pathlib.Path, chosen: Selection, scope: Scope, say: Callable[[str], None]
+) -> tuple[str, Any, dict[str, TaskData]]:
+    """Publish the base of a hub or folder, or train it from scratch.
 
     Returns:
-        (store path, name of its arm, tokenizer, every task's data in its tokens).
+        (store path, tokenizer, every task's data in its tokens).
     """
     from transformers import AutoTokenizer
 
-    chosen = selection.select_base(recipe.select, tasks, p99_prompt_tokens=1)
+    train, validation = scope.by_split["train"], scope.by_split["validation"]
+
+    def tokenise(tokenizer: Any) -> dict[str, TaskData]:
+        limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
+        return tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+
     if chosen.is_scratch:
-        base = f"bases/{recipe.select.base}-{_base_key(recipe, tasks, by_split)}"
+        base = f"bases/{chosen.base}-{_base_key(recipe, chosen.base, scope)}"
     else:
-        base = selection.publish_loaded_base(store, recipe.select.base)
+        base = publish_loaded_base(store, chosen.base)
     if store.is_published(base):
         tokenizer = AutoTokenizer.from_pretrained(store.fetch(base, work / "cache"), trust_remote_code=False)
-        return base, chosen.arm, tokenizer, _tokenise(recipe, tasks, by_split, tokenizer, chosen.is_scratch)
-    entry = load_catalog().get(recipe.select.base)
-    texts = [t for task in tasks for t in texts_of(by_split["train"][task.task_id], task.static_lines)]
+        return base, tokenizer, tokenise(tokenizer)
+    entry = load_catalog().get(chosen.base)
+    texts = [t for task in scope.tasks for t in texts_of(train[task.task_id], task.static_lines)]
     tokenizer = train_tokenizer(texts, entry.vocab_size)
-    data = _tokenise(recipe, tasks, by_split, tokenizer, is_scratch=True)
-    say(f"select: {recipe.select.base}, trained from scratch for {recipe.pretrain.num_steps} steps")
+    data = tokenise(tokenizer)
+    say(f"base: {chosen.base}, trained from scratch for {recipe.pretrain.num_steps} steps")
     model, metrics = pretrain(entry, recipe.pretrain, tokenizer, list(data.values()), work / pathlib.Path(base).name)
-    store.publish(base, model, {"base": recipe.select.base, "metrics": metrics})
-    return base, chosen.arm, tokenizer, data
+    store.publish(base, model, {"base": chosen.base, "metrics": metrics})
+    return base, tokenizer, data
 
 
-def _base_key(recipe: Recipe, tasks: list[TaskSpec], by_split: dict[Split, dict[str, list[Example]]]) -> str:
+def _base_key(recipe: Recipe, name: str, scope: Scope) -> str:
     """Names a scratch base by all that shapes it."""
-    seen = {s: sorted(e.example_id for group in by_split[s].values() for e in group) for s in ("train", "validation")}
-    known = [task.model_dump(mode="json") for task in tasks]
-    return content_hash([recipe.select.base, recipe.pretrain.model_dump(mode="json"), known, seen, RENDERING_VERSION])[
-        :12
-    ]
-
-
-def _tokenise(
-    recipe: Recipe,
-    tasks: list[TaskSpec],
-    by_split: dict[Split, dict[str, list[Example]]],
-    tokenizer: Any,
-    is_scratch: bool,
-) -> dict[str, TaskData]:
-    data = {}
-    for number, task in enumerate(tasks):
-        prompt_format = PromptFormat(
-            kind="compact" if is_scratch else "chat",
-            answer_kind=task.kind,
-            static_lines=task.static_lines if is_scratch else (),
-            task_number=number if is_scratch else 0,
-            max_prompt_tokens=recipe.specialists.max_model_tokens * 3 // 4,
-        )
-        train, validation = (by_split[split][task.task_id] for split in ("train", "validation"))
-        data[task.task_id] = build_task_data(train, validation, prompt_format, tokenizer)
-    return data
+    groups = {split: scope.by_split[split].values() for split in ("train", "validation")}
+    seen = {split: sorted(e.example_id for group in groups[split] for e in group) for split in groups}
+    known = [task.model_dump(mode="json") for task in scope.tasks]
+    return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, RENDERING_VERSION])[:12]
 
 
 def _plan_runs(
@@ -240,6 +234,7 @@ def _plan_runs(
     tasks: list[TaskSpec],
     data: dict[str, TaskData],
     base: str,
+    base_name: str,
     refused: dict[str, str],
 ) -> list[_Plan]:
     """Write every task's dataset; a task whose prompts do not fit is refused with its reason."""
@@ -248,7 +243,7 @@ def _plan_runs(
         prompt_format, rows, held_out, num_skipped = data[task.task_id]
         if num_skipped >= max(1, len(rows)):
             refused[task.task_id] = (
-                f"{num_skipped} of {num_skipped + len(rows)} prompts are longer than {prompt_format.max_prompt_tokens} tokens, what base {recipe.select.base} takes"
+                f"{num_skipped} of {num_skipped + len(rows)} prompts are longer than {prompt_format.max_prompt_tokens} tokens, what base {base_name} takes"
             )
             continue
         facts = [base, prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]

@@ -107,6 +107,24 @@ class ScratchModel(Record):
         return _weights_gib(self.parameters)
 
 
+class FoundModel(Record):
+    """A base outside the catalog, as its own files describe it. Nothing says its licence."""
+
+    kind: Literal["found"] = "found"
+    name: NonEmpty
+    parameters: PositiveInt
+    context_window_tokens: PositiveInt | None
+    """None: its config.json names none."""
+    has_tool_use: bool
+    """Its chat template shows tools to the model."""
+
+    @property
+    def memory_gib_bf16(self) -> float:
+        """GiB of the weights alone in bf16."""
+        return _weights_gib(self.parameters)
+
+
+BaseModelFacts = HubModel | ScratchModel | FoundModel
 CatalogEntry = Annotated[HubModel | ScratchModel, Field(discriminator="kind")]
 
 
@@ -136,7 +154,7 @@ class Catalog(Record):
         raise ConfigError(
             f"base model {name!r} is not in the catalog; nearest: {', '.join(nearest)}; "
             f"allowed: a catalog name, a hub id ORG/NAME, or a folder with config.json; "
-            f"next: `understudy choose_base` measures those that fit the task"
+            f"next: name several in select.candidates and a probe measures those that fit the tasks"
         )
 
 
@@ -149,6 +167,8 @@ class Needs(Record):
     """Compared without case; None allows any licence, an unknown one too."""
     memory_gib: float = Field(gt=0)
     """Budget in GiB for the weights in bf16."""
+    max_model_tokens: int = Field(ge=0)
+    """Prompt and answer together that the serving engine is started for; vLLM refuses a base with a smaller window."""
 
 
 class Rejection(Record):
@@ -182,15 +202,13 @@ def load_catalog(path: str | None = None) -> Catalog:
         raise ConfigError("\n".join(lines)) from None
 
 
-def filter_candidates(
-    entries: Iterable[HubModel | ScratchModel], needs: Needs
-) -> tuple[list[HubModel | ScratchModel], list[Rejection]]:
+def filter_candidates(entries: Iterable[BaseModelFacts], needs: Needs) -> tuple[list[BaseModelFacts], list[Rejection]]:
     """Split `entries` into those that fit `needs`, in order, and the rest with all their reasons.
 
     A fact that a need compares with and that is None rejects with "unknown X". A scratch entry has no licence and
     learns tool calls from the train split, so licence and tool use never reject it.
     """
-    kept: list[HubModel | ScratchModel] = []
+    kept: list[BaseModelFacts] = []
     rejected: list[Rejection] = []
     for entry in entries:
         if reasons := _missed_needs(entry, needs):
@@ -198,6 +216,26 @@ def filter_candidates(
         else:
             kept.append(entry)
     return kept, rejected
+
+
+def find_entry(name: str) -> HubModel | ScratchModel | None:
+    """The shipped catalog's entry of that name or hub id, or None for a local folder or another hub id.
+
+    Raises:
+        ConfigError: unknown name, or a folder that is missing or without config.json.
+    """
+    catalog = load_catalog()
+    for entry in catalog.entries:
+        if name == entry.name:
+            return entry
+    source = resolve_base(name)
+    hub = [entry for entry in catalog.entries if isinstance(entry, HubModel) and source.kind == "hub"]
+    return next((entry for entry in hub if entry.hub_id == source.location), None)
+
+
+def num_parameters(entry: BaseModelFacts) -> int | None:
+    """Number of weights, where it is known."""
+    return _value(entry.parameters)
 
 
 def resolve_base(entry_or_path: HubModel | ScratchModel | str) -> BaseSource:
@@ -236,42 +274,48 @@ def _field_path(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, location)) or "file"
 
 
-def _missed_needs(entry: HubModel | ScratchModel, needs: Needs) -> list[str]:
-    reasons = [_missed_context(entry, needs.p99_prompt_tokens), _missed_memory(entry, needs.memory_gib)]
-    if isinstance(entry, HubModel):
+def _value(fact: Fact[ValueT] | ValueT | None) -> ValueT | None:
+    return fact.value if isinstance(fact, Fact) else fact
+
+
+def _missed_needs(entry: BaseModelFacts, needs: Needs) -> list[str]:
+    reasons = [_missed_context(entry, needs), _missed_memory(entry, needs.memory_gib)]
+    if not isinstance(entry, ScratchModel):
         reasons += [_missed_tool_use(entry, needs.needs_tool_use), _missed_license(entry, needs.allowed_licenses)]
     return [reason for reason in reasons if reason]
 
 
-def _missed_context(entry: HubModel | ScratchModel, p99_prompt_tokens: int) -> str:
-    window = entry.context_window_tokens
-    if window is None:
+def _missed_context(entry: BaseModelFacts, needs: Needs) -> str:
+    num_tokens = _value(entry.context_window_tokens)
+    if num_tokens is None:
         return "unknown context window"
-    num_tokens = window.value if isinstance(window, Fact) else window
-    if p99_prompt_tokens <= num_tokens:
-        return ""
-    return f"prompt p99 {p99_prompt_tokens} tokens > context window {num_tokens}"
+    if needs.p99_prompt_tokens > num_tokens:
+        return f"prompt p99 {needs.p99_prompt_tokens} tokens > context window {num_tokens}"
+    if needs.max_model_tokens > num_tokens:
+        return f"specialists.max_model_tokens {needs.max_model_tokens} > context window {num_tokens}"
+    return ""
 
 
-def _missed_memory(entry: HubModel | ScratchModel, budget_gib: float) -> str:
+def _missed_memory(entry: BaseModelFacts, budget_gib: float) -> str:
     weights_gib = entry.memory_gib_bf16
     if weights_gib is None:
         return "unknown parameters"
     return f"weights {weights_gib:.3f} GiB in bf16 > budget {budget_gib:.3f} GiB" if weights_gib > budget_gib else ""
 
 
-def _missed_tool_use(entry: HubModel, is_needed: bool) -> str:
+def _missed_tool_use(entry: HubModel | FoundModel, is_needed: bool) -> str:
     if not is_needed:
         return ""
-    if entry.has_tool_use is None:
+    has_tool_use = _value(entry.has_tool_use)
+    if has_tool_use is None:
         return "unknown tool use"
-    return "" if entry.has_tool_use.value else "task needs tool use: yes, model has tool use: no"
+    return "" if has_tool_use else "task needs tool use: yes, model has tool use: no"
 
 
-def _missed_license(entry: HubModel, allowed: tuple[str, ...] | None) -> str:
+def _missed_license(entry: HubModel | FoundModel, allowed: tuple[str, ...] | None) -> str:
     if allowed is None:
         return ""
-    if entry.license is None:
+    if isinstance(entry, FoundModel) or entry.license is None:
         return "unknown license"
     if entry.license.value.lower() in {name.lower() for name in allowed}:
         return ""

@@ -7,12 +7,13 @@ and carry no loss. Compact answers point at prompt words (training/copying.py); 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cluster.answers import to_text
 from cluster.errors import InputError
 from cluster.prompts import Prompt, PromptFormat, encode_answer, render_prompt
-from cluster.records import Example
+from cluster.records import Example, TaskSpec
 from training.copying import CopyRule, fit_copy_rule, fit_plain_words, point
 
 
@@ -39,6 +40,33 @@ def build_task_data(
     rows = _build_rows(train, prompt_format, tokenizer, rule)
     held_out = _build_rows(validation, prompt_format, tokenizer, rule)
     return TaskData(prompt_format, rows, held_out, len(train) - len(rows))
+
+
+def tokenise_tasks(
+    tasks: Sequence[TaskSpec],
+    train: Mapping[str, list[Example]],
+    validation: Mapping[str, list[Example]],
+    tokenizer: Any,
+    *,
+    is_scratch: bool,
+    max_prompt_tokens: int,
+) -> dict[str, TaskData]:
+    """Every task's data in a base's tokens: compact prompts for a scratch base, the base's own chat for the others.
+
+    Args:
+        train, validation: task_id -> examples.
+    """
+    data = {}
+    for number, task in enumerate(tasks):
+        prompt_format = PromptFormat(
+            kind="compact" if is_scratch else "chat",
+            answer_kind=task.kind,
+            static_lines=task.static_lines if is_scratch else (),
+            task_number=number if is_scratch else 0,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+        data[task.task_id] = build_task_data(train[task.task_id], validation[task.task_id], prompt_format, tokenizer)
+    return data
 
 
 def save_dataset(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:

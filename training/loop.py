@@ -35,16 +35,16 @@ def train_loop(settings: dict[str, Any]) -> None:
     os.environ["LOCAL_RANK"] = str(context.get_local_rank())
     torch.set_num_threads(settings["num_threads"])
     torch.manual_seed(settings["seed"])
-    model = _build_model(settings)
+    model = build_model(settings)
     engine = _build_engine(model, settings)
-    rows = _Rows(settings["train_path"], settings, context.get_world_rank(), context.get_world_size())
-    held_out = _Rows(settings["validation_path"], settings, 0, 1) if settings["validation_path"] else None
+    rows = Rows(settings["train_path"], settings, context.get_world_rank(), context.get_world_size())
+    held_out = Rows(settings["validation_path"], settings, 0, 1) if settings["validation_path"] else None
     step, curve = _resume(engine)
     stride = max(1, settings["num_steps"] // _NUM_CURVE_POINTS)
     losses: list[float] = []
     while step < settings["num_steps"]:
         _set_learning_rate(engine, settings, step)
-        loss = _answer_loss(engine, rows.batch(step), engine.device)
+        loss = answer_loss(engine, rows.batch(step), engine.device)
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))
@@ -65,7 +65,7 @@ def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / max(warmup_steps, 1)) * max(0.0, 1.0 - step / max(num_steps, 1))
 
 
-class _Rows:
+class Rows:
     """Deterministic batches of similar length from a tokenised dataset."""
 
     def __init__(self, path: str, settings: dict[str, Any], rank: int, world_size: int) -> None:
@@ -117,7 +117,7 @@ class _Rows:
         return {"input_ids": input_ids, "labels": labels}
 
 
-def _build_model(settings: dict[str, Any]) -> Any:
+def build_model(settings: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -159,7 +159,7 @@ def _build_engine(model: Any, settings: dict[str, Any]) -> Any:
     return engine
 
 
-def _answer_loss(engine: Any, batch: dict[str, Any], device: Any) -> Any:
+def answer_loss(engine: Any, batch: dict[str, Any], device: Any) -> Any:
     """Mean over examples of the mean cross-entropy of the answer's tokens.
 
     A gate counts answers and not tokens, so a long answer weighs no more than a short one. Right padding needs no mask
@@ -210,14 +210,14 @@ def _report(engine: Any, settings: dict[str, Any], step: int, curve: list[dict[s
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
-def _validation_loss(engine: Any, held_out: _Rows | None) -> float | None:
+def _validation_loss(engine: Any, held_out: Rows | None) -> float | None:
     import torch
 
     if held_out is None:
         return None
     engine.eval()
     with torch.no_grad():
-        losses = [float(_answer_loss(engine, held_out.batch(k), engine.device)) for k in range(held_out.num_batches())]
+        losses = [float(answer_loss(engine, held_out.batch(k), engine.device)) for k in range(held_out.num_batches())]
     engine.train()
     return sum(losses) / len(losses)
 

@@ -23,7 +23,7 @@ from training.catalog import (
 )
 
 FACTS = ("parameters", "license", "context_window_tokens", "has_chat_template", "has_tool_use")
-EASY = Needs(p99_prompt_tokens=0, needs_tool_use=False, allowed_licenses=None, memory_gib=1000.0)
+EASY = Needs(p99_prompt_tokens=0, needs_tool_use=False, allowed_licenses=None, memory_gib=1000.0, max_model_tokens=0)
 
 
 def make_hub(**changes: object) -> HubModel:
@@ -166,9 +166,17 @@ def test_unknown_fact_rejects_only_where_a_need_compares_with_it():
 
 
 def test_limits_are_inclusive_licenses_ignore_case_and_scratch_needs_neither_license_nor_tool_use():
-    needs = Needs(p99_prompt_tokens=4096, needs_tool_use=False, allowed_licenses=("apache-2.0",), memory_gib=2.0)
+    changes = {
+        "p99_prompt_tokens": 4096,
+        "max_model_tokens": 4096,
+        "allowed_licenses": ("apache-2.0",),
+        "memory_gib": 2.0,
+    }
+    needs = EASY.model_copy(update=changes)
     assert filter_candidates([make_hub()], needs)[1] == []
-    strict = needs.model_copy(update={"p99_prompt_tokens": 1024, "needs_tool_use": True, "allowed_licenses": ()})
+    strict = needs.model_copy(
+        update={"p99_prompt_tokens": 1024, "max_model_tokens": 1024, "needs_tool_use": True, "allowed_licenses": ()}
+    )
     assert filter_candidates([make_scratch()], strict) == ([make_scratch()], [])
 
 
@@ -182,7 +190,8 @@ def test_each_entry_is_either_kept_in_order_or_rejected_once_and_more_memory_nev
     tokens, tools, licenses, memory_gib
 ):
     entries = load_catalog().entries
-    needs = Needs(p99_prompt_tokens=tokens, needs_tool_use=tools, allowed_licenses=licenses, memory_gib=memory_gib)
+    changes = {"p99_prompt_tokens": tokens, "needs_tool_use": tools, "allowed_licenses": licenses}
+    needs = EASY.model_copy(update={**changes, "memory_gib": memory_gib})
     kept, rejected = filter_candidates(entries, needs)
     out = {item.name for item in rejected}
     assert kept == [entry for entry in entries if entry.name not in out]
