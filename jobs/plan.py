@@ -13,9 +13,8 @@ from cluster.resources import THIS_MACHINE, LimitsConfig, Part, check_fits, loca
 from cluster.session import cluster_nodes, connect, joins_cluster
 from jobs.recipe import Recipe
 from serving.cluster_llm import ClusterLLMConfig
-from training.catalog import ScratchModel, load_catalog
+from training.catalog import ScratchModel, find_entry
 from training.finetune import FinetuneConfig
-from training.selection import find_entry
 
 
 def plan_conversion(recipe: Recipe) -> list[Part]:
@@ -25,8 +24,8 @@ def plan_conversion(recipe: Recipe) -> list[Part]:
         ConfigError: the base is unknown.
     """
     base = _training(recipe.pretrain, "base training", "pretrain")
-    is_scratch = isinstance(find_entry(load_catalog(), recipe.select.base), ScratchModel)
-    parts = [base] if is_scratch else []
+    names = recipe.select.candidates or (recipe.select.base,)
+    parts = [base] if any(isinstance(find_entry(name), ScratchModel) for name in names) else []
     fleet = _training(recipe.finetune, "fine-tunes", "finetune")
     fields = {**fleet.fields, "groups": "fleet.max_parallel"}
     parts.append(fleet.model_copy(update={"groups": recipe.fleet.max_parallel, "fields": fields}))

@@ -108,7 +108,7 @@ def test_a_dry_run_prints_recipe_and_resources_and_touches_nothing(capsys, store
     assert code == 0
     assert shown["config"]["gate"]["epsilon"] == 0.03
     assert [(part["name"], part["total_cpus"]) for part in shown["resources"]] == [
-        ("base training", 2.0),
+        ("base training", 1.0),
         ("fine-tunes", 1.0),
         ("validation engine", 1.0),
     ]
