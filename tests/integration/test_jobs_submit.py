@@ -36,6 +36,7 @@ COLORS = ("red", "green", "blue", "white", "black", "amber")
 NUM_CALLS = 120
 START_TIMEOUT_S, STOP_TIMEOUT_S, ADAPTER_TIMEOUT_S, CONVERSION_TIMEOUT_S = 90, 40, 240, 400
 STEPS = ("num_steps=2", "warmup_steps=1", "batch_size=4")
+SMALL_ENGINE = ("max_adapters=1", "max_lora_rank=8", "max_model_tokens=256", "max_num_seqs=8")
 
 
 class Head(NamedTuple):
@@ -93,6 +94,7 @@ def test_a_submitted_conversion_continues_after_its_driver_was_killed(head: Head
     _ingest_calls(store, tmp_path)
     words = [f"store={store.uri}", "select.base=scratch-tiny", "discover.min_calls=10"]
     words += [f"{section}.{step}" for section in ("pretrain", "finetune") for step in STEPS]
+    words += [f"specialists.{limit}" for limit in SMALL_ENGINE]
 
     first = head.submit(words, tmp_path / "first.log")
     adapter = _wait_for_adapter(store, first)
