@@ -122,6 +122,23 @@ def test_requests_a_specialist_must_not_answer(tmp_path: pathlib.Path, extra: di
     asyncio.run(scenario())
 
 
+def test_a_prompt_that_does_not_fit_goes_to_the_llm_and_is_captured_whole(tmp_path: pathlib.Path) -> None:
+    async def too_long() -> EngineAnswer:
+        raise InputError("prompt: 75000 tokens; allowed: 768; this call goes to the LLM")
+
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            run.engine.answer_with = too_long
+            messages = [*REQUEST["messages"][:-1], {"role": "user", "content": "x" * 300_000}]
+            reply = await run.ask(messages=messages)
+            assert _text(reply) == LLM_TEXT and reply.headers["x-understudy-route"] in ("escalate", "llm")
+            assert [request["messages"] for request in run.llm.requests] == [messages]
+            (call,) = await run.captured()
+            assert call.request["messages"] == messages and call.served_by == "llm" and call.status == 200
+
+    asyncio.run(scenario())
+
+
 def test_an_accepted_answer_streams_as_openai_does(tmp_path: pathlib.Path) -> None:
     async def scenario() -> None:
         async with gateway(tmp_path) as run:
