@@ -139,7 +139,7 @@ class Gate(Record):
     """What the promise is about, e.g. "calls of this task as served"."""
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0, lt=1)
-    """Level each threshold was tested at: the release's delta divided by its number of candidates."""
+    """Level each threshold was tested at: the release's delta over its number of candidates, times the round's share."""
     threshold: float | None
     """Lowest confidence that is accepted; None where refused."""
     num_calibration: int
@@ -150,6 +150,8 @@ class Gate(Record):
     coverage: float
     """Share of calibration calls at or above `threshold`."""
     fingerprint: str
+    round: int = 0
+    """How many other candidates had met some of these calibration calls before; delta shrinks with it."""
     refused: str | None = None
 
     @property

@@ -1,7 +1,7 @@
 """The training loop of one Ray Train worker: DeepSpeed engine, answer-only loss, checkpoint, resume.
 
-One loop for LoRA adapters and for full training. The order of batches follows from the seed and the step number
-alone, so a run that resumes sees the data the undisturbed run would have seen. No JIT build of DeepSpeed happens on
+One loop for LoRA adapters and for full training. The order of batches and dropout follow from the seed and the step
+number alone, so a run that resumes does what the undisturbed run would have done. No JIT build of DeepSpeed happens on
 CPU: torch's AdamW is used, and the shared-memory collective is switched off.
 """
 
@@ -42,7 +42,11 @@ def train_loop(settings: dict[str, Any]) -> None:
     step, curve = _resume(engine)
     stride = max(1, settings["num_steps"] // _NUM_CURVE_POINTS)
     losses: list[float] = []
+    # A model comes from its folder in evaluation mode.
+    engine.train()
     while step < settings["num_steps"]:
+        # Dropout of a resumed run is that of the undisturbed one: it follows from seed, rank and step alone.
+        torch.manual_seed(_seed_of(settings["seed"], context.get_world_rank(), step))
         _set_learning_rate(engine, settings, step)
         loss = answer_loss(engine, rows.batch(step), engine.device)
         engine.backward(loss)
