@@ -142,9 +142,10 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _save_report(store: Store, conversion: Conversion, copy: pathlib.Path | None) -> str:
-    """Write the report beside the release, where it outlives a cluster's job, and to `copy`."""
+    """Write the report beside the release, as a page and as JSON, where it outlives a cluster's job; and to `copy`."""
     from jobs.convert import write_conversion_report
 
+    store.write_json(f"releases/{conversion.release}.report.json", conversion.model_dump(mode="json"))
     path = f"releases/{conversion.release}.report.html"
     with tempfile.TemporaryDirectory() as folder:
         page = pathlib.Path(folder) / "report.html"

@@ -7,6 +7,7 @@ CPU: torch's AdamW is used, and the shared-memory collective is switched off.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -67,6 +68,10 @@ def train_loop(settings: dict[str, Any]) -> None:
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
     """Learning-rate factor: linear warm-up, then linear decay to zero."""
     return min(1.0, (step + 1) / max(warmup_steps, 1)) * max(0.0, 1.0 - step / max(num_steps, 1))
+
+
+def _seed_of(seed: int, rank: int, step: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{rank}:{step}".encode(), digest_size=7).digest(), "big")
 
 
 class Rows:
