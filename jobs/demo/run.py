@@ -33,7 +33,7 @@ from jobs.demo.summary import LLMAnswer, is_kept, print_summary, summarise_agree
 from jobs.demo.world import SITES, make_conversations
 from jobs.recipe import Recipe, load_recipe
 
-NUM_CAPTURED, NUM_FRESH = 1100, 100
+NUM_CAPTURED, NUM_FRESH = 1250, 100
 MAX_IN_FLIGHT = 48
 SEED = 7
 APP = "understudy"
