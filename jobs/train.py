@@ -59,9 +59,9 @@ def train(
     for one in chosen.candidates:
         say(f"select {one.name}: {one.status}: {one.reason}")
     lap("select")
-    base, tokenizer, data = _prepare_base(recipe, store, work, chosen, scope, say)
+    base, tokenizer, data = _prepare_base(recipe, store, work, chosen, scope, refused, say)
     lap("base")
-    plans = _plan_runs(recipe, work, scope.tasks, data, base, chosen.base, refused)
+    plans = _plan_runs(recipe, work, scope.tasks, data, base)
     losses, failed = _train_adapters(recipe, store, work, plans, base, tokenizer, say) if plans else ({}, {})
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     lap("finetune")
@@ -92,12 +92,21 @@ def scope_of(recipe: Recipe, tasks: list[TaskSpec], by_split: dict[Split, dict[s
 
 
 def _prepare_base(
-    recipe: Recipe, store: Store, work: pathlib.Path, chosen: Selection, scope: Scope, say: Callable[[str], None]
+    recipe: Recipe,
+    store: Store,
+    work: pathlib.Path,
+    chosen: Selection,
+    scope: Scope,
+    refused: dict[str, str],
+    say: Callable[[str], None],
 ) -> tuple[str, Any, dict[str, TaskData]]:
-    """Publish the base of a hub or folder, or train it from scratch.
+    """Publish the base of a hub or folder, or train it from scratch on the tasks that fit it.
+
+    Args:
+        refused: task_id -> reason; tasks whose prompts or answers are too long are added.
 
     Returns:
-        (store path, tokenizer, every task's data in its tokens); no path where no prompt fits a scratch base.
+        (store path, tokenizer, data of the tasks that fit, in its tokens); no path where none fits a scratch base.
     """
     from transformers import AutoTokenizer
 
@@ -105,7 +114,12 @@ def _prepare_base(
 
     def tokenise(tokenizer: Any) -> dict[str, TaskData]:
         limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
-        return tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        data = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        reasons = {
+            task_id: _reason_to_refuse(its, chosen.base, _max_answer_tokens(recipe)) for task_id, its in data.items()
+        }
+        refused.update({task_id: reason for task_id, reason in reasons.items() if reason})
+        return {task_id: its for task_id, its in data.items() if not reasons[task_id]}
 
     if chosen.is_scratch:
         base = f"bases/{chosen.base}-{_base_key(recipe, chosen.base, scope)}"
@@ -118,7 +132,7 @@ def _prepare_base(
     texts = [t for task in scope.tasks for t in texts_of(train[task.task_id], task.static_lines)]
     tokenizer = train_tokenizer(texts, entry.vocab_size)
     data = tokenise(tokenizer)
-    if not any(task_data.train for task_data in data.values()):
+    if not data:
         return "", tokenizer, data
     say(f"base: {chosen.base}, trained from scratch for {recipe.pretrain.num_steps} steps")
     model, metrics = pretrain(entry, recipe.pretrain, tokenizer, list(data.values()), work / pathlib.Path(base).name)
@@ -134,26 +148,20 @@ def _base_key(recipe: Recipe, name: str, scope: Scope) -> str:
     return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, RENDERING_VERSION])[:12]
 
 
+def _max_answer_tokens(recipe: Recipe) -> int:
+    return recipe.specialists.max_model_tokens // _ANSWER_FRACTION
+
+
 def _plan_runs(
-    recipe: Recipe,
-    work: pathlib.Path,
-    tasks: list[TaskSpec],
-    data: dict[str, TaskData],
-    base: str,
-    base_name: str,
-    refused: dict[str, str],
+    recipe: Recipe, work: pathlib.Path, tasks: list[TaskSpec], data: dict[str, TaskData], base: str
 ) -> list[_Plan]:
-    """Write every task's dataset; a task whose prompts do not fit is refused with its reason."""
+    """Write every task's dataset."""
     plans = []
-    limit = recipe.specialists.max_model_tokens // _ANSWER_FRACTION
     for task in tasks:
-        task_data = data[task.task_id]
-        reason = _reason_to_refuse(task_data, base_name, limit)
-        if reason:
-            refused[task.task_id] = reason
+        if task.task_id not in data:
             continue
-        rows, held_out = task_data.train, task_data.validation
-        facts = [base, task_data.prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]
+        prompt_format, rows, held_out, _ = data[task.task_id]
+        facts = [base, prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]
         run_id = content_hash(facts)[:12]
         save_dataset(rows, work / run_id / "train")
         if held_out:
@@ -162,9 +170,9 @@ def _plan_runs(
         plans.append(
             _Plan(
                 task=task,
-                prompt_format=task_data.prompt_format,
+                prompt_format=prompt_format,
                 run_id=run_id,
-                max_answer_tokens=min(longest, limit),
+                max_answer_tokens=min(longest, _max_answer_tokens(recipe)),
                 num_rows=len(rows),
                 has_validation=bool(held_out),
             )
