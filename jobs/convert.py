@@ -119,6 +119,7 @@ def write_conversion_report(
         losses=conversion.losses,
         summary=summary,
         notes=notes,
+        selection=conversion.selection,
     )
 
 
