@@ -1,10 +1,13 @@
 """Recipes and overrides: precedence, and errors that name the field, the value and what is allowed."""
 
 import pytest
+from pydantic import ValidationError
 
-from cluster.config import describe_fields
+from cluster.config import describe_fields, validate
 from cluster.errors import ConfigError
+from cluster.upstream import UpstreamConfig
 from jobs.recipe import RECIPES, Recipe, load_recipe
+from training.finetune import FinetuneConfig
 
 
 def test_an_override_wins_over_the_recipe_and_the_recipe_over_defaults():
@@ -53,3 +56,56 @@ def test_fields_are_described_with_type_bounds_and_default():
     assert rows["gate.epsilon"] == ("float, > 0, < 1", "0.05")
     assert rows["upstream.N.base_url"] == (r"str, matches ^https?://[^\s/]+", "required")
     assert rows["gateway.auth"] == ("Literal['keys', 'open']", "'keys'")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("finetune.num_steps", "300", "a valid integer"),
+        ("finetune.num_steps", True, "a valid integer"),
+        ("finetune.batch_size", 16.0, "a valid integer"),
+        ("finetune.zero_stage", True, "a valid integer"),
+        ("finetune.zero_stage", 4, "less than or equal to 3"),
+        ("finetune.bf16", "yes", "a valid boolean"),
+        ("finetune.bf16", 1, "a valid boolean"),
+        ("finetune.learning_rate", "0.1", "a valid number"),
+        ("finetune.learning_rate", True, "a valid number"),
+        ("finetune.learning_rate", float("inf"), "a finite number"),
+        ("gate.epsilon", float("nan"), "a finite number"),
+        ("finetune.lora_targets", "q_proj", "a valid array"),
+        ("store", 5, "a valid string"),
+        ("gateway.auth", "none", "'keys' or 'open'"),
+        ("specialists.device", "tpu", "a match of pattern '^(cpu|gpu)$'"),
+    ],
+)
+def test_no_value_is_taken_for_one_of_another_type(key, value, allowed):
+    section, _, field = key.rpartition(".")
+    with pytest.raises(ConfigError) as caught:
+        validate(Recipe, {section: {field: value}} if section else {field: value})
+    assert str(caught.value) == f"{key}: got {value!r}; allowed: {allowed}"
+
+
+def test_words_of_the_command_line_are_not_coerced_either(tmp_path):
+    with pytest.raises(ConfigError, match="finetune.num_steps: got .300.; allowed: a valid integer"):
+        load_recipe(['finetune.num_steps="300"'])
+    recipe = tmp_path / "a.toml"
+    recipe.write_text('[finetune]\nbf16 = "yes"\n')
+    with pytest.raises(ConfigError, match="finetune.bf16: got 'yes'; allowed: a valid boolean"):
+        load_recipe([f"recipe={recipe}"])
+
+
+def test_a_config_refuses_other_types_where_it_is_built_directly():
+    with pytest.raises(ValidationError, match="num_steps"):
+        FinetuneConfig(num_steps="300")
+
+
+def test_lists_serve_as_tuples_integers_as_floats_and_configs_as_their_values():
+    finetune = FinetuneConfig(num_steps=40)
+    upstream = (UpstreamConfig(base_url="http://a/v1"), {"base_url": "http://b/v1"})
+    recipe = validate(
+        Recipe, {"finetune": finetune, "upstream": upstream, "select": {"candidates": ["a/b"], "memory_gib": 4}}
+    )
+    assert recipe.finetune == finetune
+    assert [one.base_url for one in recipe.upstream] == ["http://a/v1", "http://b/v1"]
+    assert recipe.select.candidates == ("a/b",) and recipe.select.memory_gib == 4.0
+    assert validate(Recipe, recipe.model_dump()) == validate(Recipe, recipe.model_dump(mode="json")) == recipe
