@@ -34,7 +34,7 @@ from cluster.registry import publish_release
 from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
 from jobs.provenance import save_config
-from jobs.recipe import Recipe
+from jobs.recipe import Recipe, work_folder
 from training.bases import publish_loaded_base
 from training.candidates import Scope
 from training.catalog import load_catalog
@@ -95,7 +95,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
             validation and takes it down again.
     """
     store = Store(recipe.store)
-    work = pathlib.Path(recipe.store) / "work"
+    work = work_folder(recipe)
     clock = _Clock()
     snapshot = curate(store, recipe.curate)
     say(
