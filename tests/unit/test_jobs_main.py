@@ -13,7 +13,8 @@ from cluster.calls import read_calls
 from cluster.quarantine import read_quarantine
 from cluster.store import Store, check_store_address
 from jobs import provenance
-from jobs.__main__ import main
+from jobs.__main__ import _save_report, main
+from jobs.convert import Conversion
 from jobs.recipe import Recipe, load_recipe, work_folder
 from training.curate import CurateConfig, curate
 
@@ -151,6 +152,37 @@ def test_a_cluster_that_is_not_there_is_named(capsys, store, monkeypatch):
     assert code == 2 and "RAY_ADDRESS='127.0.0.1:9': no cluster answers" in err and "next" in err
 
 
+def test_the_demo_leaves_somebodys_cluster_alone(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("jobs.demo.run.start_provider", lambda *_: pytest.fail("something was started"))
+    out = tmp_path / "demo"
+    code, _, err = run(capsys, "demo", "--out", str(out))
+    assert code == 2 and not out.exists()
+    assert "RAY_ADDRESS='10.0.0.1:6379'" in err and "all its applications" in err and "next: unset RAY_ADDRESS" in err
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"), [(["convert", "--dry-run", BASE], "--report"), (["demo"], "--summary")], ids=["convert", "demo"]
+)
+def test_an_output_that_cannot_be_written_is_told_before_the_run(capsys, tmp_path, monkeypatch, verb, option):
+    monkeypatch.setattr("jobs.demo.run.run_demo", lambda *_: pytest.fail("the demo ran"))
+    (tmp_path / "file").touch()
+    code, out, err = run(capsys, *verb, option, str(tmp_path / "file" / "page.html"))
+    assert (code, out) == (2, "") and f"{tmp_path / 'file'} is no folder; allowed" in err
+    code, out, err = run(capsys, *verb, option, str(tmp_path))
+    assert (code, out) == (2, "") and f"{option} {tmp_path}: is a folder; allowed" in err
+
+
+def test_a_report_goes_into_a_folder_that_is_not_there_yet(capsys, store, tmp_path, monkeypatch):
+    page = tmp_path / "new" / "folder" / "page.html"
+    assert run(capsys, "convert", "--dry-run", BASE, f"store={store}", "--report", str(page))[0] == 0
+    assert not page.parent.exists()
+    monkeypatch.setattr("jobs.convert.write_conversion_report", lambda path, *_: path.write_text("page"))
+    conversion = Conversion.model_construct(release="abc")
+    _save_report(Store(store), conversion, page)
+    assert page.read_text() == "page"
+
+
 def test_a_store_in_a_submitted_jobs_own_folder_is_refused(capsys, tmp_path, monkeypatch):
     folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     folder.mkdir(parents=True)
@@ -195,7 +227,11 @@ def test_help_lists_the_fields_a_verb_reads(capsys, verb):
     out = capsys.readouterr().out
     assert exit.value.code == 0
     assert "store: str = 'store'" in out and "Folder, s3:// or gs:// address" in out
-    for field in ("gate.epsilon: float, > 0, < 1 = 0.05", "select.base: str | None = None", "work: str | None = None"):
+    for field in (
+        "gate.epsilon: float, > 0, < 1 = 0.05",
+        "select.base: str | None, length >= 1 = None",
+        "work: str | None = None",
+    ):
         assert (field in out) == (verb in ("convert", "demo"))
     assert ("upstream.N.base_url: str" in out) == (verb == "serve")
 
