@@ -348,9 +348,8 @@ def is_loopback(url: str) -> bool:
 
 
 def _shown(url: str) -> str:
-    """The address without a user name or password."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+    """The address without its query, which may hold a key."""
+    return urlsplit(url)._replace(query="").geturl()
 
 
 def _backoff_s(attempt: int) -> float:

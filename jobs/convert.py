@@ -1,14 +1,14 @@
 """The conversion: captured calls in, a release out. `understudy convert recipe=NAME`.
 
-| stage       | from -> to                    | code                              | artifact under the store          |
-|-------------|-------------------------------|-----------------------------------|-----------------------------------|
-| S2 curate   | AgentCall* -> Example*        | training/curate.py                | examples/SNAPSHOT/                |
-| S3 discover | Example* -> TaskSpec*         | training/discover.py              | tasks/TASK_ID.json, route_model/  |
-| S4 select   | TaskSpec* -> base model       | training/selection.py, probe.py   | tasks/selection-SNAPSHOT.json     |
-|             |                               | training/bases.py, scratch.py     | bases/NAME-HASH/                  |
-| S5 finetune | TaskSpec + base -> adapter    | training/finetune.py, fleet.py    | adapters/TASK_ID/RUN_ID/          |
-| validate    | adapter + held-out -> gate    | training/evaluation.py, gate.py   | adapters/TASK_ID/RUN_ID/report.json |
-| release     | all of it -> Release          | cluster/registry.py               | releases/SHA256.json              |
+| stage        | from -> to                    | code                              | artifact under the store          |
+|--------------|-------------------------------|-----------------------------------|-----------------------------------|
+| S2 curate    | AgentCall* -> Example*        | training/curate.py                | examples/SNAPSHOT/                |
+| S3 discover  | Example* -> TaskSpec*         | training/discover.py              | tasks/TASK_ID.json, route_model/  |
+| S4 select    | TaskSpec* -> base model       | training/selection.py, probe.py   | tasks/selection-SNAPSHOT.json     |
+|              |                               | training/bases.py, scratch.py     | bases/NAME-HASH/                  |
+| S5 fine-tune | TaskSpec + base -> adapter    | training/finetune.py, fleet.py    | adapters/TASK_ID/RUN_ID/          |
+| validate     | adapter + held-out -> gate    | training/evaluation.py, gate.py   | adapters/TASK_ID/RUN_ID/report.json |
+| release      | all of it -> Release          | cluster/registry.py               | releases/SHA256.json              |
 
 Beside the release stands SHA256.config.json: the resolved recipe, code, packages and seeds (jobs/provenance.py).
 
