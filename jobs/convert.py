@@ -1,14 +1,14 @@
 """The conversion: captured calls in, a release out. `understudy convert recipe=NAME`.
 
-| stage       | from -> to                    | code                              | artifact under the store          |
-|-------------|-------------------------------|-----------------------------------|-----------------------------------|
-| S2 curate   | AgentCall* -> Example*        | training/curate.py                | examples/SNAPSHOT/                |
-| S3 discover | Example* -> TaskSpec*         | training/discover.py              | tasks/TASK_ID.json, route_model/  |
-| S4 select   | TaskSpec* -> base model       | training/selection.py, probe.py   | tasks/selection-SNAPSHOT.json     |
-|             |                               | training/bases.py, scratch.py     | bases/NAME-HASH/                  |
-| S5 finetune | TaskSpec + base -> adapter    | training/finetune.py, fleet.py    | adapters/TASK_ID/RUN_ID/          |
-| validate    | adapter + held-out -> gate    | training/evaluation.py, gate.py   | reports/SHA256.json                |
-| release     | all of it -> Release          | cluster/registry.py               | releases/SHA256.json              |
+| stage        | from -> to                    | code                              | artifact under the store          |
+|--------------|-------------------------------|-----------------------------------|-----------------------------------|
+| S2 curate    | AgentCall* -> Example*        | training/curate.py                | examples/SNAPSHOT/                |
+| S3 discover  | Example* -> TaskSpec*         | training/discover.py              | tasks/TASK_ID.json, route_model/  |
+| S4 select    | TaskSpec* -> base model       | training/selection.py, probe.py   | tasks/selection-SNAPSHOT.json     |
+|              |                               | training/bases.py, scratch.py     | bases/NAME-HASH/                  |
+| S5 fine-tune | TaskSpec + base -> adapter    | training/finetune.py, fleet.py    | adapters/TASK_ID/RUN_ID/          |
+| validate     | adapter + held-out -> gate    | training/evaluation.py, gate.py   | reports/SHA256.json               |
+| release      | all of it -> Release          | cluster/registry.py               | releases/SHA256.json              |
 
 Beside the release stands SHA256.config.json: the resolved recipe, code, packages and seeds (jobs/provenance.py).
 
@@ -27,7 +27,7 @@ from cluster.records import Example, Record, Release, Specialist, Split, TaskSpe
 from cluster.registry import publish_release
 from cluster.store import Store, content_hash
 from jobs.provenance import save_config
-from jobs.recipe import Recipe
+from jobs.recipe import Recipe, work_folder
 from jobs.train import Trained, scope_of, train
 from jobs.validate import EngineOf, save_evaluation, validate_candidates, validation_engine
 from training.curate import curate, load_split
@@ -62,7 +62,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
             validation and takes it down again.
     """
     store = Store(recipe.store)
-    work = pathlib.Path(recipe.store) / "work"
+    work = work_folder(recipe)
     clock = _Clock()
     snapshot = curate(store, recipe.curate)
     say(

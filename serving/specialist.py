@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pathlib
-import tempfile
 import uuid
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cluster.confidence import confidence
 from cluster.config import Config
@@ -25,6 +23,8 @@ from cluster.store import Store
 
 ADAPTER_MODE = "lora"
 LOGPROB_MODE = "raw_logprobs"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for its largest rank: vllm.config.lora.MaxLoRARanks."""
 
 
 class SpecialistConfig(Config):
@@ -36,8 +36,8 @@ class SpecialistConfig(Config):
     """Weights and arithmetic."""
     max_adapters: int = Field(default=8, ge=1)
     """Adapters resident in one replica; size it to the release."""
-    max_lora_rank: int = Field(default=16, ge=1)
-    """Largest adapter rank the engine makes room for."""
+    max_lora_rank: int = 16
+    """Largest adapter rank the engine makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
     max_model_tokens: int = Field(default=1024, ge=64)
     """Prompt and answer together."""
     max_num_seqs: int = Field(default=128, ge=1)
@@ -51,6 +51,13 @@ class SpecialistConfig(Config):
     max_replicas: int = Field(default=1, ge=1)
     """Replicas at most."""
 
+    @field_validator("max_lora_rank")
+    @classmethod
+    def _check_rank(cls, rank: int) -> int:
+        if rank not in LORA_RANKS:
+            raise ValueError(f"got {rank}; allowed: {', '.join(map(str, LORA_RANKS))}")
+        return rank
+
 
 def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> Any:
     """Bind the deployment that serves one base model.
@@ -62,7 +69,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
 
     name = deployment_name(base)
     is_cpu = config.device == "cpu"
-    folder = Store(store_uri).fetch(base, _cache())
+    folder = Store(store_uri).fetch(base)
     environment = {**cpu_environment(config.kv_cache_gib, config.num_threads), "HF_HUB_OFFLINE": "1"}
     llm_config = LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(folder)},
@@ -163,10 +170,6 @@ def cpu_environment(kv_cache_gib: int, num_threads: int) -> dict[str, str]:
     }
 
 
-def _cache() -> pathlib.Path:
-    return pathlib.Path(tempfile.gettempdir()) / "understudy-cache"
-
-
 def _is_installed(distribution: str) -> bool:
     import importlib.metadata
 
@@ -203,7 +206,7 @@ def _server_class() -> Any:
 
             self._store, self._base, self._config = Store(store_uri), base, config
             # On this node too; the path is the one that `build_specialists` gave to the engine.
-            source = self._store.fetch(base, _cache())
+            source = self._store.fetch(base)
             self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             # It would download the model in a Ray task of its own, which imports the engine once more (13 s on a CPU).
             llm_config.get_or_create_callback().ctx.run_init_node = False
@@ -238,7 +241,7 @@ def _server_class() -> Any:
         async def _fetch_adapter(self, adapter: str) -> Any:
             from vllm.lora.request import LoRARequest
 
-            folder = self._store.fetch(adapter, _cache())
+            folder = self._store.fetch(adapter)
             number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
             return LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
 
