@@ -109,6 +109,8 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     route_model = save_discovery(store, snapshot.id, discovery)
     by_split = {split: group_by_task(train[split], discovery.assignment) for split in SPLITS}
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
+    for task in discovery.tasks:
+        say(f"discover {task.task_id}: {task.name}, {task.kind}, {task.num_calls} calls")
     clock.lap("discover")
     tasks, refused = _learnable(discovery.tasks, by_split)
     scope = _scope(recipe, tasks, by_split)
