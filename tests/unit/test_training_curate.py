@@ -35,9 +35,7 @@ from training.validity import AUDIT_MISSING, MALFORMED_ANSWER, MALFORMED_REQUEST
 KEY = b"k" * 32
 SHARES = SplitConfig()
 DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
-SESSIONS_IN = {split: [f"s{i}" for i in range(1000) if split_of(f"s{i}", SHARES) == split] for split in SPLITS}
-SESSION_IN = {split: sessions[0] for split, sessions in SESSIONS_IN.items()}
-LONG = "When will my new blue tent arrive?"
+SESSION_IN = {split: next(f"s{i}" for i in range(1000) if split_of(f"s{i}", SHARES) == split) for split in SPLITS}
 
 
 def make_call(index: int, question: str = "", **fields) -> AgentCall:
@@ -232,48 +230,23 @@ def test_duplicates_differ_in_ids_of_tool_calls_but_not_in_answers(tmp_path):
     assert snapshot.counts.num_train_requests_with_several_answers == 1
 
 
+def test_a_user_text_of_another_split_leaves_train_though_the_task_is_another(tmp_path):
+    user = {"role": "user", "content": "When will my new blue tent arrive?"}
+    calls = [
+        make_call(i, request=ask({"role": "system", "content": split}, user), session_id=SESSION_IN[split])
+        for i, split in enumerate(("train", "test"))
+    ]
+    store, snapshot = curate_calls(tmp_path, calls)
+    assert snapshot.counts.dropped == {SHARED_TEXT: 1}
+    assert ids_of(store, snapshot, "test") == {"call-1"}
+
+
 @pytest.mark.parametrize("split", SPLITS[1:])
 def test_a_request_of_another_split_leaves_train_and_stays_there(tmp_path, split):
     calls = [make_call(0, "same", session_id=SESSION_IN["train"]), make_call(1, "same", session_id=SESSION_IN[split])]
     store, snapshot = curate_calls(tmp_path, calls)
     assert snapshot.counts.dropped == {LEAKED: 1}
     assert ids_of(store, snapshot, split) == {"call-1"}
-
-
-@pytest.mark.parametrize("split", ["calibration", "test"])
-def test_a_user_text_of_a_held_out_call_of_another_task_leaves_train(tmp_path, split):
-    def of_task(index: int, task: str, text: str, split) -> AgentCall:
-        request = ask({"role": "system", "content": task}, {"role": "user", "content": text})
-        return make_call(index, request=request, session_id=SESSION_IN[split])
-
-    calls = [
-        of_task(0, "Name the intent.", LONG.replace(" ", "\n  "), "train"),
-        of_task(1, "Write a reply.", LONG, split),
-        of_task(2, "Name the intent.", "yes please", "train"),
-        of_task(3, "Write a reply.", "yes please", split),
-        of_task(4, "Name the intent.", LONG + "!", "train"),
-    ]
-    store, snapshot = curate_calls(tmp_path, calls)
-    assert snapshot.counts.dropped == {SHARED_TEXT: 1}
-    assert ids_of(store, snapshot, "train") == {"call-2", "call-4"}
-    assert ids_of(store, snapshot, split) == {"call-1", "call-3"}
-
-
-def test_a_user_text_of_validation_stays_in_train(tmp_path):
-    calls = [
-        make_call(i, request=ask({"role": "system", "content": split}, {"role": "user", "content": LONG}), session_id=s)
-        for i, (split, s) in enumerate((split, SESSION_IN[split]) for split in ("train", "validation"))
-    ]
-    assert curate_calls(tmp_path, calls)[1].counts.dropped == {}
-
-
-def test_a_text_that_every_session_says_does_not_empty_train(tmp_path):
-    calls = [
-        make_call(i, request=ask({"role": "system", "content": f"case {i}"}, {"role": "user", "content": LONG}))
-        for i in range(60)
-    ]
-    _, snapshot = curate_calls(tmp_path, calls)
-    assert snapshot.counts.dropped == {} and all(snapshot.counts.num_examples[split] for split in SPLITS)
 
 
 def test_stored_examples_hold_no_served_content(tmp_path):
