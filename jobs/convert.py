@@ -76,6 +76,8 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     route_model = save_discovery(store, snapshot.id, discovery)
     by_split = {split: group_by_task(served[split], discovery.assignment) for split in SPLITS}
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
+    for task in discovery.tasks:
+        say(f"discover {task.task_id}: {task.name}, {task.kind}, {task.num_calls} calls")
     clock.lap("discover")
     tasks, refused = _learnable(discovery.tasks, by_split)
     # What is written to disk to learn from is redacted; what was served is asked of the engine, from memory alone.

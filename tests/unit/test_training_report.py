@@ -29,7 +29,6 @@ def task(task_id: str, name: str, num_calls: int, share: float) -> TaskSpec:
         signature="s",
         kind="tool_call",
         reference="llm",
-        agents=("a",),
         num_calls=num_calls,
         share_calls=share,
         share_cost=share,
