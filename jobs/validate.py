@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tqdm import tqdm
 
 from cluster.engine import Engine
+from cluster.errors import EngineError
 from cluster.records import Example, Split
 from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
@@ -33,7 +34,11 @@ def save_evaluation(store: Store, evaluation: Evaluation) -> str:
 
 @contextlib.contextmanager
 def validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
-    """Start the engine that serves the base, without HTTP, and take it down again."""
+    """Start the engine that serves the base, without HTTP, and take it down again.
+
+    Raises:
+        EngineError: it did not start.
+    """
     from ray import serve
 
     from serving.specialist import ServeEngine, build_specialists
@@ -41,7 +46,13 @@ def validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
     # One name for one store: conversions side by side do not meet, and one that was killed is taken over.
     app = f"validation-{content_hash(recipe.store)[:8]}"
     with serve_without_http():
-        handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+        try:
+            handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+        except RuntimeError as error:
+            raise EngineError(
+                f"the engine of {base} did not start: {error}; the reason stands in its replica's log below "
+                "/tmp/ray/session_latest/logs/serve; next: run the same command again, what is trained stays"
+            ) from None
         try:
             yield ServeEngine(handle)
         finally:
