@@ -53,25 +53,33 @@ class Killer(threading.Thread):
                 self.step_at_kill = max(self.steps.values())
 
 
-def test_a_killed_worker_continues_from_its_checkpoint_to_the_same_result(
-    ray_cluster: None, toy: Any, extensions_dir: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    rows = _many_rows(toy, tmp_path / "rows")
-    arguments = {
+@pytest.fixture(scope="module")
+def arguments(ray_cluster: None, toy: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("finetune")
+    return {
         "method": "lora",
         "base_path": toy.base_path,
-        "train_path": rows,
+        "train_path": _many_rows(toy, folder / "rows"),
         "validation_path": toy.rows_path,
         "pad_token_id": toy.tokenizer.pad_token_id,
-        "storage": tmp_path / "runs",
+        "storage": folder / "runs",
     }
-    killer = Killer(tmp_path / "runs" / "disturbed")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments: dict[str, Any]) -> dict[str, Any]:
+    return finetune("undisturbed", CONFIG, **arguments)[1]
+
+
+def test_a_killed_worker_continues_from_its_checkpoint_to_the_same_result(
+    arguments: dict[str, Any], undisturbed: dict[str, Any], extensions_dir: pathlib.Path
+) -> None:
+    killer = Killer(arguments["storage"] / "disturbed")
     killer.start()
     try:
         model, disturbed = finetune("disturbed", CONFIG, **arguments)
     finally:
         killer.finish()
-    _, undisturbed = finetune("undisturbed", CONFIG, **arguments)
 
     assert len(killer.killed) == 1
     assert 4 <= killer.step_at_kill < CONFIG.num_steps
@@ -80,8 +88,23 @@ def test_a_killed_worker_continues_from_its_checkpoint_to_the_same_result(
     assert steps[-1] == disturbed["step"] == undisturbed["step"] == CONFIG.num_steps
     for name in ("loss", "validation_loss"):
         assert disturbed[name] == pytest.approx(undisturbed[name], abs=1e-6)
+    assert disturbed["curve"] == [pytest.approx(point, abs=1e-6) for point in undisturbed["curve"]]
     assert (model / "adapter_model.safetensors").stat().st_size > 0
     assert list(extensions_dir.iterdir()) == [], "DeepSpeed compiled something"
+
+
+def test_zero_3_trains_the_same_adapter(arguments: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+    model, sharded = finetune("sharded", CONFIG.model_copy(update={"zero_stage": 3}), **arguments)
+    assert sharded["validation_loss"] == pytest.approx(undisturbed["validation_loss"], abs=1e-4)
+    assert (model / "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_two_workers_share_a_run_under_zero_2(arguments: dict[str, Any]) -> None:
+    config = CONFIG.model_copy(update={"zero_stage": 2, "num_workers": 2, "batch_size": 64})
+    model, metrics = finetune("two", config, **arguments)
+    first, last = metrics["curve"][0], metrics["curve"][-1]
+    assert metrics["step"] == CONFIG.num_steps and last["loss"] < 0.9 * first["loss"]
+    assert (model / "adapter_model.safetensors").stat().st_size > 0
 
 
 def _many_rows(toy: Any, folder: pathlib.Path) -> pathlib.Path:
