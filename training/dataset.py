@@ -25,7 +25,7 @@ class TaskData(NamedTuple):
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     num_skipped: int
-    """Train examples whose prompt is longer than the format allows."""
+    """Train examples whose prompt is longer than the format allows, or holds what it cannot render."""
 
 
 def build_task_data(
