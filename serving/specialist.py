@@ -7,11 +7,13 @@ tokenizer. Adapters are named by their store path, which holds their content has
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import pathlib
 import tempfile
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pydantic import Field
@@ -19,7 +21,7 @@ from pydantic import Field
 from cluster.confidence import confidence
 from cluster.config import Config
 from cluster.engine import EngineAnswer, rendering_version
-from cluster.errors import EngineError
+from cluster.errors import EngineError, StoreError
 from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
 
@@ -37,7 +39,8 @@ class SpecialistConfig(Config):
     dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
     """Weights and arithmetic."""
     max_adapters: int = Field(default=8, ge=1)
-    """Adapters resident in one replica; size it to the release."""
+    """Adapters resident in one replica, for each base model. A release is swapped in beside the served one, so size it to
+    both; a release that needs more is refused."""
     max_lora_rank: int = Field(default=16, ge=1)
     """Largest adapter rank the engine makes room for."""
     max_model_tokens: int = Field(default=1024, ge=64)
@@ -131,6 +134,34 @@ def fingerprint_facts(base_sha: str, config: SpecialistConfig, device_name: str)
         "rendering": rendering_version(),
         **{name: kwargs[name] for name in _FINGERPRINTED},
     }
+
+
+class SharedLoads:
+    """Loads adapters; whoever asks for one that is being loaded waits for that load instead of beginning another.
+
+    - Concurrent first requests for an adapter never race in the engine.
+    - A caller that gives up ends nobody's load: the next one finds it further on, or done.
+    - A load that fails raises in all that wait for it, and the next caller begins anew.
+    """
+
+    def __init__(self, load: Callable[[str], Awaitable[Any]]) -> None:
+        """`load` must be quick for an adapter that is loaded."""
+        self._load = load
+        self._running: dict[str, asyncio.Task[Any]] = {}
+
+    async def get(self, adapter: str) -> Any:
+        """What `load` gives for the adapter."""
+        task = self._running.get(adapter)
+        if task is None:
+            task = asyncio.ensure_future(self._load(adapter))
+            self._running[adapter] = task
+            task.add_done_callback(lambda done: self._end(adapter, done))
+        return await asyncio.shield(task)
+
+    def _end(self, adapter: str, done: asyncio.Task[Any]) -> None:
+        del self._running[adapter]
+        # Looked at, so that asyncio does not complain where everybody who waited has left.
+        _ = done.cancelled() or done.exception()
 
 
 class ServeEngine:
@@ -231,10 +262,12 @@ def _server_class() -> Any:
             self._numbers: dict[str, int] = {}
             self._fingerprint = fingerprint_of(self._store.manifest(base)["sha256"], config)
 
-            async def fetch(adapter: str) -> Any:
-                return await self._fetch_adapter(adapter)
+            async def load(adapter: str) -> Any:
+                return await self._load_adapter(adapter)
 
-            self._adapter = serve.multiplexed(max_num_models_per_replica=config.max_adapters)(fetch)
+            # Serve routes an adapter's requests to replicas that have it; a replica that is new to one loads it here.
+            multiplexed = serve.multiplexed(max_num_models_per_replica=config.max_adapters)(load)
+            self._adapters = SharedLoads(multiplexed)
             await super().__init__(llm_config)
 
         async def _start_engine(self) -> None:
@@ -246,30 +279,43 @@ def _server_class() -> Any:
             return self._fingerprint
 
         async def load(self, adapter: str) -> None:
-            """Fetch the adapter and run one token through it, so that no request pays for it."""
-            await self._generate(adapter, [self._tokenizer.eos_token_id], 1)
+            """Make the adapter resident in this replica, so that no request to it pays for that."""
+            await self._adapters.get(adapter)
 
         async def answer(
             self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
         ) -> EngineAnswer:
             prompt = render_prompt(request, prompt_format, self._tokenizer)
-            output = await self._generate(adapter, prompt.ids, max_answer_tokens)
+            lora = await self._adapters.get(adapter) if adapter else None
+            output = await self._generate(lora, prompt.ids, max_answer_tokens)
             return _to_answer(output, prompt, prompt_format, self._tokenizer)
 
-        async def _fetch_adapter(self, adapter: str) -> Any:
+        async def _load_adapter(self, adapter: str) -> Any:
+            """Fetch the adapter, give it to the engine, and run one token through it."""
             from vllm.lora.request import LoRARequest
 
-            folder = self._store.fetch(adapter, _cache())
             number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
-            return LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
+            try:
+                folder = await asyncio.to_thread(self._store.fetch, adapter, _cache())
+                lora = LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
+                # Asked for by itself, because an adapter that fails to load inside a request takes the engine with it.
+                await self.engine._engine_client.add_lora(lora)
+            except StoreError as error:
+                raise EngineError(f"{adapter}: {error}") from None
+            except Exception as error:
+                # vLLM gives what went wrong in its engine process as a bare Exception; any other is passed on.
+                if type(error) is not Exception:
+                    raise
+                raise EngineError(f"{adapter}: {error}") from None
+            await self._generate(lora, [self._tokenizer.eos_token_id], 1)
+            return lora
 
-        async def _generate(self, adapter: str | None, prompt_ids: list[int], max_tokens: int) -> Any:
+        async def _generate(self, lora: Any, prompt_ids: list[int], max_tokens: int) -> Any:
             from vllm import SamplingParams, TokensPrompt
 
             params = SamplingParams(
                 temperature=0.0, max_tokens=max_tokens, logprobs=0, stop_token_ids=[self._tokenizer.eos_token_id]
             )
-            lora = await self._adapter(adapter) if adapter else None
             final = None
             # Ray's engine wrapper has no token-in, token-out call in 2.60, so its vLLM client is used directly.
             client = self.engine._engine_client

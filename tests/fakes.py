@@ -51,14 +51,19 @@ class FakeEngine:
         self.answer_with: Callable[[], Awaitable[EngineAnswer]] | None = None
         self.name = FINGERPRINT
         self.loaded: list[str] = []
-        self.can_load = True
+        self.broken: set[str] = set()
+        """Adapters that do not load."""
+        self.is_away = False
+        """Whether the engine cannot be reached."""
         self.num_asked = 0
 
     async def fingerprint(self) -> str:
         return self.name
 
     async def load(self, adapter: str) -> None:
-        if not self.can_load:
+        if self.is_away:
+            raise ConnectionError("no replica")
+        if adapter in self.broken:
             raise EngineError(f"{adapter}: cannot be loaded")
         self.loaded.append(adapter)
 
@@ -179,7 +184,7 @@ async def gateway(
         capture=capture,
         fallback=fallback,
         auditor=Auditor(audit, fallback, capture, pseudonyms, meter),
-        table=ServingTable(store, {BASE: engine}),
+        table=ServingTable(store, {BASE: engine}, max_adapters=8),
         engines={BASE: engine},
         pseudonyms=pseudonyms,
         api_keys=keys,

@@ -10,16 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from fakes import (
-    BASE,
     LLM_TEXT,
     PATH,
     REQUEST,
-    FakeEngine,
     engine_answer,
     gateway,
     llm_body,
     make_specialist,
-    promote_release,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,10 +25,8 @@ from cluster.access import Pseudonyms
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, InputError
 from cluster.records import Specialist, Usage
-from cluster.store import Store
 from serving.gateway import CLIENT_GONE
 from serving.openai_wire import SseReader, completion_body, completion_chunks, reassemble
-from serving.table import ServingTable
 
 
 def _text(reply: httpx.Response) -> str:
@@ -261,26 +256,6 @@ def test_a_gate_that_does_not_hold_here_leaves_the_task_to_the_llm(
             reply = await run.ask()
             assert _text(reply) == LLM_TEXT and run.engine.num_asked == 0
             assert reply.headers["x-understudy-reason"] == run.core.table.snapshot.skipped["triage"]
-
-    asyncio.run(scenario())
-
-
-def test_a_release_that_does_not_load_leaves_the_old_one_serving(tmp_path: pathlib.Path) -> None:
-    async def scenario() -> None:
-        store, engine = Store(str(tmp_path / "store")), FakeEngine()
-        table = ServingTable(store, {BASE: engine})
-        await table.refresh()
-        assert table.snapshot.release is None
-        first = promote_release(store, tmp_path / "scratch", make_specialist())
-        await table.refresh()
-        assert table.snapshot.release == first
-        engine.can_load = False
-        second = promote_release(store, tmp_path / "scratch", make_specialist(), "two")
-        await table.refresh()
-        assert table.snapshot.release == first and "triage" in table.snapshot.specialists
-        engine.can_load = True
-        await table.refresh()
-        assert table.snapshot.release == second
 
     asyncio.run(scenario())
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from cluster import engine
 from cluster.engine import rendering_version
 from cluster.errors import EngineError
 from serving import specialist
-from serving.specialist import SpecialistConfig, fingerprint_facts, fingerprint_of
+from serving.specialist import SharedLoads, SpecialistConfig, fingerprint_facts, fingerprint_of
 
 CONFIG = SpecialistConfig()
 
@@ -71,3 +73,68 @@ def test_any_change_of_what_renders_and_keeps_answers_changes_the_version(
     assert rendering_version.__wrapped__() == before
     (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
     assert rendering_version.__wrapped__() != before
+
+
+class _Slow:
+    """A load that takes a few turns of the loop, counts, and never may run twice at once for one adapter."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.running: set[str] = set()
+        self.done: set[str] = set()
+        self.fails = False
+
+    async def __call__(self, adapter: str) -> str:
+        if adapter in self.done:
+            return adapter
+        assert adapter not in self.running, "two loads of one adapter at once"
+        self.begun.append(adapter)
+        self.running.add(adapter)
+        try:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            if self.fails:
+                raise EngineError("no")
+            self.done.add(adapter)
+        finally:
+            self.running.remove(adapter)
+        return adapter
+
+
+def test_concurrent_first_requests_load_an_adapter_once() -> None:
+    async def scenario() -> None:
+        slow = _Slow()
+        loads = SharedLoads(slow)
+        names = ["a", "b"] * 20
+        assert await asyncio.gather(*map(loads.get, names)) == names
+        assert await loads.get("a") == "a"
+        assert sorted(slow.begun) == ["a", "b"]
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_gives_up_ends_nobodys_load() -> None:
+    async def scenario() -> None:
+        slow = _Slow()
+        loads = SharedLoads(slow)
+        impatient = asyncio.ensure_future(loads.get("a"))
+        patient = asyncio.ensure_future(loads.get("a"))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        assert await patient == "a"
+        assert impatient.cancelled() and slow.begun == ["a"]
+
+    asyncio.run(scenario())
+
+
+def test_a_load_that_fails_is_begun_anew() -> None:
+    async def scenario() -> None:
+        slow = _Slow()
+        loads = SharedLoads(slow)
+        slow.fails = True
+        failed = await asyncio.gather(loads.get("a"), loads.get("a"), return_exceptions=True)
+        assert [type(error) for error in failed] == [EngineError, EngineError] and slow.begun == ["a"]
+        slow.fails = False
+        assert await loads.get("a") == "a"
+
+    asyncio.run(scenario())
