@@ -18,6 +18,7 @@ from cluster import registry
 from cluster.access import ApiKeys, Pseudonyms, keys_folder, load_pseudonym_key
 from cluster.config import Config, validate
 from cluster.errors import ConfigError
+from cluster.prices import PriceConfig
 from cluster.records import Release
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
@@ -51,6 +52,7 @@ class ServeArgs(Config):
     capture: CaptureConfig = CaptureConfig()
     audit: AuditConfig = AuditConfig()
     specialists: SpecialistConfig = SpecialistConfig()
+    prices: PriceConfig = PriceConfig()
 
 
 def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
@@ -114,6 +116,7 @@ class Gateway:
             engines=engines,
             pseudonyms=pseudonyms,
             api_keys=_api_keys(config),
+            prices=config.prices,
             meter=meter,
         )
 

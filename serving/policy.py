@@ -12,6 +12,10 @@ from typing import Any, Protocol
 from cluster.engine import EngineAnswer
 from cluster.records import RouteDecision, Specialist
 from cluster.servable import unservable_reason
+from serving.openai_wire import Denied
+
+MODEL_PREFIX = "understudy/"
+"""What a specialist's name as a model begins with; its task's id follows."""
 
 
 class Guess(Protocol):
@@ -19,6 +23,23 @@ class Guess(Protocol):
 
     task_id: str | None
     reason: str
+
+
+def named_task(request: Mapping[str, Any], specialists: Mapping[str, Specialist]) -> str | None:
+    """The task whose specialist the request asks for as its model, or None where it names another model.
+
+    Raises:
+        Denied: 404, no such specialist is served.
+    """
+    model = request.get("model")
+    if not isinstance(model, str) or not model.startswith(MODEL_PREFIX):
+        return None
+    task_id = model.removeprefix(MODEL_PREFIX)
+    if task_id in specialists:
+        return task_id
+    served = ", ".join(MODEL_PREFIX + task for task in sorted(specialists)) or "no specialist yet"
+    message = f"The model `{model}` does not exist; served are {served}, and the LLM's own models (GET /v1/models)"
+    raise Denied(404, message, "invalid_request_error", "model_not_found", "model")
 
 
 def decide_before(

@@ -244,6 +244,36 @@ def _to_answer(output: Any, prompt: Prompt, prompt_format: PromptFormat, tokeniz
     )
 
 
+async def add_adapter(client: Any, lora: Any) -> None:
+    """Give vLLM an adapter by itself, because one that fails to load inside a request takes the engine with it.
+
+    Raises:
+        EngineError: it does not load.
+    """
+    try:
+        await client.add_lora(lora)
+    except Exception as error:
+        # vLLM passes on what went wrong in its engine process as a bare Exception; anything else is not the adapter's.
+        if type(error) is not Exception:
+            raise
+        raise EngineError(f"{lora.lora_name}: {error}") from None
+
+
+async def _generate(client: Any, prompt_ids: list[int], *, max_tokens: int, stop: int, lora: Any) -> Any:
+    """vLLM's greedy output with log-probabilities, up to the token `stop`."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0, stop_token_ids=[stop])
+    final = None
+    async for output in client.generate(
+        TokensPrompt(prompt_token_ids=prompt_ids), params, uuid.uuid4().hex, lora_request=lora
+    ):
+        final = output
+    if final is None:
+        raise EngineError("engine: no output")
+    return final.outputs[0]
+
+
 def _server_class() -> Any:
     """Made in a function, because Ray Serve LLM imports the engine."""
     from ray.llm._internal.serve.core.server.llm_server import LLMServer
@@ -253,7 +283,7 @@ def _server_class() -> Any:
             from ray import serve
             from transformers import AutoTokenizer
 
-            self._store, self._base, self._config = Store(store_uri), base, config
+            self._store = Store(store_uri)
             # On this node too; the path is the one that `build_specialists` gave to the engine.
             source = self._store.fetch(base, _cache())
             self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -297,34 +327,16 @@ def _server_class() -> Any:
             number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
             try:
                 folder = await asyncio.to_thread(self._store.fetch, adapter, _cache())
-                lora = LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
-                # Asked for by itself, because an adapter that fails to load inside a request takes the engine with it.
-                await self.engine._engine_client.add_lora(lora)
             except StoreError as error:
                 raise EngineError(f"{adapter}: {error}") from None
-            except Exception as error:
-                # vLLM gives what went wrong in its engine process as a bare Exception; any other is passed on.
-                if type(error) is not Exception:
-                    raise
-                raise EngineError(f"{adapter}: {error}") from None
+            lora = LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
+            await add_adapter(self.engine._engine_client, lora)
             await self._generate(lora, [self._tokenizer.eos_token_id], 1)
             return lora
 
         async def _generate(self, lora: Any, prompt_ids: list[int], max_tokens: int) -> Any:
-            from vllm import SamplingParams, TokensPrompt
-
-            params = SamplingParams(
-                temperature=0.0, max_tokens=max_tokens, logprobs=0, stop_token_ids=[self._tokenizer.eos_token_id]
-            )
-            final = None
             # Ray's engine wrapper has no token-in, token-out call in 2.60, so its vLLM client is used directly.
-            client = self.engine._engine_client
-            async for output in client.generate(
-                TokensPrompt(prompt_token_ids=prompt_ids), params, uuid.uuid4().hex, lora_request=lora
-            ):
-                final = output
-            if final is None:
-                raise EngineError(f"engine of {self._base}: no output")
-            return final.outputs[0]
+            client, stop = self.engine._engine_client, self._tokenizer.eos_token_id
+            return await _generate(client, prompt_ids, max_tokens=max_tokens, stop=stop, lora=lora)
 
     return SpecialistServer

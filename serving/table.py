@@ -21,6 +21,7 @@ from cluster.records import Release, Specialist
 from cluster.route_model import RouteModel
 from cluster.store import Store
 from cluster.telemetry import log_event
+from serving.policy import MODEL_PREFIX
 
 POLL_INTERVAL_S = 1.0
 
@@ -43,9 +44,9 @@ class Snapshot:
 
 
 def model_entries(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """The snapshot's specialists as OpenAI's model list shows them; which of them answers is the router's choice."""
+    """The snapshot's specialists as OpenAI's model list shows them; a call that names none of them is routed."""
     return [
-        {"id": f"understudy/{task}", "object": "model", "created": int(snapshot.created_ts), "owned_by": "understudy"}
+        {"id": MODEL_PREFIX + task, "object": "model", "created": int(snapshot.created_ts), "owned_by": "understudy"}
         for task in sorted(snapshot.specialists)
     ]
 

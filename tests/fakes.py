@@ -18,6 +18,7 @@ from cluster.access import ApiKeys, Pseudonyms
 from cluster.calls import read_calls
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError
+from cluster.prices import PriceConfig
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Gate, Release, Specialist
 from cluster.route_model import RouteModel
@@ -40,6 +41,7 @@ REQUEST: dict[str, Any] = {
 LLM_TEXT = "from the LLM"
 PATH = "/v1/chat/completions"
 NO_AUDIT = AuditConfig(share=0.0)
+FREE = PriceConfig()
 DEAD = "http://127.0.0.1:9/v1"
 
 
@@ -161,13 +163,19 @@ async def gateway(
     dead_first: bool = False,
     audit: AuditConfig = NO_AUDIT,
     requests: Sequence[dict[str, Any]] = (),
+    prices: PriceConfig = FREE,
+    llm_model: str | None = None,
     **config: Any,
 ) -> AsyncIterator[Running]:
     store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
     release = promote_release(store, tmp_path / "scratch", specialist or make_specialist(), requests=requests)
     upstream = [
         UpstreamConfig(
-            base_url=await llm.start(), max_attempts=1, prompt_usd_per_million=1.0, completion_usd_per_million=2.0
+            base_url=await llm.start(),
+            max_attempts=1,
+            prompt_usd_per_million=1.0,
+            completion_usd_per_million=2.0,
+            model=llm_model,
         )
     ]
     if dead_first:
@@ -188,6 +196,7 @@ async def gateway(
         engines={BASE: engine},
         pseudonyms=pseudonyms,
         api_keys=keys,
+        prices=prices,
         meter=meter,
     )
     api = build_api(core)

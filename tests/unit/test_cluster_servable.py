@@ -17,7 +17,8 @@ from cluster.records import AgentCall, Example, TaskSpec
 from cluster.servable import invalid_reason, unservable_reason
 from cluster.store import Store
 from training.curate import CurateConfig, SplitConfig, curate, load_split, split_of
-from training.evaluation import Candidate, ask
+from training.evaluation import SPECIALIST_ARM, Candidate, ask, evaluate_all
+from training.gate import GateConfig
 
 MAX_TEMPERATURE = 0.7
 SHARES = SplitConfig(train=0.01, validation=0.01, calibration=0.97, test=0.01)
@@ -145,6 +146,19 @@ def test_what_is_not_asked_or_not_kept_counts_as_no_agreement(tmp_path: pathlib.
     outcomes = [asyncio.run(ask(candidate, engine, "a", example, 1.0)) for example in examples]
     assert [(one.confidence, one.agrees) for one in outcomes] == [(0.99, True), (0.0, False), (0.0, False)]
     assert engine.num_asked == 2
+
+
+@pytest.mark.parametrize(("limit", "num_kept"), [(0.5, 0), (1.0, 3)])
+def test_validation_knows_the_gateways_temperature(tmp_path: pathlib.Path, limit: float, num_kept: int) -> None:
+    engine = FakeEngine()
+    answer = engine_answer("refund", 1.0)
+    examples = _curated(tmp_path, [{**REQUEST, "temperature": 0.9, "user": str(n)} for n in range(3)], answer)
+    candidate = _candidate(PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100))
+    splits = {"triage": {"validation": examples, "calibration": examples, "test": examples}}
+    validated = evaluate_all([candidate], engine, splits, GateConfig(), 0.05, max_temperature=limit)
+    (found,) = asyncio.run(validated)
+    specialist = next(arm for arm in found.arms if arm.name == SPECIALIST_ARM)
+    assert specialist.num_calls - specialist.num_disagreements == num_kept == engine.num_asked / 3
 
 
 async def _give(answer: EngineAnswer) -> EngineAnswer:

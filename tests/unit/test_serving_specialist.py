@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from cluster import engine
 from cluster.engine import rendering_version
 from cluster.errors import EngineError
 from serving import specialist
-from serving.specialist import SharedLoads, SpecialistConfig, fingerprint_facts, fingerprint_of
+from serving.specialist import SharedLoads, SpecialistConfig, add_adapter, fingerprint_facts, fingerprint_of
 
 CONFIG = SpecialistConfig()
 
@@ -138,3 +140,16 @@ def test_a_load_that_fails_is_begun_anew() -> None:
         assert await loads.get("a") == "a"
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [(Exception("Call to add_lora method failed: rank 64"), EngineError), (ConnectionError("gone"), ConnectionError)],
+)
+def test_only_an_adapter_that_does_not_load_is_the_adapters_fault(raised: Exception, seen: type[Exception]) -> None:
+    class Client:
+        async def add_lora(self, _: Any) -> None:
+            raise raised
+
+    with pytest.raises(seen, match="rank 64|gone"):
+        asyncio.run(add_adapter(Client(), SimpleNamespace(lora_name="adapters/a")))
