@@ -32,6 +32,7 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not e2e"
+	$(BIN)/python -m pytest -m e2e
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

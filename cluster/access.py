@@ -48,6 +48,10 @@ class Pseudonyms:
         text = f"{len(kind)}:{kind}:{value}".encode(errors="surrogatepass")
         return hashlib.blake2b(text, key=self._key, digest_size=10).hexdigest()
 
+    def session_of(self, client: str, session: str) -> str:
+        """Stand-in for a conversation: two clients that count theirs from "1" have no conversation in common."""
+        return self.of("session", json.dumps([client, session]))
+
 
 class ApiKeys:
     """API keys in one JSON file: who holds which role. Safe for one writer and many readers."""

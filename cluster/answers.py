@@ -50,7 +50,7 @@ def to_text(message: dict[str, Any]) -> str:
     Raises:
         InputError: a tool call without a name or whose arguments are not a JSON object, or content that is not text.
     """
-    calls = _read_calls(message)
+    calls = read_calls(message)
     if calls is None:
         raise InputError(
             "tool_calls: a call without a name or whose arguments are not a JSON object; drop this message"
@@ -125,7 +125,7 @@ def grade(answer: dict[str, Any] | None, reference: dict[str, Any], kind: Answer
     if answer is None:
         return Grade(agrees=False, score=0.0)
     if kind == "tool_call":
-        compared = _grade_calls(_read_calls(answer), _read_calls(reference))
+        compared = _grade_calls(read_calls(answer), read_calls(reference))
     elif kind == "json":
         compared = _grade_json(json_value(_content(answer) or ""), json_value(_content(reference) or ""))
     else:
@@ -145,6 +145,24 @@ def json_value(text: str) -> dict[str, Any] | list[Any] | None:
     return parsed[0] if parsed and parsed[1] == len(inner) else None
 
 
+def read_calls(message: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The message's tool calls as {"name", "arguments"} with parsed arguments; None where one cannot be read."""
+    given = message.get("tool_calls") or []
+    if not isinstance(given, list):
+        return None
+    calls = []
+    for call in given:
+        function = call.get("function") if isinstance(call, dict) else None
+        function = function if isinstance(function, dict) else {}
+        name, raw = function.get("name"), function.get("arguments") or "{}"
+        text = raw if isinstance(raw, str) else _dump(raw) if _is_shallow(raw) else ""
+        arguments = json_value(text)
+        if not name or not isinstance(name, str) or not isinstance(arguments, dict):
+            return None
+        calls.append({"name": name, "arguments": arguments})
+    return calls
+
+
 def _content(message: dict[str, Any]) -> str | None:
     """The text of a message, parts joined; "" where it has none, None where a part is not text."""
     content = message.get("content") or ""
@@ -154,19 +172,6 @@ def _content(message: dict[str, Any]) -> str | None:
         return None
     texts = [part.get("text") for part in content]
     return "".join(texts) if all(isinstance(text, str) for text in texts) else None
-
-
-def _read_calls(message: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The message's tool calls as {"name", "arguments"} with parsed arguments; None where one cannot be read."""
-    calls = []
-    for call in message.get("tool_calls") or []:
-        function = call.get("function") or {}
-        name, raw = function.get("name"), function.get("arguments") or "{}"
-        arguments = json_value(raw if isinstance(raw, str) else _dump(raw))
-        if not name or not isinstance(arguments, dict):
-            return None
-        calls.append({"name": name, "arguments": arguments})
-    return calls
 
 
 def _parse_calls(text: str) -> list[dict[str, Any]] | None:
@@ -247,7 +252,7 @@ def _response_format(request: dict[str, Any]) -> str:
 
 
 def _check_calls(message: dict[str, Any], request: dict[str, Any]) -> str | None:
-    calls = _read_calls(message)
+    calls = read_calls(message)
     if not calls:
         return "the answer has no tool call" if calls is not None else "tool call arguments are not a JSON object"
     if len(calls) > 1 and request.get("parallel_tool_calls") is False:
@@ -294,7 +299,7 @@ def _violation(value: Any, schema: dict[str, Any] | None) -> str | None:
         return "the request's JSON schema is not valid"
     try:
         error = next(validator.iter_errors(value), None)
-    except (referencing.exceptions.Unresolvable, RecursionError, OverflowError, re.error):
+    except (referencing.exceptions.Unresolvable, RecursionError, OverflowError, ValueError, re.error):
         return "the request's JSON schema cannot be applied: a $ref to elsewhere or to itself, or a number out of range"
     return None if error is None else f"violates /{'/'.join(map(str, error.absolute_schema_path))} of its JSON schema"
 
@@ -306,10 +311,12 @@ def _validator(schema_text: str) -> Any:
     import referencing
 
     schema = json.loads(schema_text)
-    cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+        return None
     try:
+        cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         cls.check_schema(schema)
-    except jsonschema.SchemaError:
+    except (jsonschema.SchemaError, ValueError):
         return None
     return cls(schema, registry=referencing.Registry())
 

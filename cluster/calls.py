@@ -133,11 +133,6 @@ def read_call_ids(store: Store) -> set[str]:
     return set(read_call_columns(store, ["call_id"])["call_id"].to_pylist())
 
 
-def count_calls(store: Store) -> int:
-    """Number of distinct stored calls."""
-    return len(read_call_ids(store))
-
-
 def _model_of(call: AgentCall) -> str | None:
     """The model that answered, else the one that was asked for."""
     model = (call.response or {}).get("model") or call.request.get("model")

@@ -6,7 +6,9 @@ allowed, before any Ray call. Config classes live beside the code they configure
 
 from __future__ import annotations
 
+import datetime
 import difflib
+import json
 import pathlib
 import re
 import tomllib
@@ -18,9 +20,16 @@ from cluster.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of every configuration class: no unknown keys, no later change, no coercion of types."""
+    """Base of every configuration class: no unknown keys, no later change, no coercion of types, finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -48,13 +57,14 @@ def load_config(cls: type[ConfigT], arguments: list[str], recipe_dir: pathlib.Pa
 
 
 def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Build `cls` from plain values.
+    """Build `cls` from plain values, or from configs at any depth. Lists serve as tuples and integers as floats.
 
     Raises:
         ConfigError: one line per wrong field, with the nearest valid keys for unknown ones.
     """
     try:
-        return cls.model_validate(values)
+        # As JSON: pydantic's strict mode takes a list for a tuple only there.
+        return cls.model_validate_json(json.dumps(_plain(values)))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(cls, item) for item in error.errors())) from None
 
@@ -79,6 +89,35 @@ def describe_fields(cls: type[Config], prefix: str = "") -> list[tuple[str, str,
     return rows
 
 
+def has_credentials(address: str) -> bool:
+    """Whether an address carries a name or password before its host. A password may hold a slash as it stands.
+
+    Example:
+        >>> has_credentials("https://user:pw@host/v1"), has_credentials("https://host:443/v1/@me")
+        (True, False)
+    """
+    _, _, rest = address.partition("://")
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    is_cut = bool(re.search(r":(?!\d*$)", authority.rpartition("]")[2]))
+    return "@" in authority or (is_cut and "@" in rest)
+
+
+def mask_credentials(text: str) -> str:
+    """Text that quotes an address, without what may be a name or password in it."""
+    return re.sub(r"://\S*@", "://...@", text)
+
+
+def _plain(value: Any) -> Any:
+    """What TOML and callers give, as JSON has it."""
+    if isinstance(value, Config):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
+
+
 def _item_classes(kind: Any) -> list[type[Config]]:
     """Config classes that items of a list may have: one, or those of a union; its alias is looked through."""
     if isinstance(kind, type) and issubclass(kind, Config):
@@ -101,7 +140,9 @@ def _bounds(metadata: list[Any]) -> list[str]:
 def _split_argument(word: str) -> tuple[str, str]:
     key, sign, value = word.partition("=")
     if not sign or not key:
-        raise ConfigError(f"argument {word!r} is not of the form key=value; allowed: recipe=NAME or key.sub=value")
+        raise ConfigError(
+            f"argument {mask_credentials(repr(word))} is not of the form key=value; allowed: recipe=NAME or key.sub=value"
+        )
     return key, value
 
 
@@ -173,4 +214,16 @@ def _explain(cls: type[Config], item: Any) -> str:
         return f"{where}: unknown key; nearest valid: {', '.join(near)}; see `understudy convert --help`"
     if item["type"] == "missing":
         return f"{where}: required and not given; set it with {where}=VALUE or in the recipe"
-    return f"{where}: got {item['input']!r}; {item['msg'][:1].lower()}{item['msg'][1:]}"
+    if item["type"] == "value_error":  # of our own validators, which name the values themselves
+        return f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"])
+    if not where:
+        return item["msg"]
+    return f"{where}: got {mask_credentials(repr(item['input']))}; {_allowed(item['msg'])}"
+
+
+def _allowed(message: str) -> str:
+    """Pydantic's "Input should be a valid integer" as "allowed: a valid integer"."""
+    _, sign, rest = message.partition(" should ")
+    if not sign:
+        return f"{message[:1].lower()}{message[1:]}"
+    return f"allowed: {re.sub('^(be|have) ', '', rest).replace('match pattern', 'a match of pattern')}"

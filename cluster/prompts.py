@@ -95,7 +95,8 @@ def render_prompt(request: dict[str, Any], prompt_format: PromptFormat, tokenize
         tokenizer: a Hugging Face fast tokenizer; compact prompts need one with our SPECIAL_TOKENS.
 
     Raises:
-        InputError: more tokens than `max_prompt_tokens`, content that is not text, or a special token in a chat's text.
+        InputError: more tokens than `max_prompt_tokens`, content that is not text, a role that is unknown, or a special
+            token in a chat's text.
     """
     is_chat = prompt_format.kind == "chat"
     prompt = _render_chat(request, tokenizer) if is_chat else _render_compact(request, prompt_format, tokenizer)
@@ -138,11 +139,15 @@ def text_of(message: dict[str, Any]) -> str:
     """The text of one request message: content parts joined, tool calls as compact JSON.
 
     Raises:
-        InputError: a part that is not text.
+        InputError: a part that is not text, or tool calls that cannot be read.
     """
-    content = _content_of(message)
-    calls = [call.get("function", {}) for call in message.get("tool_calls") or []]
-    spoken = [f"{call.get('name', '')}({call.get('arguments', '')})" for call in calls]
+    content, calls = _content_of(message), message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise InputError("messages: tool calls that are no list of objects; this call goes to the LLM")
+    functions = [call.get("function", {}) for call in calls]
+    if not all(isinstance(function, dict) for function in functions):
+        raise InputError("messages: a tool call whose function is no object; this call goes to the LLM")
+    spoken = [f"{function.get('name', '')}({function.get('arguments', '')})" for function in functions]
     return "\n".join([content, *spoken]) if spoken else content
 
 
@@ -204,8 +209,17 @@ def shown_text(text: str) -> str:
 def prompt_texts(request: dict[str, Any], static_lines: Sequence[str]) -> list[tuple[str, str]]:
     """(role, text) of every message that says more than the static lines."""
     static = frozenset(static_lines)
-    texts = [(message.get("role"), variable_text(message, static)) for message in request["messages"]]
+    texts = [(str(message.get("role")), variable_text(message, static)) for message in request["messages"]]
     return [(role, text) for role, text in texts if text]
+
+
+def _content_of(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    is_text = (isinstance(part, dict) and part.get("type") == "text" for part in parts)
+    if not all(is_text) or not all(isinstance(part.get("text"), str) for part in parts):
+        raise InputError("messages: a part that is not text; this call goes to the LLM")
+    return "".join(part["text"] for part in parts)
 
 
 def _shape_of_run(match: re.Match[str]) -> str:
@@ -213,15 +227,6 @@ def _shape_of_run(match: re.Match[str]) -> str:
     if run[0].isdigit():
         return "d" * min(len(run), _LONGEST_SHAPE_RUN)
     return "X" * min(len(run), _LONGEST_SHAPE_RUN) if run.isupper() else "x"
-
-
-def _content_of(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError("messages: a part that is not text; this call goes to the LLM")
-    return "".join(texts)
 
 
 def _render_chat(request: dict[str, Any], tokenizer: Any) -> Prompt:
@@ -253,15 +258,14 @@ def _strings_in(value: Any) -> Iterator[str]:
 
 def _render_compact(request: dict[str, Any], prompt_format: PromptFormat, tokenizer: Any) -> Prompt:
     texts = prompt_texts(request, prompt_format.static_lines)
-    unknown = sorted({str(role) for role, _ in texts} - ROLE_TOKENS.keys())
-    if unknown:
-        raise InputError(f"messages: role {unknown[0]!r}; allowed: {', '.join(ROLE_TOKENS)}; this call goes to the LLM")
     plain_words = frozenset(prompt_format.plain_words)
     found = [word for message, (_, text) in enumerate(texts) for word in find_words(text, message)]
     words = _number_words([w for w in found if word_key(w.text[w.begin : w.end]) not in plain_words])
     first = copy_token_id(tokenizer)
     ids = [tokenizer.convert_tokens_to_ids(f"<|task{prompt_format.task_number % NUM_TASK_TOKENS}|>")]
     for message, (role, text) in enumerate(texts):
+        if role not in ROLE_TOKENS:
+            raise InputError(f"messages: an unknown role; allowed: {', '.join(ROLE_TOKENS)}; this call goes to the LLM")
         ids.append(tokenizer.convert_tokens_to_ids(ROLE_TOKENS[role]))
         at = 0
         for number, word in words.items():
@@ -336,6 +340,6 @@ def _is_json(text: str) -> bool:
         return False
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True

@@ -81,9 +81,21 @@ class AgentCall(Record):
 
     @property
     def message(self) -> dict[str, Any] | None:
-        """The assistant message of the first choice, or None."""
-        choices = (self.response or {}).get("choices") or [{}]
-        return choices[0].get("message")
+        """The assistant message of the first choice, or None where there is none that is well formed."""
+        message = self._choice.get("message")
+        return message if isinstance(message, dict) else None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the first choice ended, or None where the provider did not say."""
+        reason = self._choice.get("finish_reason")
+        return reason if isinstance(reason, str) else None
+
+    @property
+    def _choice(self) -> dict[str, Any]:
+        choices = (self.response or {}).get("choices")
+        is_choice = isinstance(choices, list) and choices and isinstance(choices[0], dict)
+        return choices[0] if is_choice else {}
 
 
 class Example(Record):
@@ -112,12 +124,12 @@ class TaskSpec(Record):
     """A recurrent kind of call that one specialist can answer (S3)."""
 
     task_id: str
+    """Made of the call site and the form of its answers alone; other tasks and more calls leave it as it is."""
     name: str
     """Made of the task's own words; for people, never a key."""
     signature: str
     kind: AnswerKind
     reference: Reference
-    agents: tuple[str, ...]
     num_calls: int
     share_calls: float
     share_cost: float
@@ -139,7 +151,7 @@ class Gate(Record):
     """What the promise is about, e.g. "calls of this task as served"."""
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0, lt=1)
-    """Level each threshold was tested at: the release's delta divided by its number of candidates."""
+    """Level each threshold was tested at: the release's delta over its number of candidates, times the round's share."""
     threshold: float | None
     """Lowest confidence that is accepted; None where refused."""
     num_calibration: int
@@ -150,6 +162,8 @@ class Gate(Record):
     coverage: float
     """Share of calibration calls at or above `threshold`."""
     fingerprint: str
+    round: int = 0
+    """How many other candidates had met some of these calibration calls before; delta shrinks with it."""
     refused: str | None = None
 
     @property

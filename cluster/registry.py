@@ -1,6 +1,7 @@
 """Releases: what may be served, and which one is.
 
-A release is immutable and named by the hash of its content (releases/SHA.json). CURRENT, one small object replaced
+A release is immutable and named by the hash of its content, the time of its making left out (releases/SHA.json): the
+same conversion run twice is one release. CURRENT, one small object replaced
 whole, names the one that is served and the ones before it. One writer of CURRENT at a time: an object store has
 no compare-and-swap that works everywhere. Knows nothing of Ray or of who serves.
 """
@@ -21,7 +22,7 @@ CURRENT = "CURRENT"
 def publish_release(store: Store, release: Release) -> str:
     """Write the release under its content hash and return that hash. Serves nothing yet; repeating it changes nothing."""
     value = release.model_dump(mode="json")
-    sha = content_hash(value)
+    sha = _name_of(value)
     if not store.exists(_path(sha)):
         store.write_json(_path(sha), value)
     return sha
@@ -39,7 +40,7 @@ def load_release(store: Store, sha: str) -> Release:
     except (StoreError, ValidationError, ValueError) as error:
         kind = "not in the store" if isinstance(error, StoreError) else "not readable as a release"
         raise ReleaseError(f"release {sha}: {kind} {store.uri}; publish it, or promote another one") from None
-    if content_hash(value) != sha:
+    if _name_of(value) != sha:
         raise ReleaseError(f"release {sha}: its content has been altered; publish it again")
     return release
 
@@ -87,6 +88,10 @@ def current_sha(store: Store) -> str | None:
     """Name of the served release, without reading it: cheap enough to ask every second."""
     pointer = _pointer(store)
     return None if pointer is None else pointer["release"]
+
+
+def _name_of(value: dict[str, Any]) -> str:
+    return content_hash({key: inner for key, inner in value.items() if key != "created_ts"})
 
 
 def _path(sha: str) -> str:

@@ -129,7 +129,7 @@ class RouteModel:
         manifest = store.manifest(folder)
         if manifest.get("encoder") != ENCODER:
             raise StoreError(
-                f"{folder}: encoder {manifest.get('encoder')!r}, this version reads {ENCODER!r}; run `understudy discover`"
+                f"{folder}: encoder {manifest.get('encoder')!r}, this version reads {ENCODER!r}; run `understudy convert`"
             )
         files = {name: _read_checked(store, folder, name, facts) for name, facts in manifest["files"].items()}
         model = json.loads(files[_MODEL_FILE])
@@ -210,7 +210,7 @@ def _npy(array: np.ndarray) -> bytes:
 def _read_checked(store: Store, folder: str, name: str, facts: dict[str, Any]) -> bytes:
     if facts["bytes"] > _MAX_FILE_BYTES:
         raise StoreError(
-            f"{folder}/{name}: {facts['bytes']} bytes, allowed at most {_MAX_FILE_BYTES}; run `understudy discover`"
+            f"{folder}/{name}: {facts['bytes']} bytes, allowed at most {_MAX_FILE_BYTES}; run `understudy convert`"
         )
     data = store.read_bytes(f"{folder}/{name}")
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:

@@ -8,17 +8,43 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
+import stat
+import tempfile
 import uuid
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from pydantic import AfterValidator
 
+from cluster.config import has_credentials
 from cluster.errors import ConfigError, StoreError
 
 MANIFEST = "manifest.json"
+_ANONYMOUS = "gs://anonymous@"
+"""How pyarrow is told to read a public bucket; no credential."""
+
+
+def check_store_address(uri: str) -> str:
+    """Return a store's address that may be shown and written.
+
+    Raises:
+        ConfigError: it carries credentials, which are not repeated.
+    """
+    if has_credentials(uri.replace(_ANONYMOUS, "gs://", 1) if uri.startswith(_ANONYMOUS) else uri):
+        raise ConfigError(
+            "the store's address carries credentials, which would be shown and written beside every release; "
+            "allowed: s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; next: take them out, and on every node set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    return uri
+
+
+StoreAddress = Annotated[str, AfterValidator(check_store_address)]
+"""A config field that names a store."""
 
 
 class Store:
@@ -31,9 +57,9 @@ class Store:
             uri: a local folder, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX.
 
         Raises:
-            ConfigError: the uri cannot be opened.
+            ConfigError: the uri cannot be opened, or carries credentials.
         """
-        self.uri = str(uri)
+        self.uri = check_store_address(str(uri))
         try:
             self._fs, self._root = pafs.FileSystem.from_uri(uri if "://" in self.uri else str(_absolute(self.uri)))
             self._fs.create_dir(self._root, recursive=True)
@@ -127,23 +153,26 @@ class Store:
     def is_published(self, folder: str) -> bool:
         return self.exists(f"{folder}/{MANIFEST}")
 
-    def fetch(self, folder: str, cache: pathlib.Path) -> pathlib.Path:
+    def fetch(self, folder: str, cache: pathlib.Path | None = None) -> pathlib.Path:
         """Local folder with the artifact's files, checked against the manifest.
 
-        A local store is read in place; a remote one is copied to `cache` once per content hash.
+        A local store is read in place; a remote one is copied to `cache` once per content hash, and a copy that is
+        not what the manifest says once more. Processes may fetch the same artifact at the same time.
+
+        Args:
+            cache: None takes this user's own on this machine.
 
         Raises:
             StoreError: unfinished, or a file differs from its manifest.
         """
         manifest = self.manifest(folder)
         is_local = isinstance(self._fs, pafs.LocalFileSystem)
-        target = pathlib.Path(self._full(folder)) if is_local else cache / manifest["sha256"]
+        target = pathlib.Path(self._full(folder)) if is_local else (cache or cache_folder()) / manifest["sha256"]
         for name, facts in manifest["files"].items():
-            copy = target / name
-            if not is_local and not copy.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(self.read_bytes(f"{folder}/{name}"))
-            if hashlib.sha256(copy.read_bytes()).hexdigest() != facts["sha256"]:
+            copy, sha256 = target / name, facts["sha256"]
+            if not is_local and _file_sha256(copy) != sha256:
+                _replace(copy, self.read_bytes(f"{folder}/{name}"))
+            if _file_sha256(copy) != sha256:
                 raise StoreError(f"{folder}/{name}: differs from its manifest; publish the artifact again")
         return target
 
@@ -156,6 +185,41 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     ).hexdigest()
+
+
+def cache_folder() -> pathlib.Path:
+    """This user's folder for copies of remote artifacts, made where it is absent; nobody else can read or fill it.
+
+    Raises:
+        StoreError: the folder is somebody else's.
+    """
+    folder = pathlib.Path(tempfile.gettempdir()) / f"understudy-cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise StoreError(f"{folder}: is not this user's own folder; remove it, or set TMPDIR to another place")
+    folder.chmod(0o700)
+    return folder
+
+
+def _file_sha256(path: pathlib.Path) -> str | None:
+    """None where there is no such file."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: pathlib.Path, data: bytes) -> None:
+    """Write a file whole: a process that is killed leaves the old one or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _absolute(folder: str) -> pathlib.Path:

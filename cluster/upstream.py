@@ -17,19 +17,29 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from cluster.config import Config
+from cluster.config import Config, has_credentials
 from cluster.errors import ConfigError, UpstreamError
 
 RETRYABLE = frozenset({429, 500, 502, 503, 504})
 MAX_REPLY_BYTES = 64 * 2**20
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.25, 8.0
 _LONGEST_RETRY_AFTER_S = 30.0
+
+
+def _check_address(url: str) -> str:
+    if has_credentials(url):
+        raise ValueError(
+            "the address carries credentials, which would be shown and written beside every release; allowed: "
+            "https://HOST/VERSION; next: take them out, and put the LLM's key into the environment variable that "
+            "api_key_env names (OPENAI_API_KEY)"
+        )
+    return url
 
 
 class LLMNodeConfig(Config):
@@ -57,7 +67,7 @@ class LLMNodeConfig(Config):
 class UpstreamConfig(LLMNodeConfig):
     """Where one endpoint is."""
 
-    base_url: str = Field(pattern=r"^https?://[^\s/]+")
+    base_url: Annotated[str, AfterValidator(_check_address)] = Field(pattern=r"^https?://[^\s/]+")
     """Address up to and including the version, e.g. https://api.openai.com/v1."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; it may be unset only for a loopback address."""
@@ -347,9 +357,8 @@ def is_loopback(url: str) -> bool:
 
 
 def _shown(url: str) -> str:
-    """The address without a user name or password."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+    """The address without its query, which may hold a key."""
+    return urlsplit(url)._replace(query="").geturl()
 
 
 def _backoff_s(attempt: int) -> float:

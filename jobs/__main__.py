@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -55,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     ingest = verbs.add_parser("ingest", help="read call logs into the store")
     ingest.add_argument("paths", nargs="+", help="*.calls.jsonl[.gz], *.sessions.jsonl[.gz], and key=value words")
     ingest.set_defaults(run=_ingest)
-    stages = ("store", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists", "limits")
-    stages += ("gateway.max_temperature",)
+    stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
+    stages += ("gateway.max_temperature", "limits")
     convert = verbs.add_parser("convert", help="captured calls -> gated specialists -> a release", sections=stages)
     convert.add_argument("words", **words)
     convert.add_argument("--promote", action="store_true", help="serve the release at once")
@@ -133,6 +134,7 @@ def _convert(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.words)
     plan = plan_conversion(recipe)
+    _check_output("--report", options.report)
     if options.dry_run:
         print(json.dumps(show_plan(recipe, plan), indent=1))
         return check_here(plan, recipe)
@@ -144,16 +146,34 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"{recipe.store}/releases/{conversion.release}.json", flush=True)
 
 
+def _check_output(option: str, path: pathlib.Path | None) -> None:
+    """Tell before a run what would stop its last line. Creates nothing.
+
+    Raises:
+        ConfigError: no file can be written at `path`.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; allowed: the path of a file; next: {option} {path}/NAME")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "cannot be written to" if folder.is_dir() else "is no folder"
+        raise ConfigError(f"{option} {path}: {folder} {what}; allowed: a file in a folder that you can write to")
+
+
 def _save_report(store: Store, conversion: Conversion, copy: pathlib.Path | None) -> str:
-    """Write the report beside the release, where it outlives a cluster's job, and to `copy`."""
+    """Write the report beside the release, as a page and as JSON, where it outlives a cluster's job; and to `copy`."""
     from jobs.convert import write_conversion_report
 
+    store.write_json(f"releases/{conversion.release}.report.json", conversion.model_dump(mode="json"))
     path = f"releases/{conversion.release}.report.html"
     with tempfile.TemporaryDirectory() as folder:
         page = pathlib.Path(folder) / "report.html"
         write_conversion_report(page, conversion, None, [])
         store.write_bytes(path, page.read_bytes())
         if copy:
+            copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(page, copy)
     return f"{store.uri}/{path}"
 
@@ -213,6 +233,7 @@ def _demo(options: argparse.Namespace) -> None:
     from jobs.plan import check_here, plan_conversion
     from jobs.recipe import load_recipe
 
+    _check_output("--summary", options.summary)
     recipe = load_recipe(["recipe=demo", *options.words])
     check_here(plan_conversion(recipe), recipe)
     run_demo(options.out, options.words, options.summary, options.provider)

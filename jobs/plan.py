@@ -11,20 +11,22 @@ from typing import Any
 
 from cluster.resources import THIS_MACHINE, LimitsConfig, Part, check_fits, local_nodes
 from cluster.session import cluster_nodes, connect, joins_cluster
-from jobs.recipe import Recipe
+from jobs.recipe import Recipe, work_folder
 from serving.cluster_llm import ClusterLLMConfig
 from training.catalog import ScratchModel, find_entry
 from training.finetune import FinetuneConfig
+from training.selection import named_bases
 
 
 def plan_conversion(recipe: Recipe) -> list[Part]:
     """Base training, then the fine-tunes, then the engine that answers the held-out calls.
 
     Raises:
-        ConfigError: the base is unknown.
+        ConfigError: no base is named, it is unknown, or a remote store stands without a work folder.
     """
+    work_folder(recipe)
     base = _training(recipe.pretrain, "base training", "pretrain")
-    names = recipe.select.candidates or (recipe.select.base,)
+    names = named_bases(recipe.select)
     parts = [base] if any(isinstance(find_entry(name), ScratchModel) for name in names) else []
     fleet = _training(recipe.finetune, "fine-tunes", "finetune")
     fields = {**fleet.fields, "groups": "fleet.max_parallel"}

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import pathlib
 import textwrap
+from urllib.parse import unquote, urlsplit
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import Config, describe_fields, load_config
 from cluster.errors import ConfigError
 from cluster.prices import PriceConfig
 from cluster.resources import LimitsConfig
+from cluster.store import StoreAddress
 from serving.audit import AuditConfig
 from serving.capture import CaptureConfig
 from serving.endpoint import ServeConfig
 from serving.fallback import AnyLLMConfig
 from serving.gateway import GatewayConfig
-from serving.specialist import SpecialistConfig
+from serving.specialist import LORA_RANKS, SpecialistConfig
+from training.catalog import context_window, find_entry
 from training.curate import CurateConfig
 from training.discover import DiscoverConfig
 from training.finetune import FinetuneConfig
@@ -33,8 +36,11 @@ _JOB_FOLDERS = "/runtime_resources/working_dir_files/"
 class Recipe(Config):
     """The whole product's configuration. The three dials that matter: `select.base`, `gate.epsilon`, `fleet.max_parallel`."""
 
-    store: str = "store"
+    store: StoreAddress = "store"
     """Folder, s3:// or gs:// address of the artifact store."""
+    work: str | None = None
+    """Folder for datasets and checkpoints, which all nodes see; None takes STORE/work. A remote store has no such
+    folder, so a conversion into one must name it."""
     upstream: tuple[AnyLLMConfig, ...] = Field(default=())
     """LLMs in order of preference, each an endpoint (base_url) or a model on the cluster (cluster_model); needed to
     serve, not to convert. Without any, `serve` takes OPENAI_BASE_URL."""
@@ -54,24 +60,42 @@ class Recipe(Config):
     limits: LimitsConfig = LimitsConfig()
     prices: PriceConfig = PriceConfig()
 
+    @model_validator(mode="after")
+    def _check_plan(self) -> Recipe:
+        if problems := [*_endless_warmups(self), *_misfits_of_engine(self)]:
+            raise ValueError("\n".join(problems))
+        return self
+
 
 def load_recipe(words: list[str]) -> Recipe:
     """Resolve command-line words.
 
     Raises:
-        ConfigError: unknown recipe or key, wrong type, value out of bounds, or a store that would not outlive the job.
+        ConfigError: unknown recipe or key, wrong type, value out of bounds, sections that contradict each other, or a
+            store or work folder that would not outlive the job.
     """
     recipe = load_config(Recipe, words, RECIPES)
-    if "://" in recipe.store:
-        return recipe
-    # Workers run in other folders than the driver, so a local store is named by its whole path.
-    store = str(pathlib.Path(recipe.store).expanduser().resolve())
-    if _JOB_FOLDERS in store:
+    store = _whole_path("store", recipe.store)
+    work = recipe.work and _whole_path("work", recipe.work)
+    if work and "://" in work:
+        raise ConfigError(f"work={work!r}: allowed: a folder that all nodes see; next: work=/shared/work")
+    if not work and "://" not in store:
+        work = str(pathlib.Path(store) / "work")
+    return recipe.model_copy(update={"store": store, "work": work})
+
+
+def work_folder(recipe: Recipe) -> pathlib.Path:
+    """Where a conversion keeps its datasets and checkpoints.
+
+    Raises:
+        ConfigError: the store is remote and the recipe names no folder.
+    """
+    if recipe.work is None and "://" in recipe.store:
         raise ConfigError(
-            f"store={recipe.store!r}: lies in the submitted job's own folder, which Ray removes; allowed: the whole "
-            "path of a folder that all nodes share, s3://... or gs://...; next: store=/shared/store"
+            f"work: not given, and store={recipe.store!r} is remote, where workers cannot keep datasets and "
+            "checkpoints; allowed: the whole path of a folder that all nodes see; next: work=/shared/work"
         )
-    return recipe.model_copy(update={"store": store})
+    return pathlib.Path(recipe.store) / "work" if recipe.work is None else pathlib.Path(recipe.work)
 
 
 def describe_recipe(sections: tuple[str, ...]) -> str:
@@ -86,3 +110,67 @@ def describe_recipe(sections: tuple[str, ...]) -> str:
                 textwrap.fill(meaning, 110, initial_indent="      ", subsequent_indent="      "),
             ]
     return "\n".join(lines)
+
+
+def _whole_path(field: str, place: str) -> str:
+    """A folder or file:// address by its whole path, because workers run in other folders; other addresses as given.
+
+    Raises:
+        ConfigError: a file:// address of no path, or a folder that Ray removes with the job.
+    """
+    path = place
+    if place.startswith("file://"):
+        parts = urlsplit(place)
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise ConfigError(f"{field}={place!r}: allowed: file:///PATH, with the whole path; next: {field}=/PATH")
+        path = unquote(parts.path)
+    if "://" in path:
+        return path
+    path = str(pathlib.Path(path).expanduser().resolve())
+    if _JOB_FOLDERS in path:
+        others = ", s3://... or gs://..." if field == "store" else ""
+        raise ConfigError(
+            f"{field}={place!r}: lies in the submitted job's own folder, which Ray removes; allowed: the whole "
+            f"path of a folder that all nodes share{others}; next: {field}=/shared/{field}"
+        )
+    return path
+
+
+def _endless_warmups(recipe: Recipe) -> list[str]:
+    """Trainings that end before their learning rate is up."""
+    return [
+        f"{name}.warmup_steps={config.warmup_steps}: not below {name}.num_steps={config.num_steps}; allowed: fewer "
+        f"steps of warm-up than steps; next: {name}.warmup_steps={config.num_steps // 10}"
+        for name, config in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune))
+        if config.warmup_steps >= config.num_steps
+    ]
+
+
+def _misfits_of_engine(recipe: Recipe) -> list[str]:
+    """Adapters that the engine has no room for, and an engine for longer texts than its base takes."""
+    problems = []
+    rank, most = recipe.finetune.lora_rank, recipe.specialists.max_lora_rank
+    if rank > most:
+        least = min(one for one in LORA_RANKS if one >= rank)
+        problems.append(
+            f"finetune.lora_rank={rank}: above specialists.max_lora_rank={most}; allowed: at most that; "
+            f"next: finetune.lora_rank={most}, or specialists.max_lora_rank={least}"
+        )
+    tokens, window = recipe.specialists.max_model_tokens, _window_of_base(recipe.select)
+    if window is not None and tokens > window:
+        problems.append(
+            f"specialists.max_model_tokens={tokens}: select.base={recipe.select.base!r} has a window of {window} tokens; "
+            f"allowed: at most that; next: specialists.max_model_tokens={window}, or another select.base"
+        )
+    return problems
+
+
+def _window_of_base(select: SelectConfig) -> int | None:
+    """Of a fixed base of the catalog; of others it is known once they are opened."""
+    if select.candidates or not select.base:
+        return None
+    try:
+        entry = find_entry(select.base)
+    except ConfigError:  # told when the base is needed: other verbs may run where its folder is not
+        return None
+    return entry and context_window(entry)

@@ -88,6 +88,8 @@ def parse_request(raw: bytes) -> dict[str, Any]:
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise _invalid("messages: allowed is a list of at least one object")
     for number, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            raise _invalid(f"messages.{number}.role: allowed is a text such as user")
         content = message.get("content")
         if not isinstance(content, str | list | None) or (
             isinstance(content, list) and not all(isinstance(part, dict) for part in content)

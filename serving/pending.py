@@ -71,7 +71,7 @@ class PendingCall:
             ts=self.ts,
             client_id=pseudonyms.of("client", self.client),
             agent=self.headers.get("x-agent", "unknown")[:_MAX_HEADER_CHARS],
-            session_id=pseudonyms.of("session", self._session()),
+            session_id=pseudonyms.session_of(self.client, self._session()),
             step=self._step(),
             request=self.request,
             response=response,
@@ -102,7 +102,7 @@ class PendingCall:
         return {f"x-understudy-{name}": _header_text(value) for name, value in values.items() if value}
 
     def _session(self) -> str:
-        """What is one conversation: the client's word for it, else the client and all up to the first user message."""
+        """What is one conversation: the client's word for it, else all up to the first user message."""
         given = self.headers.get("x-session-id")
         if given:
             return given
@@ -111,7 +111,7 @@ class PendingCall:
             opening.append(message)
             if message.get("role") == "user":
                 break
-        return json.dumps([self.client, opening])
+        return json.dumps(opening)
 
     def _step(self) -> int:
         """The client's count, else how often the assistant has spoken."""

@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import pathlib
-import tempfile
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cluster.confidence import confidence
 from cluster.config import Config
@@ -29,6 +27,8 @@ ADAPTER_MODE = "lora"
 LOGPROB_MODE = "raw_logprobs"
 _FINGERPRINTED = ("dtype", "enforce_eager", "max_lora_rank", "max_model_len", "logprobs_mode")
 """Engine options that could change an answer or its confidence."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for its largest rank: vllm.config.lora.MaxLoRARanks."""
 
 
 class SpecialistConfig(Config):
@@ -41,8 +41,8 @@ class SpecialistConfig(Config):
     max_adapters: int = Field(default=8, ge=1)
     """Adapters resident in one replica, for each base model. A release is swapped in beside the served one, so size it to
     both; a release that needs more is refused."""
-    max_lora_rank: int = Field(default=16, ge=1)
-    """Largest adapter rank the engine makes room for."""
+    max_lora_rank: int = 16
+    """Largest adapter rank the engine makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
     max_model_tokens: int = Field(default=1024, ge=64)
     """Prompt and answer together."""
     max_num_seqs: int = Field(default=128, ge=1)
@@ -56,6 +56,13 @@ class SpecialistConfig(Config):
     max_replicas: int = Field(default=1, ge=1)
     """Replicas at most."""
 
+    @field_validator("max_lora_rank")
+    @classmethod
+    def _check_rank(cls, rank: int) -> int:
+        if rank not in LORA_RANKS:
+            raise ValueError(f"got {rank}; allowed: {', '.join(map(str, LORA_RANKS))}")
+        return rank
+
 
 def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> Any:
     """Bind the deployment that serves one base model.
@@ -67,7 +74,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
 
     name = deployment_name(base)
     is_cpu = config.device == "cpu"
-    folder = Store(store_uri).fetch(base, _cache())
+    folder = Store(store_uri).fetch(base)
     environment = {**cpu_environment(config.kv_cache_gib, config.num_threads), "HF_HUB_OFFLINE": "1"}
     llm_config = LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(folder)},
@@ -207,10 +214,6 @@ def cpu_environment(kv_cache_gib: int, num_threads: int) -> dict[str, str]:
     }
 
 
-def _cache() -> pathlib.Path:
-    return pathlib.Path(tempfile.gettempdir()) / "understudy-cache"
-
-
 def _version(distribution: str) -> str | None:
     import importlib.metadata
 
@@ -285,7 +288,7 @@ def _server_class() -> Any:
 
             self._store = Store(store_uri)
             # On this node too; the path is the one that `build_specialists` gave to the engine.
-            source = self._store.fetch(base, _cache())
+            source = self._store.fetch(base)
             self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             # It would download the model in a Ray task of its own, which imports the engine once more (13 s on a CPU).
             llm_config.get_or_create_callback().ctx.run_init_node = False
@@ -326,7 +329,7 @@ def _server_class() -> Any:
 
             number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
             try:
-                folder = await asyncio.to_thread(self._store.fetch, adapter, _cache())
+                folder = await asyncio.to_thread(self._store.fetch, adapter)
             except StoreError as error:
                 raise EngineError(f"{adapter}: {error}") from None
             lora = LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))

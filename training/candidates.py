@@ -114,6 +114,7 @@ def tokenise_sample(
 
 
 def estimated_p99(scope: Scope, *, is_scratch: bool) -> int:
+    """99th percentile of all tasks' train prompts, from their characters."""
     lengths = []
     for task in scope.tasks:
         for example in scope.by_split["train"][task.task_id]:
@@ -125,10 +126,12 @@ def estimated_p99(scope: Scope, *, is_scratch: bool) -> int:
 
 
 def measured_p99(data: Mapping[str, TaskData]) -> int:
+    """99th percentile of the train prompts in a candidate's own tokens."""
     return p99([row["num_prompt"] for one in data.values() for row in one.train])
 
 
 def missed_needs(entry: BaseModelFacts, needs: Needs) -> str:
+    """Every need that a base misses, with both values; empty where it fits."""
     _, rejections = filter_candidates([entry], needs)
     return "; ".join(rejection.reason for rejection in rejections)
 

@@ -238,6 +238,11 @@ def num_parameters(entry: BaseModelFacts) -> int | None:
     return _value(entry.parameters)
 
 
+def context_window(entry: BaseModelFacts) -> int | None:
+    """Tokens of prompt and answer together, where that is known."""
+    return _value(entry.context_window_tokens)
+
+
 def resolve_base(entry_or_path: HubModel | ScratchModel | str) -> BaseSource:
     """Say where to load a base model from: an entry, a name in the shipped catalog, a local folder or a hub id.
 

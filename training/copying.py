@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cluster.answers import json_value, to_text
+from cluster.answers import json_value, read_calls, to_text
 from cluster.prompts import Prompt, Word, find_words, word_key
 from cluster.records import AnswerKind, Record
 
@@ -62,7 +62,9 @@ def point(target: dict[str, Any], prompt: Prompt, rule: CopyRule) -> list[str | 
     spans = _Spans(prompt.words)
     if rule.kind == "text":
         return [piece for piece in _point_text(to_text(target), spans, rule) if piece != ""]
-    if rule.kind == "label" or not rule.fields or _value(target) is None:
+    is_plain = rule.kind == "label" or not rule.fields or _value(target) is None
+    # An answer that says a mark itself would be cut there.
+    if is_plain or "\ue000" in to_text(target):
         return [to_text(target)]
     return _split_marks(to_text(_message_of(_mark(_value(target), "", spans, rule), target)))
 
@@ -106,10 +108,10 @@ class _Spans:
 
 def _value(target: dict[str, Any]) -> Any:
     """The structure whose leaves may be copied: parsed arguments by tool name, or the parsed JSON content."""
-    calls = target.get("tool_calls")
+    calls = read_calls(target)
     if not calls:
         return json_value(to_text(target))
-    return [{c["function"]["name"]: json.loads(c["function"]["arguments"] or "{}")} for c in calls]
+    return [{call["name"]: call["arguments"]} for call in calls]
 
 
 def _message_of(value: Any, target: dict[str, Any]) -> dict[str, Any]:

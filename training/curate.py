@@ -2,9 +2,10 @@
 
 Train is redacted and has exact duplicates merged. Validation is stored redacted, calibration and test without content;
 these three keep the traffic's frequencies, and `load_split` joins what was served to them, in memory only. A session's
-split follows from a hash of its id alone, so it never moves when more calls arrive. A request that also occurs in
-validation, calibration or test is removed from train, never from those. A snapshot is named by the hash of what it was
-made from: curating the same calls again finds it. Holds all calls in memory.
+split follows from a hash of its id alone, so it never moves when more calls arrive. What also occurs in a held-out
+split is removed from train, never from those (training/leakage.py). A call that no later stage could read is dropped,
+counted and listed in quarantine/ (training/validity.py). A snapshot is named by the hash of what it was made from:
+curating the same calls again finds it. Holds all calls in memory.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from cluster.errors import InputError, StoreError
 from cluster.quarantine import QuarantineRow, write_quarantine
 from cluster.records import AgentCall, Example, Record, Split
 from cluster.store import Store, content_hash
+from training.leakage import answer_fields, request_hash, without_leaks
 from training.redact import RedactConfig, Redactor
+from training.validity import find_problem
 
 EXAMPLES_FOLDER = "examples"
-ANSWER_FIELDS = ("messages", "tools", "functions", "tool_choice", "response_format")
-"""Parts of a request that a specialist learns from and that tell two requests apart; as served, all parts are kept."""
+CURATION_VERSION = 2
+"""Part of every snapshot's name: raise it when the same calls would give other examples, be it by what is dropped, how
+sessions are split, what is recognised as personal or what it is replaced with."""
 SPLITS: tuple[Split, ...] = get_args(Split)
 EXAMPLE_SCHEMA = pa.schema(
     [
@@ -53,10 +57,6 @@ EXAMPLE_SCHEMA = pa.schema(
 )
 
 BIASED = "left to the LLM by a specialist, outside the reference stream"
-LEAKED = "request also in validation, calibration or test"
-TOO_DEEP = "nested too deeply"
-MAX_NESTING = 100
-"""Objects and lists inside one another in a request or answer; more would exhaust the interpreter's stack."""
 BAD_OUTCOME = "outcome below curate.min_reward"
 
 
@@ -93,6 +93,19 @@ class CurateConfig(Config):
     redact: RedactConfig = RedactConfig()
 
 
+class AuditCounts(Record):
+    """How much of one task's reference stream is left of what a specialist answered.
+
+    Where audits are lost, the calls a specialist keeps weigh less in it than they should: it speaks too much for those
+    it leaves to the LLM.
+    """
+
+    num_kept: int
+    """Calls drawn into the reference stream whose client got the specialist's answer."""
+    num_audited: int
+    """Of these, the calls that the LLM's answer is known for."""
+
+
 class CurationCounts(Record):
     """What became of every call: num_calls = dropped + source calls of the examples of all splits."""
 
@@ -107,6 +120,8 @@ class CurationCounts(Record):
     """Distinct train requests that were answered in more than one way."""
     redacted: dict[str, int]
     """Kind of personal value -> distinct values replaced, summed over the sessions of train and validation."""
+    audits: dict[str, AuditCounts] = {}
+    """task_id -> its reference stream where a specialist answered."""
 
 
 class Snapshot(Record):
@@ -130,15 +145,18 @@ def curate(store: Store, config: CurateConfig, key: bytes | None = None) -> Snap
         InputError: the store holds no calls.
         ConfigError: the spaCy model is not installed, or the store's key cannot be read.
     """
-    snapshot_id = _snapshot_id(store, config)
+    rows = _call_rows(store)
+    secret = key if key is not None else load_pseudonym_key(store.uri)
+    key_id = hmac.digest(secret, b"name of this key", "sha256").hex()[:16]
+    snapshot_id = content_hash([rows, config.model_dump(mode="json"), CURATION_VERSION, key_id])[:16]
     folder = f"{EXAMPLES_FOLDER}/{snapshot_id}"
     if store.is_published(folder):
         return load_snapshot(store, snapshot_id)
-    calls = _without_audited(read_calls(store))
-    kept, dropped, too_long = _select(calls, config)
+    stored = read_calls(store)
+    calls = _without_audited(stored)
+    kept, dropped, faulty = _select(calls, config)
     by_split = _split_calls(kept, config.split, dropped)
     by_split["train"] = _clean_train(by_split, config, dropped)
-    secret = key if key is not None else load_pseudonym_key(store.uri)
     redactor = Redactor(config.redact, hmac.digest(secret, b"surrogates", "sha256"))
     redacted: Counter[str] = Counter()
     examples: dict[Split, list[dict[str, Any]]] = {
@@ -154,9 +172,11 @@ def curate(store: Store, config: CurateConfig, key: bytes | None = None) -> Snap
         num_source_calls={split: len(part) for split, part in by_split.items()},
         num_train_requests_with_several_answers=num_ambiguous,
         redacted=dict(sorted(redacted.items())),
+        audits=_count_audits(stored, kept),
     )
-    write_quarantine(store, "curate", too_long)
-    _publish(store, folder, examples, config, counts)
+    write_quarantine(store, "curate", faulty)
+    made_by = {"config": config.model_dump(mode="json"), "version": CURATION_VERSION, "key_id": key_id}
+    _publish(store, folder, examples, {"counts": counts.model_dump(), **made_by})
     return Snapshot(id=snapshot_id, counts=counts)
 
 
@@ -200,15 +220,14 @@ def split_of(session_id: str, config: SplitConfig) -> Split:
     return next((split for split, bound in zip(SPLITS, bounds, strict=True) if position < bound), SPLITS[-1])
 
 
-def _snapshot_id(store: Store, config: CurateConfig) -> str:
-    """Outcomes count as content: feedback that arrives later may change what is kept."""
+def _call_rows(store: Store) -> list[tuple[str, str | None]]:
+    """What names the calls. Outcomes count as content: feedback that arrives later may change what is kept."""
     table = read_call_columns(store, ["call_id", "outcome"])
     if not table.num_rows:
         raise InputError(
             f"store={store.uri}: calls/ is empty; allowed: captured or ingested calls; next: understudy ingest FILE"
         )
-    rows = sorted(zip(table["call_id"].to_pylist(), table["outcome"].to_pylist(), strict=True), key=str)
-    return content_hash([rows, config.model_dump(mode="json")])[:16]
+    return sorted(zip(table["call_id"].to_pylist(), table["outcome"].to_pylist(), strict=True), key=str)
 
 
 def _without_audited(calls: list[AgentCall]) -> list[AgentCall]:
@@ -220,54 +239,32 @@ def _without_audited(calls: list[AgentCall]) -> list[AgentCall]:
 def _select(
     calls: Iterable[AgentCall], config: CurateConfig
 ) -> tuple[list[AgentCall], Counter[str], list[QuarantineRow]]:
-    kept, dropped, too_long = [], Counter[str](), []
+    """Calls that can become examples, how many cannot by reason, and a row for each call that is itself at fault."""
+    kept, dropped, faulty = [], Counter[str](), []
     for call in calls:
-        reason = _reason_to_drop(call, config) or (TOO_DEEP if _is_too_deep(call) else None)
-        num_chars = _num_prompt_chars(call.request) if reason is None else 0
-        if num_chars > config.max_prompt_chars:
-            reason = f"prompt longer than {config.max_prompt_chars} characters"
-            detail = f"call {call.call_id}: {num_chars} characters"
-            too_long.append(QuarantineRow(source="calls/", line=None, reason=reason, detail=detail))
-        if reason is None:
+        problem = find_problem(
+            call, keep_faces_person=config.keep_faces_person, max_prompt_chars=config.max_prompt_chars
+        )
+        if problem is None:
             kept.append(call)
-        else:
-            dropped[reason] += 1
-    return kept, dropped, too_long
+            continue
+        dropped[problem.reason] += 1
+        if problem.detail is not None:
+            detail = f"call {call.call_id}: {problem.detail}"
+            faulty.append(QuarantineRow(source="calls/", line=None, reason=problem.reason, detail=detail))
+    return kept, dropped, faulty
 
 
-def _reason_to_drop(call: AgentCall, config: CurateConfig) -> str | None:
-    if call.served_by == "specialist":
-        return "answered by a specialist"
-    if call.status >= 400:
-        return "call failed"
-    message = call.message
-    if not message or not (message.get("content") or message.get("tool_calls") or message.get("function_call")):
-        return "no answer"
-    if call.response is not None and call.response["choices"][0].get("finish_reason") in ("length", "content_filter"):
-        return "answer cut off"
-    if call.faces_person and not config.keep_faces_person:
-        return "answer faces a person"
-    return None
-
-
-def _is_too_deep(call: AgentCall) -> bool:
-    level: list[Any] = [call.request, call.response]
-    for _ in range(MAX_NESTING):
-        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value or ()))
-        level = [item for item in items if isinstance(item, dict | list)]
-        if not level:
-            return False
-    return True
-
-
-def _num_prompt_chars(request: dict[str, Any]) -> int:
-    return len(
-        _canonical({field: request[field] for field in ("messages", "tools", "functions") if request.get(field)})
-    )
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def _count_audits(stored: Iterable[AgentCall], kept: Iterable[AgentCall]) -> dict[str, AuditCounts]:
+    """By task: an audit whose own call was lost counts as well, one whose answer cannot be used does not."""
+    tasks: dict[str, str] = {}
+    for call in stored:
+        if call.audit_of or (call.served_by == "specialist" and call.is_reference):
+            tasks[call.audit_of or call.call_id] = (call.route and call.route.task_id) or ""
+    audited = {call.audit_of for call in kept}
+    num_kept = Counter(tasks.values())
+    num_audited = Counter(task for call_id, task in tasks.items() if call_id in audited)
+    return {task: AuditCounts(num_kept=n, num_audited=num_audited[task]) for task, n in sorted(num_kept.items())}
 
 
 def _split_calls(
@@ -288,17 +285,11 @@ def _split_calls(
 def _clean_train(
     by_split: dict[Split, list[AgentCall]], config: CurateConfig, dropped: Counter[str]
 ) -> list[AgentCall]:
-    """Train without bad outcomes and without requests of the other splits, both counted in `dropped`."""
-    held_out = {_request_hash(call.request) for split in SPLITS[1:] for call in by_split[split]}
-    kept = []
-    for call in by_split["train"]:
-        if _is_bad(call, config.min_reward):
-            dropped[BAD_OUTCOME] += 1
-        elif _request_hash(call.request) in held_out:
-            dropped[LEAKED] += 1
-        else:
-            kept.append(call)
-    return kept
+    """Train without bad outcomes and without what the other splits say, both counted in `dropped`."""
+    good = [call for call in by_split["train"] if not _is_bad(call, config.min_reward)]
+    if len(good) < len(by_split["train"]):
+        dropped[BAD_OUTCOME] += len(by_split["train"]) - len(good)
+    return without_leaks({**by_split, "train": good}, dropped)
 
 
 def _is_bad(call: AgentCall, min_reward: float | None) -> bool:
@@ -307,14 +298,6 @@ def _is_bad(call: AgentCall, min_reward: float | None) -> bool:
     rewards = (outcome.get(name) for name in ("reward", "score", "correct"))
     reward = next((float(value) for value in rewards if isinstance(value, bool | int | float)), None)
     return min_reward is not None and reward is not None and reward < min_reward
-
-
-def _asked(request: dict[str, Any]) -> dict[str, Any]:
-    return {field: request[field] for field in ANSWER_FIELDS if request.get(field) is not None}
-
-
-def _request_hash(request: dict[str, Any]) -> bytes:
-    return hashlib.blake2b(_canonical(_asked(request)).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _to_row(call: AgentCall, split: Split) -> dict[str, Any]:
@@ -341,7 +324,7 @@ def _redact_rows(redactor: Redactor, calls: Sequence[AgentCall], rows: Sequence[
         sessions[call.client_id, call.session_id].append(index)
     counts: Counter[str] = Counter()
     for (client_id, session_id), indices in sessions.items():
-        turns = [(_asked(calls[i].request), calls[i].message or {}) for i in indices]
+        turns = [(answer_fields(calls[i].request), calls[i].message or {}) for i in indices]
         redacted, found = redactor.redact_session(turns, f"{client_id}/{session_id}")
         counts += found
         for index, (request, target) in zip(indices, redacted, strict=True):
@@ -359,7 +342,7 @@ def _merge_duplicates(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, An
     answers: dict[bytes, set[bytes]] = defaultdict(set)
     for row in rows:
         request, target = json.loads(row["request"]), _without_ids(json.loads(row["target"]))
-        asked, answered = _request_hash(request), content_hash(target)
+        asked, answered = request_hash(request), content_hash(target)
         answers[asked].add(answered.encode())
         name = f"{asked.hex()}/{answered}/{row['reference']}"
         if name in merged:
@@ -376,14 +359,11 @@ def _without_ids(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": [{**call, "id": ""} for call in message["tool_calls"]]}
 
 
-def _publish(
-    store: Store, folder: str, examples: dict[Split, list[dict[str, Any]]], config: CurateConfig, counts: CurationCounts
-) -> None:
+def _publish(store: Store, folder: str, examples: dict[Split, list[dict[str, Any]]], meta: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
         local = pathlib.Path(name)
         for split, rows in examples.items():
             pq.write_table(pa.Table.from_pylist(rows, EXAMPLE_SCHEMA), local / f"{split}.parquet", compression="zstd")
-        meta = {"counts": counts.model_dump(), "config": config.model_dump(mode="json")}
         store.publish(folder, local, meta)
 
 

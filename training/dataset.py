@@ -25,7 +25,7 @@ class TaskData(NamedTuple):
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     num_skipped: int
-    """Train examples whose prompt is longer than the format allows, or holds what it cannot render."""
+    """Train examples whose prompt is longer than the format allows, or that cannot be written."""
 
 
 def build_task_data(
@@ -98,10 +98,11 @@ def _build_rows(
 def _render(
     examples: list[Example], prompt_format: PromptFormat, tokenizer: Any
 ) -> list[tuple[Prompt, dict[str, Any]]]:
-    """(prompt, target) of the examples whose prompt fits."""
+    """(prompt, target) of the examples whose prompt fits and whose target can be written."""
     rendered = []
     for example in examples:
         try:
+            to_text(example.target)
             rendered.append((render_prompt(example.request, prompt_format, tokenizer), example.target))
         except InputError:
             continue

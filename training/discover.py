@@ -38,6 +38,7 @@ FITTED: tuple[Split, ...] = ("train", "validation")
 _PROMPT_ROLES = ("system", "developer", "user")
 _MIN_STATIC_REQUESTS = 10
 _MIN_STATIC_SHARE = 0.99
+_NUM_ID_CHARS = 12
 _MAX_NAME_WORDS = 3
 _MAX_NAME_SAMPLE = 200
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
@@ -127,16 +128,6 @@ def save_discovery(store: Store, snapshot_id: str, discovery: Discovery) -> str:
     return folder
 
 
-def load_assignment(store: Store, snapshot_id: str) -> dict[str, str | None]:
-    """example_id -> task_id, None where it is of no task.
-
-    Raises:
-        StoreError: this snapshot was not discovered.
-    """
-    rows = store.read_table(_assignment_path(snapshot_id)).to_pydict()
-    return dict(zip(rows["example_id"], rows["task_id"], strict=True))
-
-
 def _assignment_path(snapshot_id: str) -> str:
     return f"{TASKS_FOLDER}/assignment-{snapshot_id}.parquet"
 
@@ -145,7 +136,7 @@ class _Group(NamedTuple):
     """The examples of one task before it is named."""
 
     key: str
-    """Hash of the signature and, for topics, of form and template: the lasting part of the task's id."""
+    """Hash of the signature and, for topics, of form and template: the task's id, whatever else is found beside it."""
     signature: str
     kind: AnswerKind
     examples: list[Example]
@@ -297,12 +288,11 @@ def _describe(groups: list[_Group], everything: list[Example]) -> list[TaskSpec]
         request = group.examples[0].request
         per_split = Counter(e.split for e in group.examples)
         task = TaskSpec(
-            task_id=f"{name.replace(' ', '-')}-{group.key[:6]}",
+            task_id=f"task-{group.key[:_NUM_ID_CHARS]}",
             name=name,
             signature=group.signature,
             kind=group.kind,
             reference="gold" if all(e.reference == "gold" for e in group.examples) else "llm",
-            agents=(),
             num_calls=_num_calls(group.examples),
             share_calls=_num_calls(group.examples) / num_calls,
             share_cost=cost_of(group.examples) / cost if cost else 0.0,

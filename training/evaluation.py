@@ -18,6 +18,7 @@ from cluster.errors import EngineError, InputError
 from cluster.prompts import PromptFormat
 from cluster.records import Example, Gate, Record, Split, TaskSpec
 from cluster.servable import ask_engine, unservable_reason
+from cluster.store import content_hash
 from training.gate import (
     GateConfig,
     Outcome,
@@ -28,6 +29,7 @@ from training.gate import (
     plan_grid,
     refused_gate,
 )
+from training.ledger import CalibrationLedger, share_of_round
 
 POPULATION = "calls of this task as served, one per session"
 SPECIALIST_ARM, GATED_ARM = "specialist", "specialist + gate"
@@ -119,6 +121,7 @@ async def evaluate_all(
     splits: Mapping[str, dict[Split, list[Example]]],
     config: GateConfig,
     delta: float,
+    ledger: CalibrationLedger,
     *,
     max_temperature: float,
     max_in_flight: int = 256,
@@ -130,6 +133,7 @@ async def evaluate_all(
     Args:
         splits: by task, its validation, calibration and test examples as served.
         delta: already divided by the number of candidates of the release.
+        ledger: what calibration calls were spent on before; what is asked here is written into it.
         max_temperature: the gateway's; a call above it is escalated there, and counts as that here.
         max_in_flight: questions at a time over all candidates.
         on_answer: called after each answer, on_done after each candidate.
@@ -138,7 +142,7 @@ async def evaluate_all(
 
     async def one(candidate: Candidate) -> Evaluation:
         found = await evaluate(
-            candidate, engine, splits[candidate.task.task_id], config, delta, max_temperature, slots, on_answer
+            candidate, engine, splits[candidate.task.task_id], config, delta, ledger, max_temperature, slots, on_answer
         )
         on_done(candidate, found)
         return found
@@ -155,6 +159,7 @@ async def evaluate(
     splits: dict[Split, list[Example]],
     config: GateConfig,
     delta: float,
+    ledger: CalibrationLedger,
     max_temperature: float,
     slots: asyncio.Semaphore,
     on_answer: Callable[[], None] = lambda: None,
@@ -173,14 +178,19 @@ async def evaluate(
 
     validation = await ask_all(one_call_per_session(splits["validation"], seed=0), candidate.adapter)
     calibration = one_call_per_session(splits["calibration"], seed=0)
+    test_facts = [candidate.model_dump(mode="json"), fingerprint, config.model_dump(mode="json"), max_temperature]
+    test_key = content_hash(test_facts)
+    spent_ids = [example.example_id for example in calibration]
+    number = ledger.round_of(test_key, spent_ids)
+    delta *= share_of_round(number)
     facts = {"reference": candidate.task.reference, "population": POPULATION, "fingerprint": fingerprint}
+    facts |= {"epsilon": config.epsilon, "delta": delta, "round": number}
     grid = plan_grid(validation, len(calibration), config, delta)
     if isinstance(grid, str):
-        gate = refused_gate(grid, num_calibration=len(calibration), epsilon=config.epsilon, delta=delta, **facts)
+        gate = refused_gate(grid, num_calibration=len(calibration), **facts)
     else:
-        gate = certify(
-            grid, await ask_all(calibration, candidate.adapter), epsilon=config.epsilon, delta=delta, **facts
-        )
+        ledger.spend(test_key, spent_ids)
+        gate = certify(grid, await ask_all(calibration, candidate.adapter), **facts)
     # Refused by validation alone: a sample of test tells how far off it is.
     test = splits["test"][:_MAX_HOPELESS_TEST] if isinstance(grid, str) else splits["test"]
     arms = await _test_arms(candidate, gate, test, ask_all)

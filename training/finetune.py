@@ -30,7 +30,7 @@ class FinetuneConfig(Config):
     """Scale numerator: the update is multiplied by alpha / rank."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Linear layers that get an adapter."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
     bf16: bool = False
     """Train in bfloat16."""

@@ -197,12 +197,13 @@ def _build_call(record: dict[str, Any], pseudonyms: Pseudonyms, ts: float) -> Ag
     response = _check_response(_get(record, "response", dict))
     source = _get(record, "source", str) or "unknown"
     agent = _get(record, "agent", str) or source
+    client = _get(record, "client", str) or source
     return AgentCall(
         call_id=call_id,
         ts=_get_number(record, "ts", ts, MAX_TS),
-        client_id=pseudonyms.of("client", _get(record, "client", str) or source),
+        client_id=pseudonyms.of("client", client),
         agent=agent,
-        session_id=pseudonyms.of("session", _get(record, "session", str) or call_id),
+        session_id=pseudonyms.session_of(client, _get(record, "session", str) or call_id),
         step=_get(record, "step", int) or 0,
         request=request,
         response=response,

@@ -1,12 +1,13 @@
 """The training loop of one Ray Train worker: DeepSpeed engine, answer-only loss, checkpoint, resume.
 
-One loop for LoRA adapters and for full training. The order of batches follows from the seed and the step number
-alone, so a run that resumes sees the data the undisturbed run would have seen. No JIT build of DeepSpeed happens on
+One loop for LoRA adapters and for full training. The order of batches and dropout follow from the seed and the step
+number alone, so a run that resumes does what the undisturbed run would have done. No JIT build of DeepSpeed happens on
 CPU: torch's AdamW is used, and the shared-memory collective is switched off.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -42,7 +43,11 @@ def train_loop(settings: dict[str, Any]) -> None:
     step, curve = _resume(engine)
     stride = max(1, settings["num_steps"] // _NUM_CURVE_POINTS)
     losses: list[float] = []
+    # A model comes from its folder in evaluation mode.
+    engine.train()
     while step < settings["num_steps"]:
+        # Dropout of a resumed run is that of the undisturbed one: it follows from seed, rank and step alone.
+        torch.manual_seed(_seed_of(settings["seed"], context.get_world_rank(), step))
         _set_learning_rate(engine, settings, step)
         loss = answer_loss(engine, rows.batch(step), engine.device)
         engine.backward(loss)
@@ -63,6 +68,10 @@ def train_loop(settings: dict[str, Any]) -> None:
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
     """Learning-rate factor: linear warm-up, then linear decay to zero."""
     return min(1.0, (step + 1) / max(warmup_steps, 1)) * max(0.0, 1.0 - step / max(num_steps, 1))
+
+
+def _seed_of(seed: int, rank: int, step: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{rank}:{step}".encode(), digest_size=7).digest(), "big")
 
 
 class Rows:

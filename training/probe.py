@@ -92,10 +92,11 @@ def measure(
         num_scored: task_id -> validation examples sampled; those whose prompt does not fit count as wrong.
         folder: for datasets and Tune's own files; shared by all nodes of the cluster.
     """
-    # Tune's switches for its console tables and its log files; what it measured is in our own record.
+    # Tune's switches for its console tables and for the log formats that cannot hold a list of rungs.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     from ray import tune
+    from ray.tune.logger import JsonLoggerCallback
     from ray.tune.schedulers import ASHAScheduler
 
     ordered = sorted(contenders, key=lambda contender: num_parameters(contender.entry) or 0)
@@ -120,7 +121,9 @@ def measure(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(folder.resolve()), verbose=0),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(folder.resolve()), callbacks=[JsonLoggerCallback()], verbose=0
+        ),
     )
     return {contender.name: _result_of(result) for contender, result in zip(ordered, tuner.fit(), strict=True)}
 

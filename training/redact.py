@@ -50,15 +50,6 @@ class Redactor:
         self._key = key
         self._analyze = build_analyzer(config.spacy_model)
         self._cache: dict[str, frozenset[Finding]] = {}
-        self.num_chars = 0
-        """Characters searched so far; strings seen before are not searched again."""
-
-    def redact(
-        self, request: dict[str, Any], message: dict[str, Any], scope: str
-    ) -> tuple[dict[str, Any], dict[str, Any], Counter[str]]:
-        """One call on its own; see `redact_session`."""
-        turns, counts = self.redact_session([(request, message)], scope)
-        return *turns[0], counts
 
     def redact_session(self, turns: Sequence[Turn], scope: str) -> tuple[list[Turn], Counter[str]]:
         """All calls of one session, so that what one call reveals is replaced in the others too.
@@ -98,7 +89,6 @@ class Redactor:
             if known is None:
                 if len(self._cache) >= MAX_CACHED_STRINGS:
                     self._cache.clear()
-                self.num_chars += len(text)
                 known = self._cache[text] = frozenset(self._find_in_string(text, 0))
             yield from known
 
@@ -190,6 +180,7 @@ def _name_pattern(name: str, is_any_case: bool) -> str:
     return rf"(?<![^\W_])(?:{'|'.join(sorted(map(re.escape, forms)))})(?![^\W_])"
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?|-?\d+(?![\d.eE])')
 
 
@@ -207,7 +198,11 @@ def _replace_in_string(text: str, replace: Callable[[str], str], depth: int = 0)
         end = len(token) - len(match[1] or "")
         value = json.loads(token[:end])
         changed = _replace_in_string(value, replace, depth + 1)
-        return token if changed == value else json.dumps(changed, ensure_ascii=token.isascii()) + token[end:]
+        if changed == value:
+            return token
+        # An escaped half of a surrogate pair has no other form.
+        is_ascii = token.isascii() or bool(_SURROGATE.search(changed))
+        return json.dumps(changed, ensure_ascii=is_ascii) + token[end:]
 
     return _JSON_TOKEN.sub(replace_token, text)
 

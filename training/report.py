@@ -15,6 +15,7 @@ from typing import Any
 from cluster.records import TaskSpec
 from training.evaluation import Evaluation, gain_over_base
 from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_volume, number, percent
+from training.selection import Selection
 
 _SUMMARY_LABELS = {
     "calls": "Calls measured",
@@ -54,6 +55,7 @@ def write_report(
     losses: Mapping[str, Mapping],
     summary: Mapping[str, Any] | None,
     notes: Sequence[str],
+    selection: Selection | None = None,
 ) -> None:
     """Write the page to `path`, replacing it and creating its folder.
 
@@ -64,6 +66,7 @@ def write_report(
         losses: task_id -> last metrics of its fine-tune.
         summary: what was measured while serving, such as cost_ratio, share_off_llm, p50_ms, p99_ms; None before that.
         notes: sentences on how the numbers came about, shown as they are.
+        selection: how the base was chosen; None where no task could be learned.
     """
     rows = _decide(tasks, evaluations, refused)
     names = {row.task.task_id: f"{row.number}. {row.task.name}" for row in rows}
@@ -73,6 +76,7 @@ def write_report(
         _task_table(rows),
         draw_volume(rows),
         *(_task_section(row) for row in rows if row.evaluation),
+        _selection_section(selection),
         _losses_section({names.get(task_id, task_id): metrics for task_id, metrics in losses.items()}),
         _unassigned_section(unassigned),
         _summary_section(summary),
@@ -166,6 +170,14 @@ def _gain(evaluation: Evaluation) -> str:
         f"agreement (95% interval {low:+.1f} to {high:+.1f}, Newcombe, arms treated as independent). All intervals here "
         "treat test calls as independent; where a conversation has several, they are somewhat too narrow.</p>"
     )
+
+
+def _selection_section(selection: Selection | None) -> str:
+    if selection is None:
+        return ""
+    cells = [[one.name, one.status, one.reason] for one in selection.candidates]
+    rule = f"<p>{_text(selection.rule)}</p>"
+    return f"<h2>Base model</h2>{rule}" + _table("Candidates for the base model", ["Name", "Status", "Reason"], cells)
 
 
 def _losses_section(losses: Mapping[str, Mapping]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from cluster.answers import to_text
+from cluster.errors import InputError
 from cluster.prompts import END_TOKEN, PAD_TOKEN, SPECIAL_TOKENS, prompt_texts, shown_text
 from cluster.records import Example
 from training.catalog import ScratchModel
@@ -60,8 +61,11 @@ def texts_of(examples: Iterable[Example], static_lines: tuple[str, ...]) -> list
     """The texts a tokenizer for these examples should know: variable prompt text and answers."""
     texts = []
     for example in examples:
-        texts += [shown_text(text) for _, text in prompt_texts(example.request, static_lines)]
-        texts.append(to_text(example.target))
+        try:
+            said = [shown_text(text) for _, text in prompt_texts(example.request, static_lines)]
+            texts += [*said, to_text(example.target)]
+        except InputError:
+            continue  # a part that is not text: no specialist is asked it
     return texts
 
 

@@ -30,7 +30,7 @@ from training.candidates import (
     missed_needs,
     tokenise_sample,
 )
-from training.catalog import Needs, ScratchModel, find_entry, num_parameters
+from training.catalog import Needs, ScratchModel, find_entry, load_catalog, num_parameters
 from training.finetune import FinetuneConfig
 from training.probe import Contender, ProbeConfig, ProbeResult, measure
 from training.scratch import PretrainConfig
@@ -43,8 +43,9 @@ _MACHINE_SHARE = 1 / 3
 class SelectConfig(ProbeConfig):
     """Which base model the specialists grow on."""
 
-    base: str = "scratch-small"
-    """Catalog name, hub id or local folder; a fixed choice. `scratch-*` is trained from scratch on the train split."""
+    base: str | None = Field(default=None, min_length=1)
+    """Catalog name, hub id or local folder; a fixed choice. `scratch-*` is trained from scratch on the train split.
+    A conversion needs it or `candidates`; nothing is taken by default."""
     candidates: tuple[str, ...] = ()
     """Catalog names, hub ids and local folders to choose from by a measured probe; empty takes `base` as it is."""
     allowed_licenses: tuple[str, ...] | None = None
@@ -74,6 +75,22 @@ class Selection(Record):
     """Hash of all that was measured: the same selection is not measured twice."""
 
 
+def named_bases(config: SelectConfig) -> tuple[str, ...]:
+    """The bases that the recipe lets a conversion grow on: the candidates, or the fixed one.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    if names := config.candidates or ((config.base,) if config.base else ()):
+        return names
+    known = ", ".join(entry.name for entry in load_catalog().entries)
+    raise ConfigError(
+        f"select.base: not given, and select.candidates neither; allowed: a catalog name ({known}), a hub id ORG/NAME "
+        "or a local folder with config.json; next: select.base=NAME, or recipe=local for scratch-small, which is "
+        "trained from scratch on the captured traffic"
+    )
+
+
 def select_base(
     store: Store,
     snapshot: str,
@@ -86,18 +103,19 @@ def select_base(
     """Choose the base and write the choice to the store. Probes run on the connected Ray cluster.
 
     Raises:
-        ConfigError: a name is unknown; the fixed base misses a need of the whole base; no candidate is left.
+        ConfigError: no base is named; a name is unknown; the fixed base misses a need of the whole base; no candidate is left.
         InputError: candidates are given and no task has examples to measure them on.
     """
+    names = named_bases(config)
     needs = _needs_of(config, scope)
     path = f"tasks/selection-{snapshot}.json"
     if not config.candidates:
-        selection = _fixed(config.base, needs, scope)
+        selection = _fixed(names[0], needs, scope)
         store.write_json(path, selection.model_dump(mode="json"))
         return selection
     if not scope.tasks:
         raise InputError("select.candidates: no task has examples in every split, so none can be probed; capture more")
-    entries = {name: find_entry(name) for name in config.candidates}
+    entries = {name: find_entry(name) for name in names}
     examined = [examine(name, entry, needs, scope, config.probe_examples) for name, entry in entries.items()]
     contenders = [found for found in examined if isinstance(found, Contender)]
     out = [found for found in examined if isinstance(found, BaseCandidate)]

@@ -6,11 +6,13 @@ variable that happens to be set never spends.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from typing import Literal, NamedTuple
 
+from cluster.config import validate
 from cluster.errors import ConfigError
 from cluster.upstream import UpstreamConfig
 from jobs.demo.llm import MODEL_ID, PRICE_INPUT_USD_PER_MTOK, PRICE_OUTPUT_USD_PER_MTOK
@@ -35,7 +37,7 @@ def start_provider(name: ProviderName, num_calls: int, seed: int) -> Provider:
     """Start the scripted LLM, or take the provider that OPENAI_BASE_URL names and print what it will cost.
 
     Raises:
-        ConfigError: the scripted LLM did not start, or a variable of the provider is missing.
+        ConfigError: the scripted LLM did not start, or a variable of the provider is missing or wrong.
     """
     return _start_scripted(seed) if name == "scripted" else _from_environment(num_calls)
 
@@ -78,12 +80,16 @@ def _from_environment(num_calls: int) -> Provider:
             "next: set them, or run the demo without --provider env"
         )
     prompt_usd, completion_usd = _prices(values["OPENAI_USD_PER_MILLION"])
-    upstream = UpstreamConfig(
-        base_url=values["OPENAI_BASE_URL"],
-        model=values["OPENAI_MODEL"],
-        prompt_usd_per_million=prompt_usd,
-        completion_usd_per_million=completion_usd,
-    )
+    described = {
+        "base_url": values["OPENAI_BASE_URL"],
+        "model": values["OPENAI_MODEL"],
+        "prompt_usd_per_million": prompt_usd,
+        "completion_usd_per_million": completion_usd,
+    }
+    try:
+        upstream = validate(UpstreamConfig, described)
+    except ConfigError as error:
+        raise ConfigError(f"OPENAI_BASE_URL: {error}") from None
     cost = num_calls * (_PROMPT_TOKENS * prompt_usd + _COMPLETION_TOKENS * completion_usd) / 1e6
     print(
         f"This run asks {values['OPENAI_MODEL']} at {values['OPENAI_BASE_URL']} about {num_calls} times: about "
@@ -94,10 +100,14 @@ def _from_environment(num_calls: int) -> Provider:
 
 
 def _prices(text: str) -> tuple[float, float]:
+    """Both positive: the summary divides by what all calls would have cost on the LLM."""
     try:
         prompt_usd, completion_usd = map(float, text.split(","))
     except ValueError:
+        prompt_usd = completion_usd = 0.0
+    if not all(math.isfinite(price) and price > 0 for price in (prompt_usd, completion_usd)):
         raise ConfigError(
-            f"OPENAI_USD_PER_MILLION={text!r}: allowed: two numbers, PROMPT,COMPLETION, such as 2.5,10"
-        ) from None
+            f"OPENAI_USD_PER_MILLION={text!r}: allowed: two positive numbers, PROMPT,COMPLETION, such as 2.5,10; "
+            "next: set your provider's prices, which the summary compares costs by"
+        )
     return prompt_usd, completion_usd

@@ -24,7 +24,7 @@ from cluster.engine import Engine
 from cluster.errors import ConfigError, ReleaseError
 from cluster.records import AgentCall, Usage
 from cluster.registry import promote
-from cluster.session import connect
+from cluster.session import connect, joins_cluster
 from cluster.store import Store
 from jobs.convert import Conversion, convert, write_conversion_report
 from jobs.demo.agent import CallResult, run_agent
@@ -34,7 +34,7 @@ from jobs.demo.world import SITES, make_conversations
 from jobs.recipe import Recipe, load_recipe
 from jobs.serve import serve_args
 
-NUM_CAPTURED, NUM_FRESH = 1100, 100
+NUM_CAPTURED, NUM_FRESH = 1250, 100
 MAX_IN_FLIGHT = 48
 SEED = 7
 APP = "understudy"
@@ -51,8 +51,10 @@ def run_demo(
     """Run everything below `out`, which is emptied first. Prints the summary and returns it.
 
     Raises:
-        ConfigError: `out` holds something that is not an earlier demo, or the provider is not described.
+        ConfigError: RAY_ADDRESS is set, `out` holds something that is not an earlier demo, or the provider is not
+            described.
     """
+    _refuse_cluster()
     began = time.monotonic()
     recipe = load_recipe(["recipe=demo", f"store={out / 'store'}", *words])
     provider = start_provider(provider_name, (NUM_CAPTURED + 2 * NUM_FRESH) * len(SITES), SEED)
@@ -65,6 +67,7 @@ def run_demo(
         stop_provider(provider)
     summary["wall_s"] = round(time.monotonic() - began, 1)
     for path in filter(None, [out / "summary.json", summary_path]):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary, indent=1) + "\n")
     (out / "conversion.json").write_text(conversion.model_dump_json(indent=1) + "\n")
     write_conversion_report(out / "report.html", conversion, summary, [provider.note, SCRATCH])
@@ -113,7 +116,19 @@ def _journey(recipe: Recipe, provider: Provider) -> tuple[dict[str, Any], Conver
     return {"llm": provider.model, **summary, **costs}, conversion
 
 
+def _refuse_cluster() -> None:
+    """The demo starts a Ray of its own, and takes down all that Ray Serve runs there when it ends."""
+    if joins_cluster():
+        raise ConfigError(
+            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: the demo ends with a shutdown of Ray Serve and all its "
+            "applications, so it runs on a Ray of its own on this machine alone; allowed: RAY_ADDRESS not set; "
+            "next: unset RAY_ADDRESS"
+        )
+
+
 def _empty(out: pathlib.Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; allowed: an absent or empty folder")
     if out.exists() and any(out.iterdir()) and not (out / _MARKER).exists():
         raise ConfigError(f"--out {out}: holds files that are no earlier demo's; allowed: an absent or empty folder")
     shutil.rmtree(out, ignore_errors=True)

@@ -177,7 +177,6 @@ def _task(examples: list[Example]) -> TaskSpec:
         signature="s",
         kind="json",
         reference="llm",
-        agents=("toy",),
         num_calls=len(examples),
         share_calls=1.0,
         share_cost=1.0,

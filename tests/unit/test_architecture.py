@@ -1,12 +1,15 @@
 """The shape of the code: who imports whom, how light an import is, and that files stay readable."""
 
 import ast
+import importlib
 import importlib.metadata
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from cluster.config import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = ("cluster", "training", "serving", "jobs")
@@ -68,3 +71,57 @@ def test_modules_import_no_heavy_package():
 @pytest.mark.parametrize("package", PACKAGES)
 def test_top_level_packages_are_ours_alone(package):
     assert set(importlib.metadata.packages_distributions().get(package, ["understudy"])) == {"understudy"}
+
+
+def journey(text: str) -> list[tuple[str, str]]:
+    """(stage, artifact) of a journey table's rows; a row without a stage goes on with the one above it."""
+    found: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|") or len(cells) != 4 or set(cells[0]) == {"-"}:
+            continue
+        if cells[0]:
+            found.append((cells[0], cells[3]))
+        else:
+            found[-1] = (found[-1][0], f"{found[-1][1]}, {cells[3]}")
+    return found
+
+
+def test_the_two_tables_of_the_journey_agree():
+    section = (ROOT / "README.md").read_text().split("## The journey of one call")[1].split("\n## ")[0]
+    page = journey(section)
+    conversion = journey(ast.get_docstring(ast.parse((ROOT / "jobs" / "convert.py").read_text())) or "")
+    assert page[0] == conversion[0] == ("stage", "artifact under the store")
+    assert [row[0] for row in conversion[1:]] == [
+        "S2 curate",
+        "S3 discover",
+        "S4 select",
+        "S5 fine-tune",
+        "validate",
+        "release",
+    ]
+    first = page.index(conversion[1])
+    assert page[first : first + len(conversion) - 1] == conversion[1:]
+
+
+def config_classes() -> list[type[Config]]:
+    for path in FILES:
+        if path.stem != "__main__":
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    found = [Config]
+    for one in found:
+        found += [other for other in one.__subclasses__() if other.__module__.split(".")[0] in PACKAGES]
+    return found[1:]
+
+
+def test_every_config_field_says_what_it_means():
+    """A section, whose type is a config class, is described by that class."""
+    classes = config_classes()
+    assert len(classes) >= 20
+    silent = []
+    for one in classes:
+        silent += [] if one.__dict__.get("__doc__") else [one.__name__]
+        for name, field in one.model_fields.items():
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+            silent += [] if field.description or is_section else [f"{one.__name__}.{name}"]
+    assert silent == []

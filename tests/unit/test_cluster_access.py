@@ -88,6 +88,12 @@ def test_kind_and_value_do_not_run_into_each_other() -> None:
     assert names.of("a", "b:c") != names.of("a:b", "c")
 
 
+def test_clients_have_no_session_in_common() -> None:
+    names = Pseudonyms(KEY)
+    assert names.session_of("a", "1") == Pseudonyms(KEY).session_of("a", "1")
+    assert len({names.session_of(*pair) for pair in (("a", "1"), ("b", "1"), ("a", '1", "b'), ('a", "1', "b"))}) == 4
+
+
 def test_pseudonyms_depend_on_the_key_and_hide_the_name() -> None:
     name = Pseudonyms(KEY).of("client", "billing")
     assert name != Pseudonyms(KEY[::-1]).of("client", "billing")

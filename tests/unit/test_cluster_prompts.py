@@ -256,7 +256,7 @@ def test_a_part_that_is_not_text_goes_to_the_llm(chat_tokenizer, tokenizer, kind
 
 
 def test_what_a_format_has_no_words_for_goes_to_the_llm(chat_tokenizer, tokenizer):
-    with pytest.raises(InputError, match="role 'critic'; allowed: system"):
+    with pytest.raises(InputError, match="unknown role; allowed: system"):
         render_prompt({"messages": [{"role": "critic", "content": "bad"}]}, prompt_format(), tokenizer)
     chat_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     try:
@@ -264,3 +264,54 @@ def test_what_a_format_has_no_words_for_goes_to_the_llm(chat_tokenizer, tokenize
             render_prompt(request("hi"), CHAT_FORMAT, chat_tokenizer)
     finally:
         chat_tokenizer.chat_template = CHAT
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "bot", "content": "hi"},
+        {"content": "hi"},
+        {"role": ["user"], "content": "hi"},
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "user", "content": [{"type": "text", "text": ["hi"]}]},
+        {"role": "user", "content": ["hi"]},
+        {"role": "user", "content": {"text": "hi"}},
+        {"role": "user", "content": 7},
+        {"role": "user", "content": [{"type": "image_url"}]},
+        {"role": "assistant", "tool_calls": [{"function": None}]},
+        {"role": "assistant", "tool_calls": ["f"]},
+        {"role": "assistant", "tool_calls": {"f": 1}},
+    ],
+)
+def test_a_message_that_cannot_be_read_is_refused(tokenizer, message):
+    with pytest.raises(InputError, match="goes to the LLM"):
+        render_prompt({"messages": [message]}, prompt_format(), tokenizer)
+
+
+def test_text_parts_read_as_the_text_they_make(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    parts = [{"type": "text", "text": "order "}, {"type": "text", "text": "A-1"}]
+    for kind in ("compact", "chat"):
+        fmt = PromptFormat(kind=kind, answer_kind="text", max_prompt_tokens=100)
+        assert render_prompt(request(parts), fmt, tokenizer) == render_prompt(request("order A-1"), fmt, tokenizer)
+    with pytest.raises(InputError, match="not text"):
+        render_prompt(request([{"type": "image_url"}]), fmt, tokenizer)
+
+
+@pytest.mark.parametrize("arguments", ['```json\n{"id": "A-1"}\n```', {"id": "A-1"}, '{"id": "A-1"}'])
+def test_arguments_are_pointed_at_however_they_are_written(tokenizer, arguments):
+    prompt = render_prompt(request("order A-1"), prompt_format("tool_call"), tokenizer)
+    target = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": arguments}}]}
+    assert fit_copy_rule("tool_call", [(prompt, target)]).fields == {"[].find.id"}
+
+
+def test_an_answer_that_says_a_mark_is_spelled(tokenizer):
+    prompt = render_prompt(request("order A-1"), prompt_format(), tokenizer)
+    rule = CopyRule(kind="json", fields=frozenset({".id"}))
+    target = answer({"id": "A-1", "note": "\ue0003,4\ue001"})
+    assert point(target, prompt, rule) == [to_text(target)]
+    assert fit_plain_words([(prompt, target)] * 9, rule) == ("a-1", "order")
+
+
+def test_brackets_without_end_are_words(tokenizer):
+    assert find_words("[" * 200_000 + "tent")[0].begin == 200_000

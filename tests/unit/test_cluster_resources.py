@@ -10,11 +10,12 @@ from jobs.recipe import load_recipe
 
 TWO_CORES = [Node(cpus=2, gpus=0)]
 FREE = LimitsConfig()
+BASE = "select.base=scratch-small"
 
 
 def problem_of(words: list[str], nodes: list[Node], limits: LimitsConfig = FREE) -> str:
     with pytest.raises(ConfigError) as caught:
-        check_fits(plan_conversion(load_recipe(words)), nodes, limits, "the cluster")
+        check_fits(plan_conversion(load_recipe([BASE, *words])), nodes, limits, "the cluster")
     return str(caught.value)
 
 
@@ -49,7 +50,7 @@ def test_a_worker_must_fit_one_node_and_not_only_their_sum():
 def test_limits_stand_for_a_cluster_that_grows():
     words = ["fleet.max_parallel=8", "finetune.gpus_per_worker=1"]
     assert "limits.gpus" in problem_of(words, TWO_CORES)
-    check_fits(plan_conversion(load_recipe(words)), TWO_CORES, LimitsConfig(cpus=8, gpus=8), "the cluster")
+    check_fits(plan_conversion(load_recipe([BASE, *words])), TWO_CORES, LimitsConfig(cpus=8, gpus=8), "the cluster")
     assert "at most 4" in problem_of(words, TWO_CORES, LimitsConfig(cpus=8, gpus=4))
 
 

@@ -19,6 +19,7 @@ from cluster.store import Store
 from training.curate import CurateConfig, SplitConfig, curate, load_split, split_of
 from training.evaluation import SPECIALIST_ARM, Candidate, ask, evaluate_all
 from training.gate import GateConfig
+from training.ledger import CalibrationLedger
 
 MAX_TEMPERATURE = 0.7
 SHARES = SplitConfig(train=0.01, validation=0.01, calibration=0.97, test=0.01)
@@ -155,7 +156,8 @@ def test_validation_knows_the_gateways_temperature(tmp_path: pathlib.Path, limit
     examples = _curated(tmp_path, [{**REQUEST, "temperature": 0.9, "user": str(n)} for n in range(3)], answer)
     candidate = _candidate(PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100))
     splits = {"triage": {"validation": examples, "calibration": examples, "test": examples}}
-    validated = evaluate_all([candidate], engine, splits, GateConfig(), 0.05, max_temperature=limit)
+    ledger = CalibrationLedger(Store(str(tmp_path / "captured")))
+    validated = evaluate_all([candidate], engine, splits, GateConfig(), 0.05, ledger, max_temperature=limit)
     (found,) = asyncio.run(validated)
     specialist = next(arm for arm in found.arms if arm.name == SPECIALIST_ARM)
     assert specialist.num_calls - specialist.num_disagreements == num_kept == engine.num_asked / 3
@@ -197,7 +199,6 @@ def _candidate(prompt_format: PromptFormat) -> Candidate:
         signature="s",
         kind=prompt_format.answer_kind,
         reference="llm",
-        agents=("a",),
         num_calls=1,
         share_calls=1.0,
         share_cost=1.0,

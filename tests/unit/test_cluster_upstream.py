@@ -227,7 +227,7 @@ def test_a_timeout_is_not_sent_twice(is_stream: bool) -> None:
 
 def test_an_unreachable_llm_is_named_with_the_next_step() -> None:
     async def main() -> UpstreamError:
-        url = "http://user:word@127.0.0.1:9/v1"
+        url = "http://127.0.0.1:9/v1?key=word"
         upstream = Upstream(UpstreamConfig(base_url=url, api_key_env=KEY_ENV), sleep=Waits())
         with pytest.raises(UpstreamError) as caught:
             await upstream.chat(BODY)

@@ -18,6 +18,7 @@ from jobs.demo import world
 from jobs.demo.agent import CallResult, SupportAgent, run_agent
 from jobs.demo.llm import MODEL_ID, NOT_UNDERSTOOD, Answer, ChatRequest, ScriptedLLM, build_app, start_server
 from jobs.demo.phrases import PHRASEBOOKS
+from jobs.demo.run import NUM_CAPTURED, NUM_FRESH, SEED
 from jobs.demo.world import SITES, Conversation, build_messages, make_conversations, true_answers
 
 
@@ -68,14 +69,15 @@ def phrases_of(season: str) -> dict[str, set[str]]:
 
 
 def test_no_fresh_value_occurs_in_captured_traffic():
-    llm = ScriptedLLM()
-    captured = make_conversations("captured", 1000, seed=1)
+    """With the seed and the numbers of conversations of the demo itself."""
+    llm = ScriptedLLM(seed=SEED)
+    captured = make_conversations("captured", NUM_CAPTURED, SEED)
     traffic = "\n".join(
         json.dumps([build_messages(c, site), ask(llm, c, site).message]) for c in captured for site in SITES
     )
-    fresh = make_conversations("fresh", 200, seed=2)
+    fresh = make_conversations("fresh", NUM_FRESH, SEED)
     values = set().union(*map(fresh_values, fresh))
-    assert len(values) > 800
+    assert len(values) > 4 * NUM_FRESH
     assert [value for value in values if value in traffic] == []
     words = set(re.findall(r"\w+", traffic))
     book = PHRASEBOOKS["fresh"]

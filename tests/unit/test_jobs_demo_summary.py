@@ -58,6 +58,20 @@ def test_a_provider_of_the_environment_says_what_it_will_cost(monkeypatch, capsy
     provider = start_provider("env", 10_000, 0)
     assert "about 10000 times: about 10.60 USD" in capsys.readouterr().out
     assert provider.process is None and provider.model == "m" and provider.upstream.prompt_usd_per_million == 2.0
-    monkeypatch.setenv("OPENAI_USD_PER_MILLION", "cheap")
-    with pytest.raises(ConfigError, match="OPENAI_USD_PER_MILLION='cheap': allowed: two numbers"):
+
+
+@pytest.mark.parametrize("prices", ["cheap", "2", "1,2,3", "0,0", "0,10", "2,0", "-1,2", "nan,2", "2,inf"])
+def test_prices_of_the_environment_are_two_positive_numbers(monkeypatch, prices):
+    for name, value in zip(VARIABLES, ("http://127.0.0.1:9/v1", "k", "m", prices), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"OPENAI_USD_PER_MILLION='{prices}': allowed: two positive numbers.*next:"):
         start_provider("env", 10, 0)
+
+
+@pytest.mark.parametrize("address", ["localhost:8000/v1", "https://me:s3cr3t@llm.example/v1"])
+def test_a_provider_of_the_environment_names_a_wrong_address_and_no_secret(monkeypatch, address):
+    for name, value in zip(VARIABLES, (address, "k", "m", "2,10"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="OPENAI_BASE_URL: base_url: ") as caught:
+        start_provider("env", 10, 0)
+    assert "allowed" in str(caught.value) and "s3cr3t" not in str(caught.value)

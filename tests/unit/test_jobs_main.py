@@ -11,14 +11,16 @@ import pytest
 from cluster.access import ApiKeys
 from cluster.calls import read_calls
 from cluster.quarantine import read_quarantine
-from cluster.store import Store
+from cluster.store import Store, check_store_address
 from jobs import provenance
-from jobs.__main__ import main
-from jobs.recipe import Recipe, load_recipe
+from jobs.__main__ import _save_report, main
+from jobs.convert import Conversion
+from jobs.recipe import Recipe, load_recipe, work_folder
 from jobs.serve import serve_args
 from serving.app import ServeArgs
 from training.curate import CurateConfig, curate
 
+BASE = "select.base=scratch-small"
 LLM = "upstream.0.base_url=http://127.0.0.1:9/v1"
 
 
@@ -55,8 +57,12 @@ def record(number: int, content: str = "hello") -> str:
         (["convert", "gate.epsilon=small"], ["gate.epsilon: got 'small'", "valid number"]),
         (["convert", "fleet.max_parallel=0"], ["fleet.max_parallel: got 0", "greater than or equal to 1"]),
         (["convert", "select.base=scratch-huge"], ["'scratch-huge'", "allowed", "next"]),
-        (["convert", "finetune.gpus_per_worker=99"], ["finetune.gpus_per_worker=99", "allowed"]),
-        (["convert", "fleet.max_parallel=9999"], ["fleet.max_parallel=9999", "at most"]),
+        (["convert"], ["select.base: not given", "scratch-tiny, scratch-small", "hub id", "folder", "recipe=local"]),
+        (["convert", BASE, "store=s3://bucket/x"], ["work: not given", "store='s3://bucket/x'", "next: work=/shared"]),
+        (["convert", BASE, "work=s3://bucket/x"], ["work='s3://bucket/x'", "allowed: a folder", "next: work=/shared"]),
+        (["convert", "store=file://a/b"], ["store='file://a/b'", "allowed: file:///PATH"]),
+        (["convert", BASE, "finetune.gpus_per_worker=99"], ["finetune.gpus_per_worker=99", "allowed"]),
+        (["convert", BASE, "fleet.max_parallel=9999"], ["fleet.max_parallel=9999", "at most"]),
         (["serve"], ["upstream", "[[upstream]]", "OPENAI_BASE_URL", "next: understudy serve"]),
         (["serve", "upstream.0.base_url=ftp://a"], ["upstream.0.base_url: got 'ftp://a'"]),
         (["serve", "upstream.0.base_ulr=http://a"], ["upstream.0.base_ulr: unknown key", "upstream.N.base_url"]),
@@ -79,6 +85,58 @@ def test_what_is_wrong_exits_2_and_is_named(capsys, store, arguments, parts):
     assert "Traceback" not in err
 
 
+SECRET = "s3cr3t"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable"),
+    [
+        (["serve", f"upstream.0.base_url=https://me:{SECRET}@llm.example/v1"], "OPENAI_API_KEY"),
+        (["serve", f"upstream.0.base_url=https://me:{SECRET}/x@llm.example/v1"], "OPENAI_API_KEY"),
+        (["serve", f"upstream.0.base_url=https://{SECRET}@llm.example/v1"], "OPENAI_API_KEY"),
+        (["serve", f"upstream.0.base_url=ftp://me:{SECRET}@llm.example/v1"], "http"),
+        (["serve", f"https://me:{SECRET}@llm.example/v1"], "key=value"),
+        (["convert", BASE, "work=/w", f"store=s3://KEY:{SECRET}@bucket/x"], "AWS_SECRET_ACCESS_KEY"),
+        (["convert", BASE, "work=/w", f"store=s3://KEY:{SECRET}/x@bucket"], "AWS_SECRET_ACCESS_KEY"),
+        (["ingest", "a.calls.jsonl", f"store=gs://{SECRET}@bucket"], "GOOGLE_APPLICATION_CREDENTIALS"),
+    ],
+)
+@pytest.mark.parametrize("flag", [[], ["--dry-run"]], ids=["", "dry run"])
+def test_credentials_in_an_address_are_refused_and_not_repeated(capsys, arguments, variable, flag):
+    flag = [] if arguments[0] == "ingest" else flag
+    code, out, err = run(capsys, *arguments, *flag)
+    assert (code, out) == (2, "")
+    assert variable in err and SECRET not in err
+
+
+def test_credentials_in_the_environments_address_are_refused_and_not_repeated(capsys, store, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", f"https://me:{SECRET}@llm.example/v1")
+    code, out, err = run(capsys, "serve", "--dry-run", f"store={store}")
+    assert (code, out) == (2, "") and "base_url" in err and SECRET not in err
+
+
+def test_a_public_bucket_and_a_path_with_an_at_sign_carry_no_credentials():
+    for address in ("gs://anonymous@bucket/x", "s3://bucket/a@b", "/data/a@b:c", "a@b"):
+        assert check_store_address(address) == address
+
+
+def test_verbs_that_train_nothing_need_no_base_and_no_work_folder(capsys, store, tmp_path):
+    log = tmp_path / "a.calls.jsonl"
+    log.write_text(record(0))
+    assert run(capsys, "ingest", str(log), f"store={store}")[0] == 0
+    assert run(capsys, "serve", "--dry-run", LLM, f"store={store}")[0] == 0
+    assert load_recipe(["store=s3://bucket/x"]).work is None
+
+
+def test_work_lies_in_a_plain_store_or_where_the_recipe_says(tmp_path):
+    store, other = tmp_path / "a b", tmp_path / "other"
+    by_address = load_recipe([f"store={store.as_uri()}"])
+    assert by_address.store == str(store) and work_folder(by_address) == store / "work"
+    assert work_folder(load_recipe([f"store={store}", f"work={other.as_uri()}"])) == other
+    assert work_folder(load_recipe(["store=s3://bucket/x", f"work={other}"])) == other
+    assert work_folder(Recipe(store=str(store))) == store / "work"
+
+
 def test_a_taken_port_is_named_before_ray(capsys, store):
     import socket
 
@@ -92,8 +150,39 @@ def test_a_taken_port_is_named_before_ray(capsys, store):
 
 def test_a_cluster_that_is_not_there_is_named(capsys, store, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    code, _, err = run(capsys, "convert", f"store={store}")
+    code, _, err = run(capsys, "convert", BASE, f"store={store}")
     assert code == 2 and "RAY_ADDRESS='127.0.0.1:9': no cluster answers" in err and "next" in err
+
+
+def test_the_demo_leaves_somebodys_cluster_alone(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("jobs.demo.run.start_provider", lambda *_: pytest.fail("something was started"))
+    out = tmp_path / "demo"
+    code, _, err = run(capsys, "demo", "--out", str(out))
+    assert code == 2 and not out.exists()
+    assert "RAY_ADDRESS='10.0.0.1:6379'" in err and "all its applications" in err and "next: unset RAY_ADDRESS" in err
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"), [(["convert", "--dry-run", BASE], "--report"), (["demo"], "--summary")], ids=["convert", "demo"]
+)
+def test_an_output_that_cannot_be_written_is_told_before_the_run(capsys, tmp_path, monkeypatch, verb, option):
+    monkeypatch.setattr("jobs.demo.run.run_demo", lambda *_: pytest.fail("the demo ran"))
+    (tmp_path / "file").touch()
+    code, out, err = run(capsys, *verb, option, str(tmp_path / "file" / "page.html"))
+    assert (code, out) == (2, "") and f"{tmp_path / 'file'} is no folder; allowed" in err
+    code, out, err = run(capsys, *verb, option, str(tmp_path))
+    assert (code, out) == (2, "") and f"{option} {tmp_path}: is a folder; allowed" in err
+
+
+def test_a_report_goes_into_a_folder_that_is_not_there_yet(capsys, store, tmp_path, monkeypatch):
+    page = tmp_path / "new" / "folder" / "page.html"
+    assert run(capsys, "convert", "--dry-run", BASE, f"store={store}", "--report", str(page))[0] == 0
+    assert not page.parent.exists()
+    monkeypatch.setattr("jobs.convert.write_conversion_report", lambda path, *_: path.write_text("page"))
+    conversion = Conversion.model_construct(release="abc")
+    _save_report(Store(store), conversion, page)
+    assert page.read_text() == "page"
 
 
 def test_a_store_in_a_submitted_jobs_own_folder_is_refused(capsys, tmp_path, monkeypatch):
@@ -118,7 +207,7 @@ def test_a_dry_run_prints_recipe_and_resources_and_touches_nothing(capsys, store
 
 
 def test_a_dry_run_of_what_cannot_start_shows_it_and_exits_2(capsys, store):
-    code, out, err = run(capsys, "convert", "--dry-run", f"store={store}", "fleet.max_parallel=9999")
+    code, out, err = run(capsys, "convert", "--dry-run", BASE, f"store={store}", "fleet.max_parallel=9999")
     assert code == 2 and json.loads(out)["config"]["fleet"]["max_parallel"] == 9999 and "at most" in err
 
 
@@ -140,7 +229,12 @@ def test_help_lists_the_fields_a_verb_reads(capsys, verb):
     out = capsys.readouterr().out
     assert exit.value.code == 0
     assert "store: str = 'store'" in out and "Folder, s3:// or gs:// address" in out
-    assert ("gate.epsilon: float, > 0, < 1 = 0.05" in out) == (verb in ("convert", "demo"))
+    for field in (
+        "gate.epsilon: float, > 0, < 1 = 0.05",
+        "select.base: str | None, length >= 1 = None",
+        "work: str | None = None",
+    ):
+        assert (field in out) == (verb in ("convert", "demo"))
     assert ("upstream.N.base_url: str" in out) == (verb == "serve")
     assert ("prices.replica_usd_per_hour: float, >= 0 = 0.0" in out) == (verb in ("serve", "demo"))
     assert ("gateway.max_temperature: float" in out) == (verb in ("convert", "serve", "demo"))

@@ -108,14 +108,14 @@ def test_a_failing_llm_is_counted_and_no_client_notices(tmp_path: pathlib.Path, 
     asyncio.run(scenario())
 
 
-def test_a_body_that_is_no_completion_is_counted_and_not_stored(tmp_path: pathlib.Path) -> None:
+def test_a_body_that_is_no_completion_is_counted_as_missed(tmp_path: pathlib.Path) -> None:
     async def scenario() -> None:
         async with gateway(tmp_path, audit=ALL) as run:
             run.llm.body = {"choices": {"0": "no list"}}
             assert (await run.ask()).status_code == 200
             await audited(run)
-            assert run.core.meter.counts[(MISSED, "failed")] == 1
-            assert len(await run.captured()) == 1
+            assert run.core.meter.counts[(MISSED, "no answer")] == 1
+            assert [call.message for call in await run.captured() if call.audit_of] == [None]
 
     asyncio.run(scenario())
 

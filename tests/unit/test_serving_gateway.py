@@ -21,7 +21,7 @@ from fakes import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.access import Pseudonyms
+from cluster.access import ApiKeys, Pseudonyms
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, InputError
 from cluster.prices import PriceConfig
@@ -218,10 +218,12 @@ def test_wrong_keys_bodies_and_paths_get_openai_errors(tmp_path: pathlib.Path) -
                 await run.http.post(PATH, json=REQUEST, headers=bad),
                 await run.http.post(PATH, content=b"[1]"),
                 await run.http.post(PATH, json={"messages": [{"role": "user", "content": ["x"]}]}),
+                await run.http.post(PATH, json={"messages": [{"content": "x"}]}),
+                await run.http.post(PATH, json={"messages": [{"role": 7, "content": "x"}]}),
                 await run.http.post("/v1/embeddings", json={}),
                 await run.http.get(PATH),
             ]
-            assert [reply.status_code for reply in replies] == [401, 400, 400, 404, 404]
+            assert [reply.status_code for reply in replies] == [401, 400, 400, 400, 400, 404, 404]
             assert all(set(reply.json()["error"]) == {"message", "type", "param", "code"} for reply in replies)
             assert not await run.captured()
             models = (await run.http.get("/v1/models")).json()["data"]
@@ -240,8 +242,14 @@ def test_headers_name_session_agent_and_step_and_names_become_pseudonyms(tmp_pat
             await run.ask()
             named, first, second = await run.captured()
             assert (named.agent, named.step, named.faces_person) == ("support", 3, True)
-            assert named.session_id == Pseudonyms(b"k" * 32).of("session", "s-1")
+            assert named.session_id == Pseudonyms(b"k" * 32).session_of("billing", "s-1")
             assert first.session_id == second.session_id != named.session_id
+            other = {
+                **headers,
+                "Authorization": f"Bearer {ApiKeys(tmp_path / 'keys.json').create('shipping', 'agent')}",
+            }
+            await run.http.post(PATH, json=REQUEST, headers=other)
+            assert (await run.captured())[-1].session_id != named.session_id
             assert "billing" not in first.model_dump_json()
 
     asyncio.run(scenario())

@@ -15,12 +15,12 @@ from cluster.quarantine import read_quarantine
 from cluster.records import AgentCall, RouteDecision
 from cluster.store import Store
 from jobs.ingest import ingest
+from training import curate as curate_module
 from training.curate import (
     BAD_OUTCOME,
     BIASED,
-    LEAKED,
     SPLITS,
-    TOO_DEEP,
+    AuditCounts,
     CurateConfig,
     Snapshot,
     SplitConfig,
@@ -29,6 +29,8 @@ from training.curate import (
     load_split,
     split_of,
 )
+from training.leakage import LEAKED, SHARED_TEXT
+from training.validity import AUDIT_MISSING, MALFORMED_ANSWER, MALFORMED_REQUEST, TOO_DEEP
 
 KEY = b"k" * 32
 SHARES = SplitConfig()
@@ -62,8 +64,16 @@ def ids_of(store: Store, snapshot: Snapshot, split) -> set[str]:
     return {call_id for ids in rows["source_call_ids"].to_pylist() for call_id in ids}
 
 
-def answer(content: str | None, finish: str = "stop") -> dict:
-    return {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish}]}
+def answer(content: str | None = None, finish: str = "stop", **fields) -> dict:
+    return {"choices": [{"message": {"role": "assistant", "content": content, **fields}, "finish_reason": finish}]}
+
+
+def ask(*messages: dict, **fields) -> dict:
+    return {"messages": list(messages or [{"role": "user", "content": "hello"}]), **fields}
+
+
+def said_call(**function) -> dict:
+    return answer(tool_calls=[{"id": "c", "type": "function", "function": function}])
 
 
 def nest(depth: int) -> dict:
@@ -78,11 +88,36 @@ def nest(depth: int) -> dict:
         ({"response": None}, "no answer"),
         ({"response": {"choices": []}}, "no answer"),
         ({"response": answer(None)}, "no answer"),
+        ({"response": answer(" \n")}, "no answer"),
+        ({"response": answer(function_call={"name": "f", "arguments": "{}"})}, "no answer"),
+        ({"served_by": "specialist", "is_reference": True}, AUDIT_MISSING),
         ({"response": answer("yes", "length")}, "answer cut off"),
         ({"response": answer("yes", "content_filter")}, "answer cut off"),
         ({"faces_person": True}, "answer faces a person"),
         ({"question": "x" * 101_000}, "prompt longer than 100000 characters"),
         ({"request": {"messages": [{"role": "user", "content": [nest(150)]}]}}, TOO_DEEP),
+        ({"response": {"choices": {"message": {"content": "yes"}}}}, MALFORMED_ANSWER),
+        ({"response": {"choices": ["yes"]}}, MALFORMED_ANSWER),
+        ({"response": {"choices": [{"message": "yes"}]}}, MALFORMED_ANSWER),
+        ({"response": answer({"text": "yes"})}, MALFORMED_ANSWER),
+        ({"response": answer([{"type": "image_url"}])}, MALFORMED_ANSWER),
+        ({"response": said_call(name="f", arguments='{"a": 1')}, MALFORMED_ANSWER),
+        ({"response": said_call(name="f", arguments="[1]")}, MALFORMED_ANSWER),
+        ({"response": said_call(arguments="{}")}, MALFORMED_ANSWER),
+        ({"response": answer(tool_calls={"name": "f"})}, MALFORMED_ANSWER),
+        ({"response": answer(tool_calls=["f"])}, MALFORMED_ANSWER),
+        ({"request": {}}, MALFORMED_REQUEST),
+        ({"request": ask({"content": "no role"})}, MALFORMED_REQUEST),
+        ({"request": ask({"role": "bot", "content": "hi"})}, MALFORMED_REQUEST),
+        ({"request": ask({"role": "user", "content": {"text": "hi"}})}, MALFORMED_REQUEST),
+        ({"request": ask({"role": "user", "content": [{"type": "text"}]})}, MALFORMED_REQUEST),
+        ({"request": ask({"role": "user", "content": ["hi"]})}, MALFORMED_REQUEST),
+        ({"request": ask({"role": "assistant", "tool_calls": [{"function": None}]})}, MALFORMED_REQUEST),
+        ({"request": ask(tools={"name": "f"})}, MALFORMED_REQUEST),
+        ({"request": ask(tools=[{"function": "f"}])}, MALFORMED_REQUEST),
+        ({"request": ask(functions=[{"name": ["f"]}])}, MALFORMED_REQUEST),
+        ({"request": ask(response_format="json")}, MALFORMED_REQUEST),
+        ({"request": ask(tool_choice={"function": "f"})}, MALFORMED_REQUEST),
     ],
 )
 def test_calls_that_cannot_be_learned_from_are_dropped_and_counted(tmp_path, fields, reason):
@@ -99,7 +134,27 @@ def test_an_audited_call_counts_once_and_the_llms_answer_is_the_target(tmp_path,
     audit = make_call(1, "same", audit_of="call-0", route=routes[1], response=answer("theirs"), **shared)
     store, snapshot = curate_calls(tmp_path, [kept, audit])
     assert (snapshot.counts.num_calls, snapshot.counts.dropped) == (1, {})
+    assert snapshot.counts.audits == {"t": AuditCounts(num_kept=1, num_audited=1)}
     assert ids_of(store, snapshot, split) == {"call-1"}
+
+
+def test_lost_audits_are_counted_by_task(tmp_path):
+    def kept(index: int, task: str, **fields) -> AgentCall:
+        route = RouteDecision(action="accept", reason="", task_id=task, specialist=f"{task}@1")
+        return make_call(index, served_by="specialist", route=route, **{"is_reference": True, **fields})
+
+    def audit(index: int, task: str, of: int, **fields) -> AgentCall:
+        route = RouteDecision(action="audit", reason="", task_id=task, specialist=f"{task}@1")
+        return make_call(index, route=route, is_reference=True, audit_of=f"call-{of}", **fields)
+
+    calls = [kept(i, "a" if i < 4 else "b") for i in range(6)]
+    calls += [audit(10, "a", 0), audit(11, "a", 1), audit(12, "a", 2, response=answer(None)), audit(13, "b", 99)]
+    _, snapshot = curate_calls(tmp_path, [*calls, kept(20, "a", is_reference=False)])
+    assert snapshot.counts.audits == {
+        "a": AuditCounts(num_kept=4, num_audited=2),
+        "b": AuditCounts(num_kept=3, num_audited=1),
+    }
+    assert snapshot.counts.dropped == {AUDIT_MISSING: 3, "no answer": 1, "answered by a specialist": 1}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -117,6 +172,24 @@ def test_a_long_prompt_is_listed_in_quarantine(tmp_path):
     (row,) = read_quarantine(store)
     assert row.reason == "prompt longer than 100000 characters"
     assert "call-1" in row.detail and "xxx" not in row.detail
+
+
+def test_a_malformed_call_is_listed_in_quarantine_without_its_words(tmp_path):
+    bad = [
+        make_call(1, request=ask({"role": "SECRET", "content": "SECRET"})),
+        make_call(2, response=said_call(name="SECRET", arguments="SECRET")),
+    ]
+    store, _ = curate_calls(tmp_path, [make_call(0), *bad])
+    rows = sorted(read_quarantine(store), key=lambda row: row.detail)
+    assert [row.reason for row in rows] == [MALFORMED_REQUEST, MALFORMED_ANSWER]
+    assert [row.detail.split(":")[0] for row in rows] == ["call call-1", "call call-2"]
+    assert "messages.0.role" in rows[0].detail and "SECRET" not in repr(rows)
+
+
+def test_parts_that_are_not_text_are_well_formed(tmp_path):
+    picture = {"type": "image_url", "image_url": {"url": "data:,"}}
+    request = ask({"role": "user", "content": [{"type": "text", "text": "what is it?"}, picture]})
+    assert curate_calls(tmp_path, [make_call(0, request=request)])[1].counts.dropped == {}
 
 
 def test_calls_that_face_a_person_are_kept_on_request(tmp_path):
@@ -155,6 +228,17 @@ def test_duplicates_differ_in_ids_of_tool_calls_but_not_in_answers(tmp_path):
     _, snapshot = curate_calls(tmp_path, calls)
     assert snapshot.counts.num_examples["train"] == 2
     assert snapshot.counts.num_train_requests_with_several_answers == 1
+
+
+def test_a_user_text_of_another_split_leaves_train_though_the_task_is_another(tmp_path):
+    user = {"role": "user", "content": "When will my new blue tent arrive?"}
+    calls = [
+        make_call(i, request=ask({"role": "system", "content": split}, user), session_id=SESSION_IN[split])
+        for i, split in enumerate(("train", "test"))
+    ]
+    store, snapshot = curate_calls(tmp_path, calls)
+    assert snapshot.counts.dropped == {SHARED_TEXT: 1}
+    assert ids_of(store, snapshot, "test") == {"call-1"}
 
 
 @pytest.mark.parametrize("split", SPLITS[1:])
@@ -206,11 +290,24 @@ def test_the_reference_says_who_answered(tmp_path):
 def test_curating_the_same_calls_again_finds_the_snapshot(tmp_path):
     store, snapshot = curate_calls(tmp_path, [make_call(0), make_call(1)])
     files = {name: store.read_bytes(name) for name in store.list("examples")}
-    assert curate(store, CurateConfig(), b"another key" * 3) == snapshot == load_snapshot(store, snapshot.id)
+    assert curate(store, CurateConfig(), KEY) == snapshot == load_snapshot(store, snapshot.id)
     assert {name: store.read_bytes(name) for name in store.list("examples")} == files
     assert curate(store, CurateConfig(min_reward=0.5), KEY).id != snapshot.id
     write_calls(store, [make_call(2)])
     assert curate(store, CurateConfig(), KEY).id != snapshot.id
+
+
+def test_a_snapshot_is_named_by_the_version_of_the_code_and_the_key_of_its_surrogates(tmp_path, monkeypatch):
+    store, snapshot = curate_calls(tmp_path, [make_call(0, "mail jo.doe77@mail.com", session_id=SESSION_IN["train"])])
+    other = curate(store, CurateConfig(), b"another key" * 3)
+    assert other.id != snapshot.id
+    (one,), (two,) = (load_split(store, s.id, "train", as_served=False) for s in (snapshot, other))
+    assert one.request != two.request
+    manifest = store.manifest(snapshot.folder)
+    assert manifest["version"] == curate_module.CURATION_VERSION
+    assert KEY.hex()[:8] not in str(manifest) and KEY.decode()[:8] not in str(manifest)
+    monkeypatch.setattr(curate_module, "CURATION_VERSION", curate_module.CURATION_VERSION + 1)
+    assert curate(store, CurateConfig(), KEY).id not in (snapshot.id, other.id)
 
 
 def test_an_empty_store_and_an_unknown_snapshot_are_refused(tmp_path):

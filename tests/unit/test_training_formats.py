@@ -51,9 +51,15 @@ def test_a_call_line_becomes_a_call_with_pseudonyms(tmp_path):
     assert (call.call_id, call.agent, call.step, call.label, call.latency_ms) == ("r0", "desk", 2, "greet", 12.0)
     assert (call.usage.prompt_tokens, call.usage.completion_tokens) == (3, 4)
     assert (call.request, call.response, call.outcome) == (record["request"], record["response"], {"reward": 1})
-    assert call.session_id == PSEUDONYMS.of("session", "s0")
+    assert call.session_id == PSEUDONYMS.session_of("desk-logs", "s0")
     assert call.client_id == PSEUDONYMS.of("client", "desk-logs")
     assert call.served_by == "llm"
+
+
+def test_the_same_session_id_of_two_clients_is_two_sessions(tmp_path):
+    records = [make_record(i, session="1", client=client) for i, client in enumerate(("a", "b", "a"))]
+    first, second, third = read_lines(tmp_path, *records)
+    assert first.session_id == third.session_id != second.session_id
 
 
 def test_gold_annotations_are_marked_as_written_by_people(tmp_path):

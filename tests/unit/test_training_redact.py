@@ -3,6 +3,7 @@
 import json
 import re
 import string
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,7 @@ from training.redact import RedactConfig, Redactor
 from training.surrogates import SurrogateMaker, is_luhn_valid, match_case
 
 KEY = b"k" * 32
+OK = {"role": "assistant", "content": "ok"}
 PROFILE = {
     "name": {"first_name": "Mia", "last_name": "Li"},
     "address": {"address1": "975 Sunset Drive", "city": "Austin", "zip": "78750"},
@@ -34,8 +36,13 @@ def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
+def redact_call(redactor: Redactor, request: dict, answer: dict, scope: str = "c/s") -> tuple[dict, dict, Counter[str]]:
+    ((request, answer),), counts = redactor.redact_session([(request, answer)], scope)
+    return request, answer, counts
+
+
 def redact_text(redactor: Redactor, text: str, scope: str = "c/s") -> str:
-    request, _, _ = redactor.redact({"messages": [user(text)]}, {"role": "assistant", "content": "ok"}, scope)
+    request, _, _ = redact_call(redactor, {"messages": [user(text)]}, OK, scope)
     return request["messages"][0]["content"]
 
 
@@ -101,7 +108,7 @@ def test_one_person_is_one_surrogate_across_turns_json_and_arguments(redactor):
         "tools": [{"type": "function", "function": {"name": "Mia"}}],
     }
     target = {"role": "assistant", "content": "Thank you, MIA is right, Mia Li of 975 Sunset Drive."}
-    redacted, answer, counts = redactor.redact(request, target, "c/s")
+    redacted, answer, counts = redact_call(redactor, request, target)
     text = json.dumps([redacted["messages"], answer])
     assert not re.search(
         r"\bMia\b|\bLi\b|mia_|_li_|Sunset Drive\W*Austin|1990-04-05|5125550143|5221 8096|mia\.li", text
@@ -135,11 +142,9 @@ def test_scopes_and_keys_give_unrelated_surrogates():
     assert len({redact_text(one, text, "c/1"), redact_text(one, text, "c/2"), redact_text(other, text, "c/1")}) == 3
 
 
-def test_each_distinct_string_is_searched_once():
-    redactor = Redactor(RedactConfig(), KEY)
-    for _ in range(3):
-        redact_text(redactor, "hello there")
-    assert redactor.num_chars == len("hello there") + len("ok")
+def test_half_of_a_surrogate_pair_stays_escaped(redactor):
+    redacted = redact_text(redactor, '{"note": "caf\u00e9 \\ud800 jo.doe77@mail.com"}')
+    assert redacted.encode() and "jo.doe77" not in redacted and json.loads(redacted)["note"][5] == "\ud800"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +162,7 @@ def test_json_keeps_its_layout(redactor, layout):
 def test_message_parts_are_searched_and_structure_is_left(redactor):
     image = {"type": "image_url", "image_url": {"url": "http://x/mia@example.com"}}
     message = {"role": "user", "name": "Mia", "content": [{"type": "text", "text": "I am Mia Li"}, image]}
-    request, _, _ = redactor.redact({"messages": [message]}, {"role": "assistant", "content": "ok"}, "c/s")
+    request, _, _ = redact_call(redactor, {"messages": [message]}, OK)
     assert request["messages"][0]["content"][1] == image
     assert "Mia" not in request["messages"][0]["content"][0]["text"]
 
@@ -191,7 +196,7 @@ def test_tool_calls_parse_and_what_must_be_copied_can_be_copied(redactor, fields
     text = json.dumps(fields)
     call = {"id": "1", "type": "function", "function": {"name": "save", "arguments": text}}
     target = {"role": "assistant", "content": None, "tool_calls": [call]}
-    request, answer, _ = redactor.redact({"messages": [user(text)]}, target, "c/s")
+    request, answer, _ = redact_call(redactor, {"messages": [user(text)]}, target)
     arguments = answer["tool_calls"][0]["function"]["arguments"]
     assert arguments == request["messages"][0]["content"]
     redacted = json.loads(arguments)

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.records import Gate, TaskSpec
+from training.candidates import BaseCandidate
+from training.catalog import Needs
 from training.evaluation import Arm, Evaluation, newcombe_interval
 from training.gate import Outcome, clopper_pearson_interval, coverage_curve
 from training.report import write_report
+from training.selection import Selection
 
 HOSTILE = '<script>alert("x")</script>\' onerror=$\\frac$ \u202e\u0416\ud800\x07'
 REASON = "too few calibration calls: needs 12 more & <b>better</b> examples"
@@ -26,7 +29,6 @@ def task(task_id: str, name: str, num_calls: int, share: float) -> TaskSpec:
         signature="s",
         kind="tool_call",
         reference="llm",
-        agents=("a",),
         num_calls=num_calls,
         share_calls=share,
         share_cost=share,
@@ -184,6 +186,17 @@ def test_nothing_moved_and_nothing_measured(tmp_path):
     assert "so there is no curve" in text and "Money" not in text and "Every call belongs to a task" in text
     write_report(tmp_path / "r.html", tasks=[], evaluations=[], summary=None, notes=[], **empty)
     assert "all 0 tasks" in parse(tmp_path / "r.html").text
+
+
+def test_the_page_tells_how_the_base_was_chosen(tmp_path):
+    needs = Needs(p99_prompt_tokens=9, needs_tool_use=False, allowed_licenses=None, memory_gib=1.0, max_model_tokens=64)
+    away = BaseCandidate(name="a/b", status="unavailable", reason="cannot be fetched <hub>")
+    chosen = Selection(
+        base="x", is_scratch=True, arm="arm", rule="the smallest", needs=needs, candidates=(away,), key="k"
+    )
+    write_report(tmp_path / "r.html", **INPUTS, selection=chosen)
+    text = parse(tmp_path / "r.html").text
+    assert "the smallest" in text and "unavailable" in text and "cannot be fetched <hub>" in text
 
 
 def test_a_refusal_outweighs_an_open_gate(tmp_path):

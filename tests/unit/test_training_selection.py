@@ -30,7 +30,7 @@ def config_for(*names: str, **changes: object) -> SelectConfig:
 
 
 def make_task(**changes: object) -> TaskSpec:
-    fields = {"task_id": "t", "name": "t", "signature": "s", "kind": "json", "reference": "llm", "agents": ("a",)}
+    fields = {"task_id": "t", "name": "t", "signature": "s", "kind": "json", "reference": "llm"}
     numbers = {"num_calls": 4, "share_calls": 1.0, "share_cost": 1.0, "num_examples": {"train": 2}}
     return TaskSpec.model_validate({**fields, **numbers, **changes})
 

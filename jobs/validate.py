@@ -1,0 +1,75 @@
+"""Candidates + held-out calls -> evaluations: the engine that serves is asked, and each report is kept by its content."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from tqdm import tqdm
+
+from cluster.engine import Engine
+from cluster.records import Example, Split
+from cluster.session import serve_without_http
+from cluster.store import Store, content_hash
+from jobs.recipe import Recipe
+from training.evaluation import Candidate, Evaluation, evaluate_all
+from training.gate import release_delta
+from training.ledger import CalibrationLedger
+
+EngineOf = Callable[[str], contextlib.AbstractContextManager[Engine]]
+"""Store path of a base -> the engine that serves it, for as long as the block runs."""
+HELD_OUT: tuple[Split, ...] = ("validation", "calibration", "test")
+
+
+def save_evaluation(store: Store, evaluation: Evaluation) -> str:
+    """Write reports/SHA256.json, named by its content, which no later conversion changes. Returns its store path."""
+    value = evaluation.model_dump(mode="json")
+    path = f"reports/{content_hash(value)}.json"
+    if not store.exists(path):
+        store.write_json(path, value)
+    return path
+
+
+@contextlib.contextmanager
+def validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
+    """Start the engine that serves the base, without HTTP, and take it down again."""
+    from ray import serve
+
+    from serving.specialist import ServeEngine, build_specialists
+
+    # One name for one store: conversions side by side do not meet, and one that was killed is taken over.
+    app = f"validation-{content_hash(recipe.store)[:8]}"
+    with serve_without_http():
+        handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+        try:
+            yield ServeEngine(handle)
+        finally:
+            serve.delete(app)
+
+
+def validate_candidates(
+    recipe: Recipe,
+    store: Store,
+    candidates: Sequence[Candidate],
+    by_split: dict[Split, dict[str, list[Example]]],
+    engine: Engine,
+    num_candidates: int,
+    say: Callable[[str], None],
+) -> list[Evaluation]:
+    """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too."""
+    splits = {c.task.task_id: {s: by_split[s][c.task.task_id] for s in HELD_OUT} for c in candidates}
+
+    def save(candidate: Candidate, found: Evaluation) -> None:
+        save_evaluation(store, found)
+        gate = found.gate
+        certified = f"open at {gate.threshold}, coverage {gate.coverage:.2f}, bound {gate.upper_bound}"
+        say(f"validate {candidate.task.task_id}: {gate.refused or certified}")
+
+    ledger = CalibrationLedger(store)
+    delta = release_delta(recipe.gate.delta, num_candidates)
+    with tqdm(desc="validate", unit="answer", disable=None) as bar:
+        limit = recipe.gateway.max_temperature
+        options = {"max_temperature": limit, "on_answer": bar.update, "on_done": save}
+        asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)
+        return asyncio.run(asked)

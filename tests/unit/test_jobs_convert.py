@@ -1,0 +1,36 @@
+"""A conversion without anything to learn ends in a release that refuses, without Ray; what it writes is redacted."""
+
+import sys
+
+from cluster.access import Pseudonyms, load_pseudonym_key
+from cluster.registry import load_release
+from cluster.store import Store
+from jobs.convert import convert
+from jobs.ingest import ingest
+from jobs.recipe import load_recipe
+
+
+def _log(path, num_calls: int) -> None:
+    import json
+
+    with path.open("w") as stream:
+        for i in range(num_calls):
+            messages = [{"role": "system", "content": "Say the colour."}, {"role": "user", "content": f"thing {i}"}]
+            answer = {"role": "assistant", "content": "red" if i % 2 else "blue"}
+            response = {"choices": [{"index": 0, "message": answer, "finish_reason": "stop"}], "model": "m"}
+            line = {"id": f"c{i}", "session": f"s{i}", "request": {"messages": messages}, "response": response}
+            stream.write(json.dumps(line) + "\n")
+
+
+def test_a_store_with_nothing_to_learn_gives_a_release_that_says_why(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    recipe = load_recipe(["recipe=local", f"store={tmp_path / 'store'}"])
+    store = Store(recipe.store)
+    _log(tmp_path / "few.calls.jsonl", 8)
+    ingest(store, [tmp_path / "few.calls.jsonl"], Pseudonyms(load_pseudonym_key(recipe.store)))
+    conversion = convert(recipe, say=lambda line: None)
+    assert conversion.evaluations == () and conversion.selection is None
+    assert conversion.unassigned == {"signature with 8 calls, fewer than discover.min_calls=20": 8}
+    release = load_release(store, conversion.release)
+    assert release.specialists == {} and store.is_published(release.route_model)
+    assert convert(recipe, say=lambda line: None).release == conversion.release, "the same conversion is one release"

@@ -1,0 +1,65 @@
+"""Calibration calls that were spent leave less delta for the next candidate, and the promise holds over all rounds."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.store import Store
+from training.gate import Outcome, certify, clopper_pearson_interval
+from training.ledger import LEDGER_FOLDER, CalibrationLedger, share_of_round
+
+IDS = [f"ex-{i}" for i in range(20)]
+
+
+def test_the_shares_of_all_rounds_stay_within_delta():
+    shares = [share_of_round(number) for number in range(60)]
+    assert sum(shares) <= 1 and all(later < earlier for earlier, later in zip(shares, shares[1:], strict=False))
+
+
+def test_another_candidate_on_spent_calls_is_a_later_round_and_fresh_calls_are_not(tmp_path):
+    ledger = CalibrationLedger(Store(str(tmp_path)))
+    assert ledger.spend("a", IDS[:10]) == 0
+    assert ledger.round_of("b", IDS[9:]) == 1 and ledger.spend("b", IDS[9:]) == 1
+    assert ledger.spend("c", IDS[5:15]) == 2
+    assert ledger.round_of("d", ["ex-fresh"]) == 0
+
+
+def test_a_conversion_that_runs_again_spends_once_and_the_ledger_outlives_the_process(tmp_path):
+    store = Store(str(tmp_path))
+    assert CalibrationLedger(store).spend("a", IDS) == 0
+    assert CalibrationLedger(store).spend("b", IDS) == 1
+    for _ in range(3):
+        again = CalibrationLedger(store)
+        assert (again.spend("a", IDS), again.spend("b", IDS)) == (0, 1)
+    assert len(store.list(LEDGER_FOLDER)) == 2
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sets(st.sampled_from(IDS), min_size=1)), max_size=8))
+def test_a_round_is_never_lower_than_the_number_of_others_that_met_these_calls(tmp_path_factory, uses):
+    ledger = CalibrationLedger(Store(str(tmp_path_factory.mktemp("ledger"))))
+    met: list[tuple[str, set[str]]] = []
+    for candidate, ids in uses:
+        others = {name for name, seen in met if name != candidate and seen & ids}
+        known = any(name == candidate and ids <= seen for name, seen in met)
+        number = ledger.spend(candidate, sorted(ids))
+        assert known or number >= len(others)
+        met.append((candidate, ids))
+
+
+def test_trying_candidate_after_candidate_on_the_same_calls_keeps_the_promise_and_without_shares_breaks_it():
+    epsilon, delta, num_calls, num_rounds = 0.05, 0.1, 300, 12
+    broken = {"shared": 0, "unshared": 0}
+    for seed in range(500):
+        rng = np.random.default_rng(seed)
+        for name in broken:
+            opened = False
+            for number in range(num_rounds):
+                agrees = rng.random(num_calls) >= epsilon * 1.01
+                level = delta * (share_of_round(number) if name == "shared" else 1)
+                calls = [Outcome(confidence=1, agrees=a, session_id=f"s{i}") for i, a in enumerate(agrees.tolist())]
+                promise = {"epsilon": epsilon, "delta": level, "reference": "llm", "population": "p"}
+                opened |= certify([0.5], calls, fingerprint="f", **promise).is_open
+            broken[name] += opened
+    assert clopper_pearson_interval(broken["shared"], 500)[0] <= delta
+    assert clopper_pearson_interval(broken["unshared"], 500)[0] > delta
