@@ -6,10 +6,25 @@ fingerprint names all that could change an answer or its confidence; a gate hold
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import pathlib
 from typing import Any, Protocol
 
 from cluster.prompts import PromptFormat
 from cluster.records import Record
+
+_RENDERING_SOURCES = ("answers.py", "confidence.py", "prompts.py", "servable.py")
+
+
+@functools.cache
+def rendering_version() -> str:
+    """Hash of the sources that turn a request into token ids and token ids into an answer that is kept or not.
+
+    Part of every engine fingerprint, and of the names of what is trained on rendered requests.
+    """
+    sources = [(pathlib.Path(__file__).parent / name).read_bytes() for name in _RENDERING_SOURCES]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
 
 
 class EngineAnswer(Record):
@@ -30,7 +45,7 @@ class Engine(Protocol):
     """What serves one base model and its adapters."""
 
     async def fingerprint(self) -> str:
-        """Hash of engine, version, device kind, dtype, adapter mode, log-probability mode and prompt code."""
+        """Hash of all that could change an answer or its confidence: engine, device, dtype, base, prompt code..."""
         ...
 
     async def load(self, adapter: str) -> None:

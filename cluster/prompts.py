@@ -8,7 +8,8 @@ shape" in every prompt; two in a row stand for the text from one word through an
 shown by their shape (AB-48213 as XX-dddd), because a fresh value is like none that was seen: only its shape and its
 place say what it is.
 
-Knows nothing of how a model is trained or served. Special tokens in the text of a request are plain text here.
+Knows nothing of how a model is trained or served. A request's text never becomes a control token: compact prompts take
+special tokens in it as plain text, and a chat prompt that holds one is refused.
 """
 
 from __future__ import annotations
@@ -17,15 +18,12 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from cluster.answers import to_message
 from cluster.errors import InputError
 from cluster.records import AnswerKind, Record
-
-RENDERING_VERSION = 3
-"""Part of every engine fingerprint: raise it when the same request would give other token ids."""
 
 _NUM_SHAPE_CLASSES = 8
 _COPY_BLOCKS = {
@@ -78,6 +76,8 @@ class Word(NamedTuple):
     text: str
     begin: int
     end: int
+    message: int = 0
+    """Which of the prompt's texts it stands in; equal texts are told apart by it."""
 
 
 class Prompt(NamedTuple):
@@ -95,7 +95,8 @@ def render_prompt(request: dict[str, Any], prompt_format: PromptFormat, tokenize
         tokenizer: a Hugging Face fast tokenizer; compact prompts need one with our SPECIAL_TOKENS.
 
     Raises:
-        InputError: more tokens than `max_prompt_tokens`, content that is not text, or a role that is unknown.
+        InputError: more tokens than `max_prompt_tokens`, content that is not text, a role that is unknown, or a special
+            token in a chat's text.
     """
     is_chat = prompt_format.kind == "chat"
     prompt = _render_chat(request, tokenizer) if is_chat else _render_compact(request, prompt_format, tokenizer)
@@ -162,10 +163,10 @@ def variable_text(message: dict[str, Any], static_lines: frozenset[str]) -> str:
     return "".join(unit + space for unit, space in kept).strip()
 
 
-def find_words(text: str) -> list[Word]:
-    """Split text into what copy tokens stand for: words, or the values where the text is JSON."""
+def find_words(text: str, message: int = 0) -> list[Word]:
+    """Split the text of a message into what copy tokens stand for: words, or the values where the text is JSON."""
     if not _is_json(text):
-        return [Word(text, m.start(), m.end()) for m in _WORD.finditer(text)]
+        return [Word(text, m.start(), m.end(), message) for m in _WORD.finditer(text)]
     words: list[Word] = []
     for match in _JSON_TOKEN.finditer(text):
         is_string = match.group(1) is not None
@@ -173,9 +174,9 @@ def find_words(text: str) -> list[Word]:
             continue
         begin, end = match.span(1) if is_string else match.span()
         if end - begin <= _LONGEST_JSON_WORD:
-            words.append(Word(text, begin, end))
+            words.append(Word(text, begin, end, message))
         else:
-            words += [Word(text, begin + m.start(), begin + m.end()) for m in _WORD.finditer(match.group(1))]
+            words += [Word(text, begin + m.start(), begin + m.end(), message) for m in _WORD.finditer(match.group(1))]
     return words
 
 
@@ -229,36 +230,52 @@ def _shape_of_run(match: re.Match[str]) -> str:
 
 
 def _render_chat(request: dict[str, Any], tokenizer: Any) -> Prompt:
+    import jinja2
+
     messages = [{**message, "content": _content_of(message)} for message in request["messages"]]
-    text = tokenizer.apply_chat_template(
-        messages, tools=request.get("tools") or None, add_generation_prompt=True, tokenize=False
-    )
+    tools = request.get("tools") or None
+    special = {
+        *tokenizer.all_special_tokens,
+        *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
+    }
+    if any(token in text for text in _strings_in([messages, tools]) for token in special):
+        raise InputError("messages: a special token of the base model in their text; this call goes to the LLM")
+    try:
+        text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise InputError(f"messages: not what the base model's chat template takes ({type(error).__name__})") from None
     return Prompt(tokenizer.encode(text, add_special_tokens=False), {})
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in itertools.chain(value, value.values() if isinstance(value, dict) else ()):
+            yield from _strings_in(item)
 
 
 def _render_compact(request: dict[str, Any], prompt_format: PromptFormat, tokenizer: Any) -> Prompt:
     texts = prompt_texts(request, prompt_format.static_lines)
     plain_words = frozenset(prompt_format.plain_words)
-    words = _number_words([word for _, text in texts for word in _copyable_words(text, plain_words)])
+    found = [word for message, (_, text) in enumerate(texts) for word in find_words(text, message)]
+    words = _number_words([w for w in found if word_key(w.text[w.begin : w.end]) not in plain_words])
     first = copy_token_id(tokenizer)
     ids = [tokenizer.convert_tokens_to_ids(f"<|task{prompt_format.task_number % NUM_TASK_TOKENS}|>")]
-    for role, text in texts:
+    for message, (role, text) in enumerate(texts):
         if role not in ROLE_TOKENS:
             raise InputError(f"messages: an unknown role; allowed: {', '.join(ROLE_TOKENS)}; this call goes to the LLM")
         ids.append(tokenizer.convert_tokens_to_ids(ROLE_TOKENS[role]))
         at = 0
         for number, word in words.items():
-            if word.text is not text:
+            if word.message != message:
                 continue
             shown = shown_text(text[at : word.begin]) + shape_of(text[word.begin : word.end])
             ids += [*_encode(shown, tokenizer), first + number]
             at = word.end
         ids += _encode(shown_text(text[at:]), tokenizer)
     return Prompt([*ids, tokenizer.convert_tokens_to_ids(ANSWER_TOKEN)], words)
-
-
-def _copyable_words(text: str, plain_words: frozenset[str]) -> list[Word]:
-    return [word for word in find_words(text) if word_key(text[word.begin : word.end]) not in plain_words]
 
 
 def _number_words(words: list[Word]) -> dict[int, Word]:
@@ -313,7 +330,7 @@ def _read_compact(ids: Sequence[int], prompt: Prompt, prompt_format: PromptForma
 
 
 def _copied_text(first: Word | None, last: Word | None) -> str | None:
-    if first is None or last is None or first.text is not last.text or first.begin > last.begin:
+    if first is None or last is None or first.message != last.message or first.begin > last.begin:
         return None
     return first.text[first.begin : last.end]
 

@@ -110,7 +110,7 @@ class Example(Record):
     session_id: str
     ts: float
     request: dict[str, Any]
-    """messages, tools, response_format: what the answer depends on."""
+    """As served: the client's body. Redacted: messages, tools, response_format, what a specialist learns from."""
     target: dict[str, Any]
     """The assistant message to learn or to be compared with."""
     reference: Reference

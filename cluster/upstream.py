@@ -58,6 +58,11 @@ class LLMNodeConfig(Config):
     completion_usd_per_million: float = Field(default=0.0, ge=0)
     """Price of a million completion tokens in US dollars."""
 
+    @property
+    def own_model(self) -> str | None:
+        """The model that is asked whatever a request names; None where it is the request's."""
+        return None
+
 
 class UpstreamConfig(LLMNodeConfig):
     """Where one endpoint is."""
@@ -70,6 +75,10 @@ class UpstreamConfig(LLMNodeConfig):
     """Model to ask for instead of the one the client names; None asks for the client's."""
     max_attempts: int = Field(default=3, ge=1, le=10)
     """How often one call is sent at most."""
+
+    @property
+    def own_model(self) -> str | None:
+        return self.model
 
 
 class UpstreamReply(NamedTuple):

@@ -57,14 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("paths", nargs="+", help="*.calls.jsonl[.gz], *.sessions.jsonl[.gz], and key=value words")
     ingest.set_defaults(run=_ingest)
     stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
-    stages += ("limits",)
+    stages += ("gateway.max_temperature", "limits")
     convert = verbs.add_parser("convert", help="captured calls -> gated specialists -> a release", sections=stages)
     convert.add_argument("words", **words)
     convert.add_argument("--promote", action="store_true", help="serve the release at once")
     convert.add_argument("--report", type=pathlib.Path, help="write the page with pictures here too")
     convert.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
     convert.set_defaults(run=_convert)
-    parts = ("store", "upstream", "gateway", "capture", "audit", "specialists", "serve", "limits")
+    parts = ("store", "upstream", "gateway", "capture", "audit", "specialists", "prices", "serve", "limits")
     serve = verbs.add_parser(
         "serve", help="run the endpoint until Ctrl-C: specialists first, else the LLM", sections=parts
     )
@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("words", **words)
     back.set_defaults(run=_roll_back)
     _add_keys(verbs, words)
-    demo = verbs.add_parser("demo", help="the whole journey on this machine with a scripted LLM", sections=stages)
+    demo = verbs.add_parser(
+        "demo", help="the whole journey on this machine with a scripted LLM", sections=(*stages, "prices")
+    )
     demo.add_argument("words", **words)
     demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/demo"))
     demo.add_argument("--summary", type=pathlib.Path, help="also write the machine-readable summary here")

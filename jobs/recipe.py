@@ -99,11 +99,12 @@ def work_folder(recipe: Recipe) -> pathlib.Path:
 
 
 def describe_recipe(sections: tuple[str, ...]) -> str:
-    """The recipe's fields in these sections as text: key, type, bounds, default, and what it means."""
+    """The recipe's fields in these sections (`gate`) and of these keys (`gate.epsilon`) as text: key, type, bounds, default,
+    and what it means."""
     recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     lines = [f"recipes: {recipes}, or a path ending in .toml", "fields (key=value):"]
     for key, kind, default, meaning in describe_fields(Recipe):
-        if key.split(".")[0] in sections:
+        if key.split(".")[0] in sections or key in sections:
             lines += [
                 f"  {key}: {kind} = {default}",
                 textwrap.fill(meaning, 110, initial_indent="      ", subsequent_indent="      "),

@@ -57,6 +57,24 @@ def resolve_upstream(recipe: Recipe) -> Recipe:
     return recipe
 
 
+def serve_args(recipe: Recipe, bases: tuple[str, ...] = ()) -> ServeArgs:
+    """What the recipe says of the serving graph.
+
+    Args:
+        bases: base models to serve besides those of the current release.
+    """
+    return ServeArgs(
+        store=recipe.store,
+        upstream=list(recipe.upstream),
+        bases=bases,
+        gateway=recipe.gateway,
+        capture=recipe.capture,
+        audit=recipe.audit,
+        specialists=recipe.specialists,
+        prices=recipe.prices,
+    )
+
+
 def count_bases(store_uri: str) -> int:
     """Base models of the served release, each of which has its own engines; 0 where nothing is released.
 
@@ -78,15 +96,7 @@ def serve(recipe: Recipe, plan: list[Part]) -> None:
     if not joins_cluster():
         check_port(recipe.serve.http)
     connect_for(plan, recipe)
-    args = ServeArgs(
-        store=recipe.store,
-        upstream=list(recipe.upstream),
-        gateway=recipe.gateway,
-        capture=recipe.capture,
-        audit=recipe.audit,
-        specialists=recipe.specialists,
-    )
-    run_endpoint(args, recipe.serve.http, lambda url: _announce(recipe, url))
+    run_endpoint(serve_args(recipe), recipe.serve.http, lambda url: _announce(recipe, url))
     print("stopped; captured calls are in the store", file=sys.stderr)
 
 

@@ -9,7 +9,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from cluster.prompts import RENDERING_VERSION, PromptFormat
+from cluster.engine import rendering_version
+from cluster.prompts import PromptFormat
 from cluster.records import Example, Record, Split, TaskSpec
 from cluster.store import Store, content_hash
 from jobs.recipe import Recipe
@@ -145,7 +146,7 @@ def _base_key(recipe: Recipe, name: str, scope: Scope) -> str:
     groups = {split: scope.by_split[split].values() for split in ("train", "validation")}
     seen = {split: sorted(e.example_id for group in groups[split] for e in group) for split in groups}
     known = [task.model_dump(mode="json") for task in scope.tasks]
-    return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, RENDERING_VERSION])[:12]
+    return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, rendering_version()])[:12]
 
 
 def _max_answer_tokens(recipe: Recipe) -> int:
@@ -185,8 +186,8 @@ def _reason_to_refuse(data: TaskData, base_name: str, max_answer_tokens: int) ->
     num_rows = len(data.train)
     if data.num_skipped >= max(1, num_rows):
         return (
-            f"{data.num_skipped} of {data.num_skipped + num_rows} prompts are longer than "
-            f"{data.prompt_format.max_prompt_tokens} tokens, what base {base_name} takes"
+            f"{data.num_skipped} of {data.num_skipped + num_rows} prompts do not fit base {base_name}: "
+            f"longer than {data.prompt_format.max_prompt_tokens} tokens, or not plain text"
         )
     too_long = sum(num_answer_tokens(row) > max_answer_tokens for row in data.train)
     if too_long >= max(1, num_rows // 2):

@@ -80,5 +80,7 @@ def validate_candidates(
     ledger = CalibrationLedger(store)
     delta = release_delta(recipe.gate.delta, num_candidates)
     with tqdm(desc="validate", unit="answer", disable=None) as bar:
-        asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, on_answer=bar.update, on_done=save)
+        limit = recipe.gateway.max_temperature
+        options = {"max_temperature": limit, "on_answer": bar.update, "on_done": save}
+        asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)
         return asyncio.run(asked)

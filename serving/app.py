@@ -18,6 +18,8 @@ from cluster import registry
 from cluster.access import ApiKeys, Pseudonyms, keys_folder, load_pseudonym_key
 from cluster.config import Config, validate
 from cluster.errors import ConfigError
+from cluster.prices import PriceConfig
+from cluster.records import Release
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
 from cluster.upstream import Upstream, UpstreamConfig
@@ -27,7 +29,7 @@ from serving.cluster_llm import ClusterLLM, build_cluster_llm
 from serving.fallback import AnyLLMConfig, FallbackLLM
 from serving.gateway import GatewayConfig, GatewayCore, build_api
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists
-from serving.table import ServingTable
+from serving.table import ServingTable, crowded_base
 
 if TYPE_CHECKING:
     from ray import serve
@@ -50,23 +52,28 @@ class ServeArgs(Config):
     capture: CaptureConfig = CaptureConfig()
     audit: AuditConfig = AuditConfig()
     specialists: SpecialistConfig = SpecialistConfig()
+    prices: PriceConfig = PriceConfig()
 
 
 def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     """Bind the graph; `serve run serving.app:build store=...` and `serve.run(build(args))` deploy it.
 
     Raises:
-        ConfigError: wrong arguments, a store that cannot be opened, or keys that cannot be found.
+        ConfigError: wrong arguments, a store that cannot be opened, keys that cannot be found, or a release with more
+            adapters on one base model than an engine has room for.
         ReleaseError: CURRENT names a release that cannot be read.
     """
-    from ray import serve
-
     args = args if isinstance(args, ServeArgs) else validate(ServeArgs, args)
     store = Store(args.store)
     load_pseudonym_key(args.store)
     _api_keys(args)
     found = registry.current(store)
     bases = sorted({*args.bases, *(one.base for one in (found[1].specialists.values() if found else ()))})
+    if found:
+        _check_room(found[1], args.specialists.max_adapters)
+
+    from ray import serve
+
     handles = {base: build_specialists(base, args.specialists, args.store) for base in bases}
     llms = {
         number: build_cluster_llm(config)
@@ -105,15 +112,26 @@ class Gateway:
             capture=capture,
             fallback=fallback,
             auditor=Auditor(config.audit, fallback, capture, pseudonyms, meter),
-            table=ServingTable(store, engines),
+            table=ServingTable(store, engines, config.specialists.max_adapters),
             engines=engines,
             pseudonyms=pseudonyms,
             api_keys=_api_keys(config),
+            prices=config.prices,
             meter=meter,
         )
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_api(self._core)
+
+
+def _check_room(release: Release, max_adapters: int) -> None:
+    crowded = crowded_base(release.specialists.values(), max_adapters)
+    if crowded:
+        raise ConfigError(
+            f"specialists.max_adapters={max_adapters}: the release has {crowded[1]} adapters on base {crowded[0]}, and all "
+            f"are kept resident; allowed: at least {crowded[1]}, and {2 * crowded[1]} to swap in another release like it; "
+            f"next: specialists.max_adapters={2 * crowded[1]}"
+        )
 
 
 def _api_keys(args: ServeArgs) -> ApiKeys | None:

@@ -56,6 +56,10 @@ class ClusterLLMConfig(LLMNodeConfig):
     def model_name(self) -> str:
         return self.name or self.cluster_model.rstrip("/").rpartition("/")[2]
 
+    @property
+    def own_model(self) -> str | None:
+        return self.model_name
+
 
 def build_cluster_llm(config: ClusterLLMConfig) -> Any:
     """Bind the deployment that serves the model."""

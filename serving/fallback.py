@@ -21,6 +21,8 @@ from cluster.errors import UpstreamError
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig, UpstreamConfig, UpstreamReply, UpstreamStream
 from serving.cluster_llm import ClusterLLMConfig
+from serving.openai_wire import error_body
+from serving.policy import MODEL_PREFIX
 
 
 def _kind(value: Any) -> str:
@@ -68,11 +70,12 @@ class FallbackLLM:
         Raises:
             UpstreamError: none gave one; the last one's error.
         """
-        for number, llm in enumerate(self._llms):
+        able = await self._able(body)
+        for number, llm in able:
             try:
                 return await llm.chat(body), llm.config
             except UpstreamError as error:
-                self._pass_on(number, error)
+                self._pass_on(number, error, is_last=number == able[-1][0])
         raise AssertionError("the last one answers or raises")
 
     @contextlib.asynccontextmanager
@@ -82,12 +85,13 @@ class FallbackLLM:
         Raises:
             UpstreamError: none gave a first byte; the last one's error.
         """
-        for number, llm in enumerate(self._llms):
+        able = await self._able(body)
+        for number, llm in able:
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     stream = await stack.enter_async_context(llm.stream(body))
                 except UpstreamError as error:
-                    self._pass_on(number, error)
+                    self._pass_on(number, error, is_last=number == able[-1][0])
                     continue
                 yield stream, llm.config
                 return
@@ -102,16 +106,41 @@ class FallbackLLM:
             try:
                 return await llm.list_models()
             except UpstreamError as error:
-                self._pass_on(number, error)
+                self._pass_on(number, error, is_last=number == len(self._llms) - 1)
         raise AssertionError("the last one answers or raises")
 
     async def close(self) -> None:
         for llm in self._llms:
             await llm.close()
 
-    def _pass_on(self, number: int, error: UpstreamError) -> None:
+    async def _able(self, body: dict[str, Any]) -> list[tuple[int, LLM]]:
+        """The LLMs that can be asked, with their numbers: no LLM knows a specialist's name, only one with its own model.
+
+        Raises:
+            UpstreamError: 400, none can be; names the models that may be asked.
+        """
+        model = body.get("model")
+        numbered = list(enumerate(self._llms))
+        if not isinstance(model, str) or not model.startswith(MODEL_PREFIX):
+            return numbered
+        able = [(number, llm) for number, llm in numbered if llm.config.own_model]
+        if able:
+            return able
+        try:
+            known = ", ".join(str(entry.get("id")) for entry in await self.list_models())
+        except UpstreamError:
+            known = "a model of the LLM"
+        message = (
+            f"model={model}: its specialist leaves this call to the LLM, and no upstream has a model to ask instead; "
+            f"allowed: {known}; or let upstream.N.model name one"
+        )
+        raise UpstreamError(
+            message, 400, error_body(message, kind="invalid_request_error", code="model_not_found", param="model")
+        )
+
+    def _pass_on(self, number: int, error: UpstreamError, *, is_last: bool) -> None:
         """Count a failure; raise it where no LLM is left."""
         self._meter.count("understudy_upstream_failures_total", endpoint=str(number))
         log_event("upstream_failed", logging.WARNING, endpoint=number, status=error.status)
-        if number == len(self._llms) - 1:
+        if is_last:
             raise error

@@ -24,13 +24,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.access import ApiKeys, Pseudonyms
-from cluster.answers import check
 from cluster.config import Config
 from cluster.engine import Engine, EngineAnswer
 from cluster.errors import InputError, UpstreamError
 from cluster.prices import PriceConfig, seconds_cost_usd
 from cluster.prompts import PromptFormat
 from cluster.records import RouteDecision, ServedBy, Specialist, Usage
+from cluster.route_model import RouteGuess
+from cluster.servable import ask_engine
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig, UpstreamStream
 from serving import policy
@@ -67,8 +68,8 @@ class GatewayConfig(Config):
     specialist_timeout_s: float = Field(default=10.0, gt=0)
     """Longest wait for a specialist's answer, in seconds; then the LLM is asked."""
     max_temperature: float = Field(default=1.0, ge=0)
-    """A request with a higher temperature wants variety, which a greedy specialist does not give."""
-    prices: PriceConfig = PriceConfig()
+    """A request with a higher temperature wants variety, which a greedy specialist does not give. Gates count with it:
+    raise it before a conversion, not after."""
 
 
 class GatewayCore:
@@ -85,12 +86,13 @@ class GatewayCore:
         engines: Mapping[str, Engine],
         pseudonyms: Pseudonyms,
         api_keys: ApiKeys | None,
+        prices: PriceConfig,
         meter: Meter | None = None,
     ) -> None:
         """Take the parts; `engines` are by store path of their base model, `api_keys` may be None where auth is open."""
         assert api_keys is not None or config.auth == "open", "auth=keys needs API keys"
         self.config, self.capture, self.fallback, self.table = config, capture, fallback, table
-        self.auditor = auditor
+        self.auditor, self.prices = auditor, prices
         self.meter = meter or Meter()
         self._engines, self._pseudonyms, self._api_keys = engines, pseudonyms, api_keys
         self._num_asking = 0
@@ -115,13 +117,19 @@ class GatewayCore:
         return identity.client
 
     async def complete(self, client: str, headers: Mapping[str, str], request: dict[str, Any]) -> Response:
-        """Answer one parsed chat.completions request."""
+        """Answer one parsed chat.completions request.
+
+        Raises:
+            Denied: 404, it asks for a specialist that is not served.
+        """
         snapshot = self.table.snapshot
+        task_id = policy.named_task(request, snapshot.specialists)
         undecided = RouteDecision(action="llm", reason="undecided", release=snapshot.release)
         call = PendingCall(uuid.uuid4().hex, time.time(), time.perf_counter(), client, request, headers, undecided)
-        call.is_reference = self.auditor.is_drawn(call.call_id)
+        # A call that the router did not send says nothing of the task's traffic.
+        call.is_reference = task_id is None and self.auditor.is_drawn(call.call_id)
         try:
-            answer = await self._ask_specialist(call, snapshot)
+            answer = await self._ask_specialist(call, snapshot, task_id)
             if answer is not None:
                 return self._accept(call, answer, snapshot)
             return await (self._stream_llm(call) if request.get("stream") else self._ask_llm(call))
@@ -129,14 +137,14 @@ class GatewayCore:
             self._finish(call, status=CLIENT_GONE, error="the client left")
             raise
 
-    async def _ask_specialist(self, call: PendingCall, snapshot: Snapshot) -> EngineAnswer | None:
-        """The accepted answer, or None for the LLM; the decision is left in `call`."""
+    async def _ask_specialist(self, call: PendingCall, snapshot: Snapshot, task_id: str | None) -> EngineAnswer | None:
+        """The accepted answer, or None for the LLM; the decision is left in `call`. `task_id` is what the client named."""
         specialist: Specialist | None = None
         release = snapshot.release or ""
         begin = time.perf_counter()
         self._num_asking += 1
         try:
-            found = self._decide_before(call.request, snapshot)
+            found = self._decide_before(call.request, snapshot, task_id)
             if isinstance(found, RouteDecision):
                 call.decision = found
                 return None
@@ -158,11 +166,13 @@ class GatewayCore:
             self._num_asking -= 1
         return None
 
-    def _decide_before(self, request: dict[str, Any], snapshot: Snapshot) -> Specialist | RouteDecision:
+    def _decide_before(
+        self, request: dict[str, Any], snapshot: Snapshot, task_id: str | None
+    ) -> Specialist | RouteDecision:
         if snapshot.route_model is None or snapshot.release is None:
             return RouteDecision(action="llm", reason="no release", release=snapshot.release)
         return policy.decide_before(
-            snapshot.route_model.task_of(request),
+            RouteGuess(task_id=task_id, reason="named") if task_id else snapshot.route_model.task_of(request),
             request,
             specialists=snapshot.specialists,
             refused=snapshot.refused,
@@ -175,16 +185,15 @@ class GatewayCore:
     ) -> tuple[EngineAnswer, RouteDecision]:
         prompt_format = PromptFormat.model_validate(specialist.prompt_format)
         engine = self._engines[specialist.base]
-        answer = await engine.answer(specialist.adapter, prompt_format, request, specialist.max_answer_tokens)
-        invalid = check(answer.message, prompt_format.answer_kind, request) or policy.limit_reason(answer, request)
+        answer, invalid = await ask_engine(
+            engine, specialist.adapter, prompt_format, request, specialist.max_answer_tokens
+        )
         return answer, policy.decide_after(answer, specialist, invalid, release=release)
 
     def _note_specialist(self, call: PendingCall, specialist: Specialist | None, seconds: float) -> None:
         if specialist is not None:
             self.meter.observe("understudy_specialist_latency_ms", seconds * 1e3, task_id=specialist.task_id)
-            call.specialist_cost_usd = seconds_cost_usd(
-                seconds, num_sharing=self._num_asking, config=self.config.prices
-            )
+            call.specialist_cost_usd = seconds_cost_usd(seconds, num_sharing=self._num_asking, config=self.prices)
 
     def _accept(self, call: PendingCall, answer: EngineAnswer, snapshot: Snapshot) -> Response:
         assert answer.message is not None and call.decision.specialist is not None

@@ -22,9 +22,9 @@ _DONE = b"[DONE]"
 class Denied(Exception):
     """A request that is answered with an error before it is a call."""
 
-    def __init__(self, status: int, message: str, kind: str, code: str | None = None) -> None:
+    def __init__(self, status: int, message: str, kind: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.body = status, error_body(message, kind=kind, code=code)
+        self.status, self.body = status, error_body(message, kind=kind, code=code, param=param)
 
 
 class SseReader:

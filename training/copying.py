@@ -91,7 +91,7 @@ class _Spans:
     def __init__(self, words: dict[int, Word]) -> None:
         self._segments: dict[int, tuple[str, dict[int, int], dict[int, int]]] = {}
         for number, word in words.items():
-            _, begins, ends = self._segments.setdefault(id(word.text), (word.text, {}, {}))
+            _, begins, ends = self._segments.setdefault(word.message, (word.text, {}, {}))
             begins[word.begin], ends[word.end] = number, number
 
     def find(self, value: str) -> tuple[int, int] | None:

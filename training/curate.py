@@ -375,4 +375,4 @@ def _join_served(store: Store, rows: Sequence[dict[str, Any]]) -> None:
             raise StoreError(
                 f"calls/: call {row['source_call_ids'][0]} of example {row['example_id']} is gone; curate again"
             )
-        row.update(request=answer_fields(call.request), target=call.message)
+        row.update(request=call.request, target=call.message)

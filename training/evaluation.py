@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from cluster import answers
+from cluster.answers import grade
 from cluster.engine import Engine
 from cluster.errors import EngineError, InputError
 from cluster.prompts import PromptFormat
 from cluster.records import Example, Gate, Record, Split, TaskSpec
+from cluster.servable import ask_engine, unservable_reason
 from cluster.store import content_hash
 from training.gate import (
     GateConfig,
@@ -122,6 +123,7 @@ async def evaluate_all(
     delta: float,
     ledger: CalibrationLedger,
     *,
+    max_temperature: float,
     max_in_flight: int = 256,
     on_answer: Callable[[], None] = lambda: None,
     on_done: Callable[[Candidate, Evaluation], None] = lambda candidate, evaluation: None,
@@ -132,6 +134,7 @@ async def evaluate_all(
         splits: by task, its validation, calibration and test examples as served.
         delta: already divided by the number of candidates of the release.
         ledger: what calibration calls were spent on before; what is asked here is written into it.
+        max_temperature: the gateway's; a call above it is escalated there, and counts as that here.
         max_in_flight: questions at a time over all candidates.
         on_answer: called after each answer, on_done after each candidate.
     """
@@ -139,7 +142,7 @@ async def evaluate_all(
 
     async def one(candidate: Candidate) -> Evaluation:
         found = await evaluate(
-            candidate, engine, splits[candidate.task.task_id], config, delta, ledger, slots, on_answer
+            candidate, engine, splits[candidate.task.task_id], config, delta, ledger, max_temperature, slots, on_answer
         )
         on_done(candidate, found)
         return found
@@ -157,18 +160,26 @@ async def evaluate(
     config: GateConfig,
     delta: float,
     ledger: CalibrationLedger,
+    max_temperature: float,
     slots: asyncio.Semaphore,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Grade, certify and report one candidate, whose adapter is loaded; see `evaluate_all`."""
     fingerprint = await engine.fingerprint()
 
-    async def ask(examples: list[Example], adapter: str | None) -> list[Outcome]:
-        return await _ask_all(candidate, engine, adapter, examples, slots, on_answer)
+    async def ask_all(examples: list[Example], adapter: str | None) -> list[Outcome]:
+        async def one(example: Example) -> Outcome:
+            async with slots:
+                outcome = await ask(candidate, engine, adapter, example, max_temperature)
+            on_answer()
+            return outcome
 
-    validation = await ask(one_call_per_session(splits["validation"], seed=0), candidate.adapter)
+        return list(await asyncio.gather(*map(one, examples)))
+
+    validation = await ask_all(one_call_per_session(splits["validation"], seed=0), candidate.adapter)
     calibration = one_call_per_session(splits["calibration"], seed=0)
-    test_key = content_hash([candidate.model_dump(mode="json"), fingerprint, config.model_dump(mode="json")])
+    test_facts = [candidate.model_dump(mode="json"), fingerprint, config.model_dump(mode="json"), max_temperature]
+    test_key = content_hash(test_facts)
     spent_ids = [example.example_id for example in calibration]
     number = ledger.round_of(test_key, spent_ids)
     delta *= share_of_round(number)
@@ -179,18 +190,18 @@ async def evaluate(
         gate = refused_gate(grid, num_calibration=len(calibration), **facts)
     else:
         ledger.spend(test_key, spent_ids)
-        gate = certify(grid, await ask(calibration, candidate.adapter), **facts)
+        gate = certify(grid, await ask_all(calibration, candidate.adapter), **facts)
     # Refused by validation alone: a sample of test tells how far off it is.
     test = splits["test"][:_MAX_HOPELESS_TEST] if isinstance(grid, str) else splits["test"]
-    arms = await _test_arms(candidate, gate, test, ask)
+    arms = await _test_arms(candidate, gate, test, ask_all)
     return Evaluation(task_id=candidate.task.task_id, gate=gate, arms=arms, curve=tuple(coverage_curve(validation)))
 
 
-async def _test_arms(candidate: Candidate, gate: Gate, test: list[Example], ask: Any) -> tuple[Arm, ...]:
-    specialist = await ask(test, candidate.adapter)
+async def _test_arms(candidate: Candidate, gate: Gate, test: list[Example], ask_all: Any) -> tuple[Arm, ...]:
+    specialist = await ask_all(test, candidate.adapter)
     kept = [o for o in specialist if gate.is_open and o.confidence >= (gate.threshold or 1.0)]
     arms = [_arm(SPECIALIST_ARM, specialist, len(test)), _arm(GATED_ARM, kept, len(test))]
-    return (_arm(candidate.base_arm, await ask(test, None), len(test)), *arms)
+    return (_arm(candidate.base_arm, await ask_all(test, None), len(test)), *arms)
 
 
 def _arm(name: str, kept: list[Outcome], num_calls: int) -> Arm:
@@ -206,30 +217,19 @@ def _arm(name: str, kept: list[Outcome], num_calls: int) -> Arm:
     )
 
 
-async def _ask_all(
-    candidate: Candidate,
-    engine: Engine,
-    adapter: str | None,
-    examples: list[Example],
-    slots: asyncio.Semaphore,
-    on_answer: Callable[[], None],
-) -> list[Outcome]:
-    async def one(example: Example) -> Outcome:
-        async with slots:
-            outcome = await _ask(candidate, engine, adapter, example)
-        on_answer()
-        return outcome
-
-    return list(await asyncio.gather(*map(one, examples)))
-
-
-async def _ask(candidate: Candidate, engine: Engine, adapter: str | None, example: Example) -> Outcome:
-    """An answer that serving would not keep counts as confidence 0: it is escalated there."""
+async def ask(
+    candidate: Candidate, engine: Engine, adapter: str | None, example: Example, max_temperature: float
+) -> Outcome:
+    """Ask one call and grade the answer; what serving would leave to the LLM counts as confidence 0 and no agreement."""
+    unkept = Outcome(confidence=0.0, agrees=False, session_id=example.session_id)
+    if unservable_reason(example.request, max_temperature) is not None:
+        return unkept
+    limit = candidate.max_answer_tokens
     try:
-        answer = await engine.answer(adapter, candidate.prompt_format, example.request, candidate.max_answer_tokens)
+        answer, invalid = await ask_engine(engine, adapter, candidate.prompt_format, example.request, limit)
     except (InputError, EngineError):
-        return Outcome(confidence=0.0, agrees=False, session_id=example.session_id)
-    kind = candidate.task.kind
-    is_valid = answer.message is not None and answers.check(answer.message, kind, example.request) is None
-    agrees = is_valid and answers.grade(answer.message, example.target, kind, example.request).agrees
-    return Outcome(confidence=answer.confidence if is_valid else 0.0, agrees=agrees, session_id=example.session_id)
+        return unkept
+    if invalid is not None:
+        return unkept
+    agrees = grade(answer.message, example.target, candidate.task.kind, example.request).agrees
+    return Outcome(confidence=answer.confidence, agrees=agrees, session_id=example.session_id)

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field, model_validator
 
+from cluster.engine import rendering_version
 from cluster.errors import ConfigError, InputError
-from cluster.prompts import RENDERING_VERSION
 from cluster.records import Example, Record
 from cluster.store import Store, content_hash
 from training.bases import describe_base, open_base
@@ -236,7 +236,7 @@ def _key(
     """Names a measurement by all that shapes it, the candidates that could not take part among it."""
     configs = [one.model_dump(mode="json") for one in (config, pretrain, finetune, *out, *scope.tasks)]
     rows = {one.name: [[data.train, data.validation] for data in one.data.values()] for one in contenders}
-    return content_hash([configs, rows, RENDERING_VERSION])
+    return content_hash([configs, rows, rendering_version()])
 
 
 def _record_results(contenders: Sequence[Contender], results: Mapping[str, ProbeResult]) -> list[BaseCandidate]:

@@ -32,6 +32,7 @@ from jobs.demo.provider import KEY_VARIABLE, Provider, ProviderName, start_provi
 from jobs.demo.summary import LLMAnswer, is_kept, print_summary, summarise_agreement, summarise_costs
 from jobs.demo.world import SITES, make_conversations
 from jobs.recipe import Recipe, load_recipe
+from jobs.serve import serve_args
 
 NUM_CAPTURED, NUM_FRESH = 1250, 100
 MAX_IN_FLIGHT = 48
@@ -149,18 +150,10 @@ def _start_serve() -> int:
 def _deploy(recipe: Recipe, provider: Provider, *bases: str) -> None:
     from ray import serve
 
-    from serving.app import ServeArgs, build
+    from serving.app import build
 
-    args = ServeArgs(
-        store=recipe.store,
-        upstream=[provider.upstream],
-        bases=bases,
-        gateway=recipe.gateway,
-        capture=recipe.capture,
-        audit=recipe.audit,
-        specialists=recipe.specialists,
-    )
-    serve.run(build(args), name=APP, route_prefix="/")
+    recipe = recipe.model_copy(update={"upstream": (provider.upstream,)})
+    serve.run(build(serve_args(recipe, bases)), name=APP, route_prefix="/")
 
 
 def _undeploy() -> None:

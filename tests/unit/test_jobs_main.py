@@ -16,6 +16,8 @@ from jobs import provenance
 from jobs.__main__ import _save_report, main
 from jobs.convert import Conversion
 from jobs.recipe import Recipe, load_recipe, work_folder
+from jobs.serve import serve_args
+from serving.app import ServeArgs
 from training.curate import CurateConfig, curate
 
 BASE = "select.base=scratch-small"
@@ -234,6 +236,23 @@ def test_help_lists_the_fields_a_verb_reads(capsys, verb):
     ):
         assert (field in out) == (verb in ("convert", "demo"))
     assert ("upstream.N.base_url: str" in out) == (verb == "serve")
+    assert ("prices.replica_usd_per_hour: float, >= 0 = 0.0" in out) == (verb in ("serve", "demo"))
+    assert ("gateway.max_temperature: float" in out) == (verb in ("convert", "serve", "demo"))
+    assert ("gateway.auth" in out) == (verb == "serve")
+
+
+def test_the_endpoint_gets_all_that_the_recipe_says_of_it(store):
+    recipe = load_recipe([f"store={store}", LLM, "prices.replica_usd_per_hour=0.5", "gateway.max_temperature=0.3"])
+    args = serve_args(recipe, ("bases/one",))
+    shared = ServeArgs.model_fields.keys() & Recipe.model_fields.keys() - {"upstream"}
+    assert ServeArgs.model_fields.keys() - shared == {"upstream", "bases"} and args.bases == ("bases/one",)
+    assert {name: getattr(args, name) for name in shared} == {name: getattr(recipe, name) for name in shared}
+    assert args.upstream == list(recipe.upstream) and args.prices.replica_usd_per_hour == 0.5
+
+
+def test_there_is_one_place_for_the_price(capsys, store):
+    code, _, err = run(capsys, "serve", LLM, f"store={store}", "gateway.prices.replica_usd_per_hour=1")
+    assert code == 2 and "gateway.prices: unknown key" in err
 
 
 def test_keys_are_shown_once_and_stored_hashed(capsys, store):

@@ -10,16 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from fakes import (
-    BASE,
     LLM_TEXT,
     PATH,
     REQUEST,
-    FakeEngine,
     engine_answer,
     gateway,
     llm_body,
     make_specialist,
-    promote_release,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,11 +24,11 @@ from hypothesis import strategies as st
 from cluster.access import ApiKeys, Pseudonyms
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, InputError
+from cluster.prices import PriceConfig
 from cluster.records import Specialist, Usage
-from cluster.store import Store
+from serving.audit import AuditConfig
 from serving.gateway import CLIENT_GONE
 from serving.openai_wire import SseReader, completion_body, completion_chunks, reassemble
-from serving.table import ServingTable
 
 
 def _text(reply: httpx.Response) -> str:
@@ -273,26 +270,6 @@ def test_a_gate_that_does_not_hold_here_leaves_the_task_to_the_llm(
     asyncio.run(scenario())
 
 
-def test_a_release_that_does_not_load_leaves_the_old_one_serving(tmp_path: pathlib.Path) -> None:
-    async def scenario() -> None:
-        store, engine = Store(str(tmp_path / "store")), FakeEngine()
-        table = ServingTable(store, {BASE: engine})
-        await table.refresh()
-        assert table.snapshot.release is None
-        first = promote_release(store, tmp_path / "scratch", make_specialist())
-        await table.refresh()
-        assert table.snapshot.release == first
-        engine.can_load = False
-        second = promote_release(store, tmp_path / "scratch", make_specialist(), "two")
-        await table.refresh()
-        assert table.snapshot.release == first and "triage" in table.snapshot.specialists
-        engine.can_load = True
-        await table.refresh()
-        assert table.snapshot.release == second
-
-    asyncio.run(scenario())
-
-
 _MESSAGES = st.one_of(
     st.builds(lambda text: {"role": "assistant", "content": text}, st.text(min_size=1)),
     st.builds(
@@ -355,3 +332,83 @@ def test_reassembly_joins_arguments_choices_refusals_and_logprobs() -> None:
     assert calls["finish_reason"] == "tool_calls" and calls["message"]["content"] is None
     assert refused["message"]["refusal"] == "I won't" and len(refused["logprobs"]["refusal"]) == 2
     assert refused["finish_reason"] is None and body["usage"]["total_tokens"] == 110
+
+
+NAMED = {"model": "understudy/triage"}
+OFF_ROUTE = [{"role": "user", "content": "another kind"}]
+
+
+@pytest.mark.parametrize("messages", [REQUEST["messages"], OFF_ROUTE], ids=["routed", "off route"])
+def test_a_call_that_names_a_specialist_is_asked_of_it(tmp_path: pathlib.Path, messages: list[dict[str, Any]]) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, audit=AuditConfig(share=1.0)) as run:
+            reply = await run.ask(**NAMED, messages=messages)
+            assert (reply.status_code, _text(reply)) == (200, "refund")
+            assert reply.headers["x-understudy-route"] == "accept" and not run.llm.requests
+            (call,) = await run.captured()
+            assert call.served_by == "specialist" and not call.is_reference
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("extra", [{}, {"n": 2}], ids=["unsure", "unservable"])
+def test_what_a_named_specialist_does_not_keep_is_asked_of_the_llms_own_model(
+    tmp_path: pathlib.Path, is_stream: bool, extra: dict[str, Any]
+) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, llm_model="llm-1", dead_first=True) as run:
+            run.engine.confidence = 0.5
+            reply = await run.ask(**NAMED, **extra, stream=is_stream)
+            assert reply.status_code == 200 and reply.headers["x-understudy-route"] == ("llm" if extra else "escalate")
+            assert [request["model"] for request in run.llm.requests] == ["llm-1"]
+            # The first endpoint has no model of its own, so it was not even tried.
+            assert not run.core.meter.counts[("understudy_upstream_failures_total", "0")]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_where_no_llm_has_a_model_of_its_own_the_answer_says_which_may_be_asked(
+    tmp_path: pathlib.Path, is_stream: bool
+) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            run.engine.confidence = 0.5
+            reply = await run.ask(**NAMED, stream=is_stream)
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"], error["param"]) == (400, "model_not_found", "model")
+            assert "allowed: llm-1; or let upstream.N.model name one" in error["message"]
+            assert not run.llm.requests
+            (call,) = await run.captured()
+            assert call.status == 400 and call.response is None
+
+    asyncio.run(scenario())
+
+
+def test_a_specialist_that_is_not_served_is_a_model_that_does_not_exist(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            reply = await run.ask(model="understudy/nothing")
+            error = reply.json()["error"]
+            assert reply.status_code == 404
+            assert (error["type"], error["code"], error["param"]) == (
+                "invalid_request_error",
+                "model_not_found",
+                "model",
+            )
+            assert "`understudy/nothing` does not exist; served are understudy/triage" in error["message"]
+            assert not run.llm.requests and not run.engine.num_asked
+
+    asyncio.run(scenario())
+
+
+def test_an_accepted_answer_costs_its_share_of_the_replicas_time(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, prices=PriceConfig(replica_usd_per_hour=3600.0)) as run:
+            await run.ask()
+            (call,) = await run.captured()
+            assert call.served_by == "specialist" and call.latency_ms is not None and call.cost_usd is not None
+            assert 0 < call.cost_usd <= call.latency_ms / 1e3
+
+    asyncio.run(scenario())

@@ -1,0 +1,209 @@
+"""What may be asked of a specialist and kept, and that a gate counts exactly the calls that the gateway lets through."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pathlib
+from typing import Any
+
+import pytest
+from fakes import REQUEST, FakeEngine, engine_answer, gateway, make_specialist
+
+from cluster.calls import write_calls
+from cluster.engine import EngineAnswer
+from cluster.prompts import PromptFormat
+from cluster.records import AgentCall, Example, TaskSpec
+from cluster.servable import invalid_reason, unservable_reason
+from cluster.store import Store
+from training.curate import CurateConfig, SplitConfig, curate, load_split, split_of
+from training.evaluation import SPECIALIST_ARM, Candidate, ask, evaluate_all
+from training.gate import GateConfig
+from training.ledger import CalibrationLedger
+
+MAX_TEMPERATURE = 0.7
+SHARES = SplitConfig(train=0.01, validation=0.01, calibration=0.97, test=0.01)
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+MEDIA = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"n": 2},
+        {"logprobs": True},
+        {"top_logprobs": 3},
+        {"stop": ["x"]},
+        {"tool_choice": "none"},
+        {"tool_choice": {"type": "function", "function": {"name": "look"}}},
+        {"temperature": 1.5},
+        {"logit_bias": {"7": 1}},
+        {"audio": {"voice": "a"}},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+    ],
+)
+def test_what_a_specialist_cannot_do_is_not_asked_of_it(extra: dict[str, Any]) -> None:
+    assert unservable_reason({**REQUEST, **extra}, 1.0)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": "auto"},
+        {"response_format": {"type": "json_object"}},
+        {"n": 1, "logprobs": False, "temperature": 1.0, "stop": None},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+    ],
+)
+def test_what_a_specialist_can_do_is_asked_of_it(extra: dict[str, Any]) -> None:
+    assert unservable_reason({**REQUEST, **extra}, 1.0) is None
+
+
+def test_cut_unread_long_and_wrong_answers_are_invalid_each_with_its_reason() -> None:
+    sure = engine_answer("refund", 1.0)
+    assert invalid_reason(sure, "label", {"max_completion_tokens": 2, "max_tokens": None}) is None
+    reasons = [
+        invalid_reason(engine_answer("refund", 1.0, "length"), "label", REQUEST),
+        invalid_reason(sure.model_copy(update={"message": None}), "label", REQUEST),
+        invalid_reason(sure, "label", {"max_tokens": 1}),
+        invalid_reason(sure, "json", REQUEST),
+    ]
+    assert None not in reasons and len(set(reasons)) == 4
+
+
+def _tool_calls(num: int) -> EngineAnswer:
+    calls = [{"id": f"c{n}", "type": "function", "function": {"name": "look", "arguments": "{}"}} for n in range(num)]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    return engine_answer("", 0.99).model_copy(update={"message": message, "text": json.dumps(calls)})
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "extras", "expected"),
+    [
+        (
+            engine_answer("refund", 0.99),
+            "label",
+            [
+                {},
+                {"temperature": MAX_TEMPERATURE},
+                {"temperature": 0.9},
+                {"n": 1, "stop": None, "logit_bias": {}, "max_tokens": 2},
+                {"n": 2},
+                {"stop": ["x"]},
+                {"logit_bias": {"7": 1}},
+                {"logprobs": True},
+                {"max_tokens": 1},
+                {"max_completion_tokens": 1},
+                {"tool_choice": "none"},
+                {"response_format": {"type": "json_object"}},
+                {"messages": [REQUEST["messages"][0], MEDIA]},
+            ],
+            [0, 1, 3],
+        ),
+        (
+            _tool_calls(2),
+            "tool_call",
+            [
+                {"tools": [TOOL]},
+                {"tools": [TOOL], "parallel_tool_calls": False},
+                {"tools": [TOOL], "tool_choice": "required"},
+                {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}}},
+            ],
+            [0, 2],
+        ),
+        (engine_answer("refund", 0.5), "label", [{}], []),
+        (engine_answer("refund", 0.99, "length"), "label", [{}], []),
+    ],
+    ids=["label", "tool_call", "unsure", "cut"],
+)
+def test_what_the_gateway_accepts_is_what_a_gate_counts(
+    tmp_path: pathlib.Path, answer: EngineAnswer, kind: str, extras: list[dict[str, Any]], expected: list[int]
+) -> None:
+    requests = [{**REQUEST, **extra} for extra in extras]
+    prompt_format = PromptFormat(kind="chat", answer_kind=kind, max_prompt_tokens=100)
+    specialist = make_specialist().model_copy(update={"prompt_format": prompt_format.model_dump(mode="json")})
+    examples = _curated(tmp_path, requests, answer)
+
+    async def scenario() -> tuple[list[int], list[int]]:
+        async with gateway(tmp_path, specialist, requests=requests, max_temperature=MAX_TEMPERATURE) as run:
+            run.engine.answer_with = lambda: _give(answer)
+            replies = [await run.ask(**extra) for extra in extras]
+            asked = [await ask(_candidate(prompt_format), run.engine, "a", one, MAX_TEMPERATURE) for one in examples]
+        threshold = specialist.gate.threshold or 0.0
+        accepted = [n for n, reply in enumerate(replies) if reply.headers["x-understudy-route"] == "accept"]
+        return accepted, [n for n, outcome in enumerate(asked) if outcome.confidence >= threshold]
+
+    accepted, counted = asyncio.run(scenario())
+    assert accepted == counted == expected
+
+
+def test_what_is_not_asked_or_not_kept_counts_as_no_agreement(tmp_path: pathlib.Path) -> None:
+    engine = FakeEngine()
+    examples = _curated(
+        tmp_path, [REQUEST, {**REQUEST, "n": 2}, {**REQUEST, "max_tokens": 1}], engine_answer("refund", 1.0)
+    )
+    candidate = _candidate(PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100))
+    outcomes = [asyncio.run(ask(candidate, engine, "a", example, 1.0)) for example in examples]
+    assert [(one.confidence, one.agrees) for one in outcomes] == [(0.99, True), (0.0, False), (0.0, False)]
+    assert engine.num_asked == 2
+
+
+@pytest.mark.parametrize(("limit", "num_kept"), [(0.5, 0), (1.0, 3)])
+def test_validation_knows_the_gateways_temperature(tmp_path: pathlib.Path, limit: float, num_kept: int) -> None:
+    engine = FakeEngine()
+    answer = engine_answer("refund", 1.0)
+    examples = _curated(tmp_path, [{**REQUEST, "temperature": 0.9, "user": str(n)} for n in range(3)], answer)
+    candidate = _candidate(PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100))
+    splits = {"triage": {"validation": examples, "calibration": examples, "test": examples}}
+    ledger = CalibrationLedger(Store(str(tmp_path / "captured")))
+    validated = evaluate_all([candidate], engine, splits, GateConfig(), 0.05, ledger, max_temperature=limit)
+    (found,) = asyncio.run(validated)
+    specialist = next(arm for arm in found.arms if arm.name == SPECIALIST_ARM)
+    assert specialist.num_calls - specialist.num_disagreements == num_kept == engine.num_asked / 3
+
+
+async def _give(answer: EngineAnswer) -> EngineAnswer:
+    return answer
+
+
+def _curated(tmp_path: pathlib.Path, requests: list[dict[str, Any]], answer: EngineAnswer) -> list[Example]:
+    """The requests as calibration examples, in order: captured, curated and joined again with what was served."""
+    sessions = (name for name in map(str, range(10_000)) if split_of(name, SHARES) == "calibration")
+    response = {"choices": [{"message": answer.message, "finish_reason": "stop"}]}
+    calls = [
+        AgentCall(
+            call_id=f"call-{number}",
+            ts=float(number),
+            client_id="c",
+            agent="a",
+            session_id=next(sessions),
+            step=0,
+            request=request,
+            response=response,
+        )
+        for number, request in enumerate(requests)
+    ]
+    store = Store(str(tmp_path / "captured"))
+    write_calls(store, calls)
+    snapshot = curate(store, CurateConfig(split=SHARES), b"k" * 32)
+    examples = load_split(store, snapshot.id, "calibration", as_served=True)
+    assert [example.request for example in examples] == requests
+    return examples
+
+
+def _candidate(prompt_format: PromptFormat) -> Candidate:
+    task = TaskSpec(
+        task_id="triage",
+        name="triage",
+        signature="s",
+        kind=prompt_format.answer_kind,
+        reference="llm",
+        num_calls=1,
+        share_calls=1.0,
+        share_cost=1.0,
+        num_examples={},
+    )
+    return Candidate(
+        task=task, base="b", base_arm="untrained base", adapter="a", prompt_format=prompt_format, max_answer_tokens=16
+    )

@@ -1,0 +1,107 @@
+"""Following CURRENT: what is swapped in, what is left out with its reason, and what leaves the old release serving."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+from collections.abc import Sequence
+
+import pytest
+from fakes import BASE, ROUTES, FakeEngine, make_specialist
+
+from cluster import registry
+from cluster.errors import ConfigError
+from cluster.records import Release, Specialist
+from cluster.route_model import RouteModel
+from cluster.store import Store
+from serving.app import ServeArgs, build
+from serving.table import ServingTable, crowded_base
+
+
+def _specialists(*names: str, base: str = BASE, threshold: float | None = 0.9) -> list[Specialist]:
+    made = make_specialist(base=base, threshold=threshold)
+    return [made.model_copy(update={"task_id": name, "adapter": f"adapters/{name}"}) for name in names]
+
+
+def _promote(store: Store, scratch: pathlib.Path, specialists: Sequence[Specialist]) -> str:
+    scratch.mkdir(exist_ok=True)
+    (scratch / "weights").write_text("none")
+    for folder in {path for one in specialists for path in (one.base, one.adapter)}:
+        store.publish(folder, scratch, {"kind": "test"})
+    RouteModel({}, {}).save(store, ROUTES)
+    release = Release(
+        specialists={one.task_id: one for one in specialists},
+        refused={},
+        route_model=ROUTES,
+        snapshot="s",
+        created_ts=float(len(specialists)),
+    )
+    sha = registry.publish_release(store, release)
+    registry.promote(store, sha)
+    return sha
+
+
+def test_an_engine_that_is_away_leaves_the_old_release_serving(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        store, engine = Store(str(tmp_path / "store")), FakeEngine()
+        table = ServingTable(store, {BASE: engine}, max_adapters=8)
+        await table.refresh()
+        assert table.snapshot.release is None
+        first = _promote(store, tmp_path / "scratch", _specialists("a"))
+        await table.refresh()
+        assert table.snapshot.release == first
+        engine.is_away = True
+        second = _promote(store, tmp_path / "scratch", _specialists("a", "b"))
+        await table.refresh()
+        assert table.snapshot.release == first and "a" in table.snapshot.specialists
+        engine.is_away = False
+        await table.refresh()
+        assert table.snapshot.release == second
+
+    asyncio.run(scenario())
+
+
+def test_an_adapter_that_does_not_load_is_left_out_and_the_others_are_served(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        store, engine = Store(str(tmp_path / "store")), FakeEngine()
+        engine.broken = {"adapters/b"}
+        table = ServingTable(store, {BASE: engine}, max_adapters=8)
+        release = _promote(store, tmp_path / "scratch", _specialists("a", "b", "c"))
+        await table.refresh()
+        assert table.snapshot.release == release
+        assert sorted(table.snapshot.specialists) == ["a", "c"]
+        assert table.snapshot.skipped == {"b": "adapter does not load"} == table.snapshot.refused
+
+    asyncio.run(scenario())
+
+
+def test_a_release_that_does_not_fit_beside_the_served_one_is_not_swapped_in(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        store, engine = Store(str(tmp_path / "store")), FakeEngine()
+        table = ServingTable(store, {BASE: engine}, max_adapters=3)
+        first = _promote(store, tmp_path / "scratch", _specialists("a", "b"))
+        await table.refresh()
+        _promote(store, tmp_path / "scratch", _specialists("c", "d"))
+        await table.refresh()
+        assert table.snapshot.release == first and "adapters/c" not in engine.loaded
+        # Adapters that both releases have count once.
+        third = _promote(store, tmp_path / "scratch", _specialists("a", "b", "c"))
+        await table.refresh()
+        assert table.snapshot.release == third
+
+    asyncio.run(scenario())
+
+
+def test_only_open_specialists_of_one_base_crowd_each_other() -> None:
+    ours, theirs = _specialists("a", "b"), _specialists("c", base="bases/other")
+    closed = _specialists("d", threshold=None)
+    assert crowded_base([*ours, *theirs, *closed], 2) is None
+    assert crowded_base([*ours, *_specialists("e")], 2) == (BASE, 3)
+
+
+def test_a_release_with_more_adapters_than_an_engine_holds_is_refused_at_build(tmp_path: pathlib.Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    _promote(store, tmp_path / "scratch", _specialists("a", "b", "c"))
+    args = {"store": store.uri, "upstream": [{"base_url": "http://127.0.0.1:9/v1"}], "specialists": {"max_adapters": 2}}
+    with pytest.raises(ConfigError, match="specialists.max_adapters=2.*3 adapters.*allowed: at least 3.*next"):
+        build(ServeArgs.model_validate(args))
