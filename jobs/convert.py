@@ -33,6 +33,8 @@ from jobs.validate import EngineOf, save_evaluation, validate_candidates, valida
 from training.curate import curate, load_split
 from training.discover import discover, save_discovery
 from training.evaluation import Candidate, Evaluation
+from training.gate import minimum_calls, release_delta
+from training.ledger import share_of_round
 from training.report import write_report
 from training.selection import Selection, group_by_task
 
@@ -79,7 +81,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     for task in discovery.tasks:
         say(f"discover {task.task_id}: {task.name}, {task.kind}, {task.num_calls} calls")
     clock.lap("discover")
-    tasks, refused = _learnable(discovery.tasks, by_split)
+    tasks, refused = _learnable(recipe, discovery.tasks, by_split)
     # What is written to disk to learn from is redacted; what was served is asked of the engine, from memory alone.
     redacted = group_by_task(load_split(store, snapshot.id, "validation", as_served=False), discovery.assignment)
     trained = Trained()
@@ -136,13 +138,22 @@ class _Clock:
 
 
 def _learnable(
-    tasks: tuple[TaskSpec, ...], by_split: dict[Split, dict[str, list[Example]]]
+    recipe: Recipe, tasks: tuple[TaskSpec, ...], by_split: dict[Split, dict[str, list[Example]]]
 ) -> tuple[list[TaskSpec], dict[str, str]]:
+    """Leave out what no training could get through the gate: it would only cost the others' time."""
     refused: dict[str, str] = {}
+    delta = release_delta(recipe.gate.delta, max(1, len(tasks))) * share_of_round(0)
+    needed = minimum_calls(recipe.gate.epsilon, delta)
     for task in tasks:
         missing = [split for split in SPLITS if not by_split[split].get(task.task_id)]
+        sessions = {example.session_id for example in by_split["calibration"].get(task.task_id, ())}
         if missing:
             refused[task.task_id] = f"no examples in {', '.join(missing)} ({task.num_calls} calls in all)"
+        elif len(sessions) < needed:
+            refused[task.task_id] = (
+                f"too few calibration calls: needs {needed - len(sessions)} more examples; of {len(sessions)} sessions "
+                f"not even all can certify epsilon {recipe.gate.epsilon:g}, at least {needed} can"
+            )
     return [task for task in tasks if task.task_id not in refused], refused
 
 

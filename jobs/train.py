@@ -78,7 +78,8 @@ class _Plan(Record):
     prompt_format: PromptFormat
     run_id: str
     max_answer_tokens: int
-    num_rows: int
+    mean_tokens: int
+    """Of a row: every run takes the same number of steps, so this says which ones last longest."""
     has_validation: bool
 
     @property
@@ -174,7 +175,7 @@ def _plan_runs(
                 prompt_format=prompt_format,
                 run_id=run_id,
                 max_answer_tokens=min(longest, _max_answer_tokens(recipe)),
-                num_rows=len(rows),
+                mean_tokens=sum(len(row["input_ids"]) for row in rows) // len(rows),
                 has_validation=bool(held_out),
             )
         )
@@ -225,7 +226,7 @@ def _train_adapters(
         store.publish(plan.adapter, model, {"base": base, "task_id": plan.task.task_id, "metrics": metrics})
         return metrics
 
-    missing = {p.task.task_id: (p.num_rows, lambda p=p: run(p)) for p in plans if not store.is_published(p.adapter)}
+    missing = {p.task.task_id: (p.mean_tokens, lambda p=p: run(p)) for p in plans if not store.is_published(p.adapter)}
     _, errors = run_fleet(
         missing,
         recipe.fleet,

@@ -24,10 +24,6 @@ _PIECES = r"[0-9]| ?\p{L}+[^\p{L}\p{N}\s]*| ?[^\p{L}\p{N}\s]+\p{L}*|\s+"
 """Digits stand alone; a word takes the punctuation behind it, so that JSON's constant parts become few tokens."""
 
 
-_ATTENTION_DROPOUT = 0.1
-"""A few hundred examples of a task are seen dozens of times; without it what is learned is less than the task."""
-
-
 class PretrainConfig(FinetuneConfig):
     """How a base is trained from scratch."""
 
@@ -85,7 +81,6 @@ def init_model(entry: ScratchModel, tokenizer: Any, folder: pathlib.Path, seed: 
         num_attention_heads=entry.heads,
         num_key_value_heads=entry.heads,
         max_position_embeddings=entry.context_window_tokens,
-        attention_dropout=_ATTENTION_DROPOUT,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -114,6 +114,7 @@ def test_a_conversion_on_a_base_from_a_folder_trains_its_chat_format_and_publish
     write_calls(store, [_call(number) for number in range(240)])
     select = {"base": folders.large}
     settings = {"store": store.uri, "select": select, "specialists": {"max_model_tokens": WINDOW}}
+    settings["gate"] = {"epsilon": 0.2, "delta": 0.2}  # 60 calibration calls can certify this
     recipe = validate(Recipe, {**settings, "finetune": FINETUNE.model_dump()})
     said: list[str] = []
 

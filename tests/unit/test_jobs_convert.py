@@ -22,6 +22,18 @@ def _log(path, num_calls: int) -> None:
             stream.write(json.dumps(line) + "\n")
 
 
+def test_a_task_that_no_training_could_certify_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    recipe = load_recipe(["recipe=local", f"store={tmp_path / 'store'}"])
+    store = Store(recipe.store)
+    _log(tmp_path / "some.calls.jsonl", 120)
+    ingest(store, [tmp_path / "some.calls.jsonl"], Pseudonyms(load_pseudonym_key(recipe.store)))
+    conversion = convert(recipe, say=lambda line: None)
+    (reason,) = conversion.refused.values()
+    assert reason.startswith("too few calibration calls: needs ") and "at least 63 can" in reason
+    assert conversion.evaluations == () and "base" not in conversion.seconds
+
+
 def test_a_store_with_nothing_to_learn_gives_a_release_that_says_why(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     recipe = load_recipe(["recipe=local", f"store={tmp_path / 'store'}"])
