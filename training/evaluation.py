@@ -33,7 +33,7 @@ from training.ledger import CalibrationLedger, share_of_round
 
 POPULATION = "calls of this task as served, one per session"
 SPECIALIST_ARM, GATED_ARM = "specialist", "specialist + gate"
-_MAX_HOPELESS_TEST = 60
+_MAX_HOPELESS_TEST = 30
 
 
 class Candidate(Record):

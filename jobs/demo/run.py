@@ -34,7 +34,7 @@ from jobs.demo.world import SITES, make_conversations
 from jobs.recipe import Recipe, load_recipe
 from jobs.serve import serve_args
 
-NUM_CAPTURED, NUM_FRESH = 1150, 100
+NUM_CAPTURED, NUM_FRESH = 1100, 100
 MAX_IN_FLIGHT = 48
 SEED = 7
 APP = "understudy"
