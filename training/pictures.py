@@ -41,6 +41,7 @@ class Row(NamedTuple):
 
 
 def draw_volume(rows: Sequence[Row]) -> str:
+    """Bars of captured calls by task, in the order of `rows`, at most 40; nothing without tasks."""
     if not rows:
         return ""
     from matplotlib.figure import Figure
@@ -74,6 +75,7 @@ def draw_volume(rows: Sequence[Row]) -> str:
 
 
 def draw_coverage(row: Row) -> str:
+    """Disagreement against coverage on validation, with its 95% interval, epsilon and the chosen threshold."""
     assert row.evaluation is not None
     curve, gate = row.evaluation.curve, row.evaluation.gate
     if not curve:

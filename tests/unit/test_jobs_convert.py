@@ -1,5 +1,6 @@
-"""A conversion without anything to learn ends in a release that refuses, without Ray; what it writes is redacted."""
+"""A conversion without anything to learn ends in a release that refuses and says why, without Ray."""
 
+import json
 import sys
 
 from cluster.access import Pseudonyms, load_pseudonym_key
@@ -7,12 +8,10 @@ from cluster.registry import load_release
 from cluster.store import Store
 from jobs.convert import convert
 from jobs.ingest import ingest
-from jobs.recipe import load_recipe
+from jobs.recipe import Recipe, load_recipe
 
 
 def _log(path, num_calls: int) -> None:
-    import json
-
     with path.open("w") as stream:
         for i in range(num_calls):
             messages = [{"role": "system", "content": "Say the colour."}, {"role": "user", "content": f"thing {i}"}]
@@ -22,12 +21,17 @@ def _log(path, num_calls: int) -> None:
             stream.write(json.dumps(line) + "\n")
 
 
+def _ingested(folder, num_calls: int) -> tuple[Recipe, Store]:
+    recipe = load_recipe(["recipe=local", f"store={folder / 'store'}"])
+    store = Store(recipe.store)
+    _log(folder / "some.calls.jsonl", num_calls)
+    ingest(store, [folder / "some.calls.jsonl"], Pseudonyms(load_pseudonym_key(recipe.store)))
+    return recipe, store
+
+
 def test_a_task_that_no_training_could_certify_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    recipe = load_recipe(["recipe=local", f"store={tmp_path / 'store'}"])
-    store = Store(recipe.store)
-    _log(tmp_path / "some.calls.jsonl", 120)
-    ingest(store, [tmp_path / "some.calls.jsonl"], Pseudonyms(load_pseudonym_key(recipe.store)))
+    recipe, _ = _ingested(tmp_path, 120)
     conversion = convert(recipe, say=lambda line: None)
     (reason,) = conversion.refused.values()
     assert reason.startswith("too few calibration calls: needs ") and "at least 63 can" in reason
@@ -36,10 +40,7 @@ def test_a_task_that_no_training_could_certify_is_refused_before_anything_is_tra
 
 def test_a_store_with_nothing_to_learn_gives_a_release_that_says_why(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    recipe = load_recipe(["recipe=local", f"store={tmp_path / 'store'}"])
-    store = Store(recipe.store)
-    _log(tmp_path / "few.calls.jsonl", 8)
-    ingest(store, [tmp_path / "few.calls.jsonl"], Pseudonyms(load_pseudonym_key(recipe.store)))
+    recipe, store = _ingested(tmp_path, 8)
     conversion = convert(recipe, say=lambda line: None)
     assert conversion.evaluations == () and conversion.selection is None
     assert conversion.unassigned == {"signature with 8 calls, fewer than discover.min_calls=20": 8}
