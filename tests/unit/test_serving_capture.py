@@ -7,6 +7,7 @@ import pathlib
 import time
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from fakes import REQUEST
 
@@ -26,11 +27,11 @@ class MoodyStore(Store):
     fails = False
     delay_s = 0.0
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_table(self, path: str, table: pa.Table, encrypted: tuple[str, ...] = ()) -> None:
         time.sleep(self.delay_s)
         if self.fails:
             raise StoreError("away")
-        super().write_bytes(path, data)
+        super().write_table(path, table, encrypted)
 
 
 def _call(number: int, text: str = "hello") -> AgentCall:
