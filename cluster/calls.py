@@ -3,7 +3,7 @@
 Metadata are plain columns, so that calls can be counted and priced without reading a word of them; everything that
 can carry content (CONTENT_COLUMNS) is a JSON string, encrypted. A part is immutable once written, under a name that no
 other part ever has; it may be replaced by others with the same calls (cluster/compaction.py), which are there before it
-goes. A call id stored twice is read once. Knows nothing of who reads or writes.
+goes. A call id stored twice is read once; calls of a forgotten client are not read. Knows nothing of who reads or writes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import StoreError
+from cluster.forgotten import read_forgotten, without_forgotten
 from cluster.records import AgentCall, RouteDecision, Usage
 from cluster.store import Store
 
@@ -102,10 +103,15 @@ def write_calls(store: Store, calls: Sequence[AgentCall]) -> list[str]:
     for date, day in sorted(by_date.items()):
         for start in range(0, len(day), MAX_CALLS_PER_PART):
             part = day[start : start + MAX_CALLS_PER_PART]
-            path = f"{CALLS_FOLDER}/date={date}/part-{int(part[0].ts * 1000):013d}-{uuid.uuid4().hex[:12]}.parquet"
-            store.write_table(path, _to_table(part), encrypted=CONTENT_COLUMNS)
-            paths.append(path)
+            paths.append(write_part(store, f"{CALLS_FOLDER}/date={date}", _to_table(part)))
     return paths
+
+
+def write_part(store: Store, folder: str, table: pa.Table) -> str:
+    """Write rows of one day as a part of its own; returns its store path."""
+    path = f"{folder}/part-{int(table['ts'][0].as_py() * 1000):013d}-{uuid.uuid4().hex[:12]}.parquet"
+    store.write_table(path, table, encrypted=CONTENT_COLUMNS)
+    return path
 
 
 def read_calls(store: Store, call_ids: set[str] | None = None) -> list[AgentCall]:
@@ -132,6 +138,8 @@ def read_call_columns(store: Store, columns: list[str]) -> pa.Table:
 def _read_parts(store: Store, columns: list[str] | None) -> Iterator[pa.Table]:
     """Every part's table. Parts that replaced one that is gone are read as well, and then some calls come twice."""
     done: set[str] = set()
+    forgotten = read_forgotten(store)
+    wanted = columns if columns is None or not forgotten else sorted({*columns, "client_id", "ts"})
     while True:
         is_complete = True
         for path in store.list(CALLS_FOLDER, ".parquet"):
@@ -139,13 +147,13 @@ def _read_parts(store: Store, columns: list[str] | None) -> Iterator[pa.Table]:
                 continue
             done.add(path)
             try:
-                table = store.read_table(path, columns)
+                table = without_forgotten(store.read_table(path, wanted), forgotten)
             except StoreError:
                 if store.exists(path):
                     raise
                 is_complete = False
                 continue
-            yield table
+            yield table if columns is None else table.select(columns)
         if is_complete:
             return
 

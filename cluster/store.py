@@ -14,6 +14,7 @@ import os
 import pathlib
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -215,6 +216,26 @@ class Store:
         self._delete(f"{folder}/{MANIFEST}")
         if self.exists(folder):
             self._fs.delete_dir(self._full(folder))
+
+    def sweep(self, folder: str, older_than_s: float) -> int:
+        """Remove what processes that died left below `folder`: unfinished files, and keys of files that never came.
+
+        Returns:
+            How many files were removed.
+        """
+        selector = pafs.FileSelector(self._full(folder), recursive=True, allow_not_found=True)
+        before = time.time() - older_than_s
+        old = {info.path for info in self._fs.get_file_info(selector) if info.is_file and info.mtime_ns < before * 1e9}
+        left = [path for path in old if path.rsplit("/", 1)[-1].startswith(".")]
+        for path in old:
+            parent, _, name = path.rpartition("/")
+            if name.startswith(_KEY_MATERIAL):
+                owner = f"{parent}/{name.removeprefix(_KEY_MATERIAL).removesuffix('.json')}"
+                if self._fs.get_file_info(owner).type == pafs.FileType.NotFound:
+                    left.append(path)
+        for path in left:
+            self._delete_full(path)
+        return len(left)
 
     def rewrap_keys(self) -> int:
         """Wrap the keys of all encrypted files with the newest master key; returns how many files there were."""
