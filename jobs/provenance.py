@@ -7,6 +7,7 @@ written: a recipe names those that hold keys.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import os
@@ -44,6 +45,28 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
     }
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement ran on: processor, cores this process may use, memory in GiB, Python and code."""
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages * page_bytes / 2**30, 1),
+        "python": platform.python_version(),
+        "git_sha": _git_sha(),
+        "source_sha256": _source_sha256(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _has_seed(part: Any) -> bool:

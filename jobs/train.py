@@ -6,6 +6,7 @@ Every artifact is named by what it was made from: what is published already is n
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,10 +61,10 @@ def train(
     for one in chosen.candidates:
         say(f"select {one.name}: {one.status}: {one.reason}")
     lap("select")
-    base, tokenizer, data = _prepare_base(recipe, store, work, chosen, scope, refused, say)
+    base, tokenizer, data = _prepare_base(recipe, store, work, snapshot, chosen, scope, refused, say)
     lap("base")
-    plans = _plan_runs(recipe, work, scope.tasks, data, base)
-    losses, failed = _train_adapters(recipe, store, work, plans, base, tokenizer, say) if plans else ({}, {})
+    plans = _plan_runs(recipe, store, work, scope.tasks, data, base)
+    losses, failed = _train_adapters(recipe, store, work, snapshot, plans, base, tokenizer, say) if plans else ({}, {})
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     lap("finetune")
     return Trained(
@@ -97,6 +98,7 @@ def _prepare_base(
     recipe: Recipe,
     store: Store,
     work: pathlib.Path,
+    snapshot: str,
     chosen: Selection,
     scope: Scope,
     refused: dict[str, str],
@@ -138,7 +140,8 @@ def _prepare_base(
         return "", tokenizer, data
     say(f"base: {chosen.base}, trained from scratch for {recipe.pretrain.num_steps} steps")
     model, metrics = pretrain(entry, recipe.pretrain, tokenizer, list(data.values()), work / pathlib.Path(base).name)
-    store.publish(base, model, {"base": chosen.base, "metrics": metrics})
+    store.publish(base, model, {"base": chosen.base, "snapshot": snapshot, "metrics": metrics})
+    shutil.rmtree(work / pathlib.Path(base).name)
     return base, tokenizer, data
 
 
@@ -155,9 +158,9 @@ def _max_answer_tokens(recipe: Recipe) -> int:
 
 
 def _plan_runs(
-    recipe: Recipe, work: pathlib.Path, tasks: list[TaskSpec], data: dict[str, TaskData], base: str
+    recipe: Recipe, store: Store, work: pathlib.Path, tasks: list[TaskSpec], data: dict[str, TaskData], base: str
 ) -> list[_Plan]:
-    """Write every task's dataset."""
+    """Name every task's run, and write the datasets of those that are still to come."""
     plans = []
     for task in tasks:
         if task.task_id not in data:
@@ -165,20 +168,20 @@ def _plan_runs(
         prompt_format, rows, held_out, _ = data[task.task_id]
         facts = [base, prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]
         run_id = content_hash(facts)[:12]
-        save_dataset(rows, work / run_id / "train")
-        if held_out:
-            save_dataset(held_out, work / run_id / "validation")
         longest = int(max(map(num_answer_tokens, rows)) * _ANSWER_SLACK)
-        plans.append(
-            _Plan(
-                task=task,
-                prompt_format=prompt_format,
-                run_id=run_id,
-                max_answer_tokens=min(longest, _max_answer_tokens(recipe)),
-                mean_tokens=sum(len(row["input_ids"]) for row in rows) // len(rows),
-                has_validation=bool(held_out),
-            )
+        plan = _Plan(
+            task=task,
+            prompt_format=prompt_format,
+            run_id=run_id,
+            max_answer_tokens=min(longest, _max_answer_tokens(recipe)),
+            mean_tokens=sum(len(row["input_ids"]) for row in rows) // len(rows),
+            has_validation=bool(held_out),
         )
+        plans.append(plan)
+        if not store.is_published(plan.adapter):
+            save_dataset(rows, work / run_id / "train")
+            if held_out:
+                save_dataset(held_out, work / run_id / "validation")
     return plans
 
 
@@ -203,6 +206,7 @@ def _train_adapters(
     recipe: Recipe,
     store: Store,
     work: pathlib.Path,
+    snapshot: str,
     plans: list[_Plan],
     base: str,
     tokenizer: Any,
@@ -223,7 +227,10 @@ def _train_adapters(
             label=plan.task.task_id,
         )
         (model / "README.md").unlink(missing_ok=True)
-        store.publish(plan.adapter, model, {"base": base, "task_id": plan.task.task_id, "metrics": metrics})
+        meta = {"base": base, "task_id": plan.task.task_id, "snapshot": snapshot, "metrics": metrics}
+        store.publish(plan.adapter, model, meta)
+        # What was learned from is readable there; it stays no longer than it is needed.
+        shutil.rmtree(work / plan.run_id)
         return metrics
 
     missing = {p.task.task_id: (p.mean_tokens, lambda p=p: run(p)) for p in plans if not store.is_published(p.adapter)}

@@ -128,6 +128,14 @@ def save_discovery(store: Store, snapshot_id: str, discovery: Discovery) -> str:
     return folder
 
 
+def load_assignment(store: Store, snapshot_id: str) -> dict[str, str | None]:
+    """example_id -> task_id of one snapshot; empty where no tasks were ever looked for in it."""
+    if not store.exists(_assignment_path(snapshot_id)):
+        return {}
+    table = store.read_table(_assignment_path(snapshot_id))
+    return dict(zip(table["example_id"].to_pylist(), table["task_id"].to_pylist(), strict=True))
+
+
 def _assignment_path(snapshot_id: str) -> str:
     return f"{TASKS_FOLDER}/assignment-{snapshot_id}.parquet"
 

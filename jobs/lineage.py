@@ -1,0 +1,112 @@
+"""Calls -> whatever was made of them: snapshots, tasks, adapters, scratch bases, releases and their specialists.
+
+Followed through what the artifacts themselves say: an example names its calls, the assignment of a snapshot names an
+example's task, an adapter's and a scratch base's manifest name their snapshot, a release names its own.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import ReleaseError
+from cluster.records import Record, Release
+from cluster.registry import load_release
+from cluster.store import MANIFEST, Store
+from training.discover import load_assignment
+from training.snapshot import EXAMPLES_FOLDER, example_files
+
+_RELEASE = re.compile(r"releases/([0-9a-f]{64})\.json")
+_LEARNED_FROM = ("train", "validation")
+"""Splits that shape weights: validation chooses when to stop."""
+
+
+class Seen(Record):
+    """What had seen some calls; store paths and names, sorted."""
+
+    snapshots: dict[str, dict[str, int]] = {}
+    """Snapshot -> split -> examples made of the calls."""
+    tasks: tuple[str, ...] = ()
+    """Tasks whose train or validation examples they are."""
+    adapters: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
+    """Bases trained from scratch on such examples."""
+    releases: tuple[str, ...] = ()
+    """Releases with a specialist that had seen them."""
+    specialists: tuple[str, ...] = ()
+    """Those specialists, TASK_ID@SHA."""
+
+
+def find_seen(store: Store, call_ids: set[str]) -> Seen:
+    """What was made with any of these calls. Reads metadata alone; needs no content key."""
+    snapshots: dict[str, dict[str, int]] = {}
+    tasks: dict[str, set[str]] = {}
+    for snapshot in _snapshots(store):
+        counts, tasks[snapshot] = _examples_of(store, snapshot, call_ids)
+        if counts:
+            snapshots[snapshot] = counts
+    adapters = {
+        path
+        for path, meta in _trained(store, "adapters")
+        if meta.get("task_id") in tasks.get(meta.get("snapshot", ""), ())
+    }
+    bases = {path for path, meta in _trained(store, "bases") if tasks.get(meta.get("snapshot", ""))}
+    releases, specialists = set(), set()
+    for sha, release in _releases(store):
+        for task_id, one in release.specialists.items():
+            is_taught = one.adapter in adapters or task_id in tasks.get(release.snapshot, ())
+            if is_taught or one.base in bases:
+                releases.add(sha)
+                specialists.add(one.name)
+                adapters.add(one.adapter)
+    return Seen(
+        snapshots=snapshots,
+        tasks=tuple(sorted(set().union(*tasks.values()))) if tasks else (),
+        adapters=tuple(sorted(adapters)),
+        bases=tuple(sorted(bases)),
+        releases=tuple(sorted(releases)),
+        specialists=tuple(sorted(specialists)),
+    )
+
+
+def _snapshots(store: Store) -> list[str]:
+    paths = store.list(EXAMPLES_FOLDER, f"/{MANIFEST}")
+    return [path.split("/")[1] for path in paths]
+
+
+def _examples_of(store: Store, snapshot: str, call_ids: set[str]) -> tuple[dict[str, int], set[str]]:
+    """Split -> examples made of the calls, and the tasks of those that shape weights."""
+    wanted = pa.array(sorted(call_ids), pa.string())
+    counts: dict[str, int] = {}
+    tasks: set[str] = set()
+    assignment = load_assignment(store, snapshot)
+    for split, path in example_files(store, snapshot):
+        table = store.read_table(path, ["example_id", "source_call_ids"])
+        rows = pc.list_parent_indices(table["source_call_ids"])
+        hits = pc.unique(rows.filter(pc.is_in(pc.list_flatten(table["source_call_ids"]), value_set=wanted)))
+        if len(hits):
+            counts[split] = counts.get(split, 0) + len(hits)
+        if split in _LEARNED_FROM:
+            names = table["example_id"].take(hits).to_pylist()
+            tasks |= {task for name in names if (task := assignment.get(name))}
+    return counts, tasks
+
+
+def _trained(store: Store, folder: str) -> list[tuple[str, dict[str, Any]]]:
+    """Path and manifest of every adapter or base."""
+    paths = [path.removesuffix(f"/{MANIFEST}") for path in store.list(folder, f"/{MANIFEST}")]
+    return [(path, store.manifest(path)) for path in paths]
+
+
+def _releases(store: Store) -> list[tuple[str, Release]]:
+    found = []
+    for match in filter(None, map(_RELEASE.fullmatch, store.list("releases", ".json"))):
+        try:
+            found.append((match[1], load_release(store, match[1])))
+        except ReleaseError:
+            # Damaged, and so never served; the others are still told.
+            continue
+    return found
