@@ -76,9 +76,10 @@ def test_parts_are_bounded_and_progress_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_CALLS_PER_PART", 2)
     store, told = Store(str(tmp_path / "store")), []
     log = write_log(tmp_path / "a.calls.jsonl", 5)
-    ingest(store, [str(log)], PSEUDONYMS, progress=lambda file, num: told.append((file, num)), clock=lambda: 0.0)
+    ingest(store, [str(log)], PSEUDONYMS, progress=lambda *words: told.append(words), clock=lambda: 0.0)
     assert len(store.list("calls", ".parquet")) == 3
-    assert told == [(str(log), 2), (str(log), 4), (str(log), 5)]
+    assert [words[:2] for words in told] == [(str(log), 2), (str(log), 4), (str(log), 5)]
+    assert told[-1][2] == log.stat().st_size
     assert [call.ts for call in read_calls(store)] == [0.0, 0.001, 0.002, 0.003, 0.004]
 
 
