@@ -11,6 +11,7 @@ files and pseudonyms.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,7 +126,7 @@ def _any(value: dict[str, Any], *names: str) -> Any:
 
 
 def _request_of(value: dict[str, Any]) -> dict[str, Any]:
-    asked = from_json_text(value.get("input"))
+    asked = _as_messages(value.get("input"))
     fields = dict(as_object(_any(value, "modelParameters", "model_parameters")))
     if isinstance(asked, dict) and "messages" in asked:
         fields |= asked
@@ -145,6 +146,17 @@ def _request_of(value: dict[str, Any]) -> dict[str, Any]:
     return {key: fields[key] for key in REQUEST_FIELDS if fields.get(key) is not None}
 
 
+def _as_messages(value: Any) -> Any:
+    """Text that is a message, messages, a request or a completion as JSON; any other text is what was said."""
+    found = from_json_text(value)
+    if not isinstance(value, str):
+        return found
+    if isinstance(found, dict) and {"role", "messages", "choices"} & found.keys():
+        return found
+    is_list = isinstance(found, list) and bool(found) and all(isinstance(m, dict) and "role" in m for m in found)
+    return found if is_list else value
+
+
 def _is_definition(message: Any) -> bool:
     content = message.get("content") if isinstance(message, dict) else None
     return isinstance(content, dict) and content.get("type") == "function" and "function" in content
@@ -156,7 +168,8 @@ def _tools_of(value: Any) -> list[Any]:
     for name, given in as_object(value).items():
         tool = as_object(given)
         inner = tool if "function" not in tool else as_object(tool["function"])
-        kept = {key: from_json_text(inner[key]) for key in ("description", "parameters", "strict") if inner.get(key)}
+        kept = {key: inner[key] for key in ("description", "parameters", "strict") if inner.get(key) is not None}
+        kept |= {"parameters": from_json_text(kept["parameters"])} if "parameters" in kept else {}
         tools.append({"type": "function", "function": {"name": name, **kept}})
     return tools
 
@@ -165,7 +178,7 @@ def _answer_of(value: dict[str, Any]) -> dict[str, Any]:
     """response, and status and error of a failed call."""
     if value.get("level") == "ERROR":
         return {"response": None, "status": 500, "error": "ERROR"}
-    said = from_json_text(value.get("output"))
+    said = _as_messages(value.get("output"))
     model = _any(value, "model", "provided_model_name", "providedModelName")
     counts = as_object(_any(value, "usageDetails", "usage_details")) or as_object(value.get("usage"))
     usage = usage_of(
@@ -179,7 +192,7 @@ def _answer_of(value: dict[str, Any]) -> dict[str, Any]:
     if isinstance(said, dict) and isinstance(said.get("message"), dict):
         said = {**said["message"], "finish_reason": said.get("finish_reason")}
     if isinstance(said, dict) and not {"role", "content", "tool_calls"} & said.keys():
-        said = value.get("output")  # JSON that the model itself said
+        said = json.dumps(said, ensure_ascii=False)  # what the model said is an object by itself
     if isinstance(said, str) and said:
         said = {"role": "assistant", "content": said}
     if not isinstance(said, dict):

@@ -128,9 +128,10 @@ def _answer_of(payload: dict[str, Any], metadata: dict[str, Any]) -> dict[str, A
         problem = as_object(payload.get("error_information")) or as_object(metadata.get("error_information"))
         status = error_status(problem.get("error_code"))
         return {"response": None, "status": status, "error": error_class(problem.get("error_class"))}
-    response = from_json_text(payload.get("response"))
-    if isinstance(response, str) and response:
-        response = completion({"role": "assistant", "content": response}, model=payload.get("model"))
+    said = payload.get("response")
+    response = from_json_text(said)
+    if isinstance(said, str) and said not in ("", "{}") and not (isinstance(response, dict) and "choices" in response):
+        response = completion({"role": "assistant", "content": said}, model=payload.get("model"))
     if not isinstance(response, dict) or not response:
         raise Unusable("no response", "response: not stored or redacted")
     if _TRUNCATED in json.dumps(response):

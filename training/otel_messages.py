@@ -25,6 +25,8 @@ _ROLE_OF_EVENT = {f"gen_ai.{role}.message": role for role in ("system", "user", 
 _FINISH_REASONS = {"tool_call": "tool_calls", "tool_use": "tool_calls", "end_turn": "stop", "max_tokens": "length"}
 """The conventions' own word, and those of other vendors, in OpenAI's."""
 
+_PARTS = frozenset({"text", "image_url", "input_audio", "file", "refusal"})
+
 
 class Event(NamedTuple):
     name: str
@@ -41,17 +43,15 @@ class Chat(NamedTuple):
 
 
 def read_chat(attributes: dict[str, Any], events: list[Event]) -> Chat:
-    """The chat in one span.
+    """The chat in one span; each part from the newest convention that has it.
 
     Raises:
         Unusable: a part of a message that a chat request has no place for.
     """
     details = next((event.attributes for event in events if event.name == _DETAILS_EVENT), {})
     found = {**details, **attributes}
-    for chat in (_structured(found), _indexed(attributes), _from_events(events), _in_one_text(attributes, events)):
-        if chat.messages or chat.answers:
-            return chat
-    return Chat([], [], [])
+    chats = (_structured(found), _indexed(attributes), _from_events(events), _in_one_text(attributes, events))
+    return Chat(*(next((part for part in parts if part), []) for parts in zip(*chats, strict=True)))
 
 
 def _structured(attributes: dict[str, Any]) -> Chat:
@@ -155,17 +155,20 @@ def _unflatten(attributes: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
 
 
 def _plain(item: dict[str, Any], default_role: str) -> dict[str, Any]:
-    """One unflattened message; content that is a list of parts was written as JSON."""
-    content = from_json_text(item.get("content"))
-    message: dict[str, Any] = {
-        "role": item.get("role") or default_role,
-        "content": content if isinstance(content, list) else item.get("content"),
-    }
+    """One unflattened message."""
+    message: dict[str, Any] = {"role": item.get("role") or default_role, "content": _content(item.get("content"))}
     calls = item.get("tool_calls")
     if isinstance(calls, dict):
         leaves = [calls[number] for number in sorted(calls)]
         message["tool_calls"] = [_as_call(leaf.get("id"), leaf.get("name"), leaf.get("arguments")) for leaf in leaves]
     return message | {key: item[key] for key in ("tool_call_id", "name", "refusal") if item.get(key)}
+
+
+def _content(value: Any) -> Any:
+    """Content that is a list of a chat's parts was written as JSON; any other text is what was said."""
+    parts = from_json_text(value)
+    is_parts = isinstance(parts, list) and parts and all(isinstance(p, dict) and p.get("type") in _PARTS for p in parts)
+    return parts if is_parts else value
 
 
 def _from_events(events: list[Event]) -> Chat:
@@ -184,11 +187,7 @@ def _from_events(events: list[Event]) -> Chat:
 
 
 def _event_message(body: dict[str, Any], role: str) -> dict[str, Any]:
-    content = from_json_text(body.get("content"))
-    message = {
-        "role": body.get("role") or role,
-        "content": content if isinstance(content, list) else body.get("content"),
-    }
+    message: dict[str, Any] = {"role": body.get("role") or role, "content": _content(body.get("content"))}
     calls = _list(body.get("tool_calls"))
     if calls:
         message["tool_calls"] = [_with_text_arguments(call) for call in calls]
@@ -220,9 +219,10 @@ def _in_one_text(attributes: dict[str, Any], events: list[Event]) -> Chat:
 
 
 def _as_messages(value: Any, role: str) -> list[Any]:
-    value = from_json_text(value)
-    if isinstance(value, dict):
-        value = value.get("messages", [value])
-    if isinstance(value, str) and value:
-        value = [{"role": role, "content": value}]
-    return [item if "role" in item else {"role": role, **item} for item in value or [] if isinstance(item, dict)]
+    """Messages written as JSON, or one text; JSON without a role is what was said."""
+    found = from_json_text(value)
+    if isinstance(found, dict):
+        found = found.get("messages", [found])
+    if isinstance(found, list) and found and all(isinstance(item, dict) and "role" in item for item in found):
+        return found
+    return [{"role": role, "content": value}] if isinstance(value, str) and value else []

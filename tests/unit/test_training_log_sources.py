@@ -89,8 +89,9 @@ def _is_plain(call: AgentCall) -> bool:
         is_known = set(message) <= {"role", "content", "tool_calls", "tool_call_id"}
         return is_known and (message.get("content") is None or isinstance(message["content"], str))
 
-    # The one text of an otel part cannot say that content was null or absent, and a tool result names no tool.
-    return all(map(is_plain, [*call.request["messages"], call.message or {"x": 1}])) and bool(call.finish_reason)
+    has_functions = all("function" in tool for tool in call.request.get("tools") or [])
+    messages = [*call.request["messages"], call.message or {"is": "absent"}]
+    return all(map(is_plain, messages)) and bool(call.finish_reason) and has_functions
 
 
 def value(plain):
@@ -676,3 +677,16 @@ def test_a_file_of_no_known_format_is_refused_with_the_next_command(tmp_path, co
     path.write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match="allowed: understudy, openai, otel, litellm, langfuse; next: .*--format"):
         read(path)
+
+
+@pytest.mark.parametrize("said", ['{"intent": "x"}', '[{"type": "flight"}]', '"quoted"', '{"content": "x"}', "[1, 2]"])
+def test_an_answer_that_is_json_stays_the_text_it_is(tmp_path, said):
+    sample = {**SAMPLES[2], "message": {"role": "assistant", "content": said}}
+    blob = {**as_langfuse_blob(0, sample), "output": said, "input": "Count to ten."}
+    langfuse = {**as_langfuse_api(0, sample), "output": said}
+    litellm = {**as_litellm(0, sample), "response": said}
+    old = {**common_attributes(sample), "gen_ai.prompt": "Count to ten.", "gen_ai.completion": said}
+    records = [blob, langfuse, litellm, otlp(span(0, old)), as_openllmetry(0, sample), as_message_events(0, sample)]
+    for index, record in enumerate(records):
+        (call,) = read(write(tmp_path, [record], f"{index}.jsonl"))
+        assert (call.message["content"], call.request["messages"]) == (said, sample["request"]["messages"])
