@@ -31,6 +31,8 @@ MAX_DEPTH = 100
 COMPRESSIONS = (".gz", ".zst")
 KNOWN_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _CHUNK_BYTES = 64 * 1024
+_HEAD = 4 * 1024
+"""Bytes of a document that are looked at for an envelope."""
 _ROWS_PER_BATCH = 256
 _LIST_KEY = re.compile(
     r'\s*\{(?:\s*"\w+"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,)*\s*"(?P<key>resourceSpans|data)"\s*:\s*\[', re.ASCII
@@ -87,18 +89,13 @@ class LogFile:
         if name.endswith(".csv"):
             return "csv"
         with open(self._path, "rb") as raw, _decompress(raw, self._path.name) as stream:
-            try:
-                line = b"\n"
-                while line and not line.strip():
-                    line = stream.readline(MAX_LINE_BYTES + 1)
-            except _BROKEN:
-                return "lines"
+            line = _first_line(stream)
         start = line.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         if start == b"[":
             return "document"
         if start != b"{":
             return "lines"
-        envelope = _LIST_KEY.match(line[:_CHUNK_BYTES].decode("utf-8", errors="replace").removeprefix("\ufeff"))
+        envelope = _LIST_KEY.match(line[:_HEAD].decode("utf-8", errors="replace").removeprefix("\ufeff"))
         if envelope and envelope["key"] == "data":
             return "document"
         try:
@@ -167,6 +164,19 @@ def _decompress(raw: BinaryIO, name: str) -> Any:
     return io.BufferedReader(raw) if not isinstance(raw, io.BufferedReader) else raw
 
 
+def _first_line(stream: Any) -> bytes:
+    """The first line that is not blank; of one that cannot be read to its end the beginning."""
+    line = b""
+    try:
+        while not line.strip() and (line := stream.readline(_HEAD)):
+            pass
+        if not line.endswith(b"\n"):
+            line += stream.readline(MAX_LINE_BYTES)
+    except _BROKEN:
+        pass
+    return line
+
+
 def _iterate_lines(stream: Any) -> Iterator[tuple[int, Any]]:
     position = 0
     while True:
@@ -213,15 +223,26 @@ class _Text:
         self.text = ""
         self.at = 0
         self._is_over = False
+        self.problem: Unusable | None = None
+        """What broke the text, once all before it has been read."""
 
     def fill(self) -> bool:
         """Read as much again as is waiting, so that retries of a long value cost twice its length at most."""
         if self._is_over:
             return False
-        data = self._stream.read(max(_CHUNK_BYTES, len(self.text) - self.at))
-        self._is_over = not data
-        self.text, self.at = self.text[self.at :] + self._utf8.decode(data, final=self._is_over), 0
-        return True
+        more = ""
+        try:
+            data = self._stream.read(max(_CHUNK_BYTES, len(self.text) - self.at))
+            self._is_over = not data
+            more = self._utf8.decode(data, final=self._is_over)
+        except UnicodeDecodeError as error:
+            more = error.object[: error.start].decode("utf-8")
+            self.problem = Unusable("not UTF-8", "unreadable from here on")
+        except _BROKEN as error:
+            self.problem = _unreadable(error)
+        self._is_over = self._is_over or self.problem is not None
+        self.text, self.at = self.text[self.at :] + more, 0
+        return bool(more) or not self._is_over
 
     def peek(self) -> str:
         """The next character that is no blank, or "" at the end."""
@@ -239,7 +260,7 @@ class _Text:
                 value, end = self._decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if not self.fill():
-                    raise Unusable("not JSON", f"{error.msg}; unreadable from here on") from None
+                    raise self.problem or Unusable("not JSON", f"{error.msg}; unreadable from here on") from None
             except ValueError:
                 raise Unusable("not JSON", "an integer of more than 4300 digits; unreadable from here on") from None
             except RecursionError:
@@ -256,36 +277,31 @@ class _Text:
 def _iterate_document(stream: Any) -> Iterator[tuple[int, Any]]:
     """Items of an array, of a list in an envelope, or documents one after another."""
     position, text = 1, _Text(stream)
-    try:
-        start = text.peek()
-        envelope = _LIST_KEY.match(text.text)
-        if envelope:
-            text.at = envelope.end()
-        elif start == "[":
+    while len(text.text) < _HEAD and text.fill():
+        pass
+    start = text.peek()
+    envelope = _LIST_KEY.match(text.text)
+    is_list = envelope is not None or start == "["
+    if is_list:
+        text.at = envelope.end() if envelope else text.at + 1
+    wraps_spans = envelope is not None and envelope["key"] == "resourceSpans"
+    while (start := text.peek()) and not (is_list and start == "]"):
+        if is_list and start == ",":
             text.at += 1
-        is_list = envelope is not None or start == "["
-        key = envelope["key"] if envelope else None
-        while (start := text.peek()) and not (is_list and start == "]"):
-            if is_list and start == ",":
-                text.at += 1
-                continue
-            try:
-                item, source = text.value()
-            except Unusable as problem:
-                yield position, problem
-                return
-            try:
-                item = _checked(item, source)
-                yield position, {"resourceSpans": [item]} if key == "resourceSpans" else item
-            except Unusable as problem:
-                yield position, problem
-            position += 1
-        if is_list and not start:
-            yield position, Unusable("not JSON", "the document ends inside its list")
-    except UnicodeError:
-        yield position, Unusable("not UTF-8", "unreadable from here on")
-    except _BROKEN as error:
-        yield position, _unreadable(error)
+            continue
+        try:
+            item, source = text.value()
+        except Unusable as problem:
+            yield position, problem
+            return
+        try:
+            item = _checked(item, source)
+            yield position, {"resourceSpans": [item]} if wraps_spans else item
+        except Unusable as problem:
+            yield position, problem
+        position += 1
+    if not start and (is_list or text.problem):
+        yield position, text.problem or Unusable("not JSON", "the document ends inside its list")
 
 
 def _iterate_csv(stream: Any) -> Iterator[tuple[int, Any]]:
