@@ -15,6 +15,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError, InputError, UnderstudyError
+from jobs import calls_verb, ingest_verb
 
 if TYPE_CHECKING:
     from cluster.store import Store
@@ -42,6 +43,17 @@ class _Verb(argparse.ArgumentParser):
     def __init__(self, *args: Any, sections: tuple[str, ...] = ("store",), **options: Any) -> None:
         super().__init__(*args, **options)
         self._sections = sections
+        self._is_intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take words and flags in any order; argparse by itself takes words in one place only."""
+        if self._is_intermixed or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._is_intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_intermixed = False
 
     def format_help(self) -> str:
         from jobs.recipe import describe_recipe
@@ -53,9 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="understudy", description="LLM traffic in, gated specialists out.")
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Verb)
     words = {"nargs": "*", "metavar": "key=value", "help": "recipe=NAME|PATH and overrides such as gate.epsilon=0.02"}
-    ingest = verbs.add_parser("ingest", help="read call logs into the store")
-    ingest.add_argument("paths", nargs="+", help="*.calls.jsonl[.gz], *.sessions.jsonl[.gz], and key=value words")
-    ingest.set_defaults(run=_ingest)
+    ingest_verb.add_verb(verbs)
+    calls_verb.add_verb(verbs)
     stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
     stages += ("gateway.max_temperature", "limits")
     convert = verbs.add_parser("convert", help="captured calls -> gated specialists -> a release", sections=stages)
@@ -110,19 +121,6 @@ def _add_keys(verbs: Any, words: dict[str, Any]) -> None:
     revoke.add_argument("name")
     revoke.add_argument("words", **words)
     revoke.set_defaults(run=_revoke_keys)
-
-
-def _ingest(options: argparse.Namespace) -> None:
-    from cluster.access import Pseudonyms, load_pseudonym_key
-    from cluster.store import Store
-    from jobs.ingest import ingest
-    from jobs.recipe import load_recipe
-
-    words = [word for word in options.paths if "=" in word]
-    recipe = load_recipe(words)
-    paths = [pathlib.Path(word) for word in options.paths if "=" not in word]
-    counts = ingest(Store(recipe.store), paths, Pseudonyms(load_pseudonym_key(recipe.store)))
-    print(json.dumps(counts.model_dump(mode="json"), indent=1))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from cluster.access import Pseudonyms
 from cluster.errors import InputError
 from cluster.quarantine import QuarantineRow
 from cluster.records import AgentCall
-from training import formats
+from training import log_files
 from training.formats import LogReader
 
 PSEUDONYMS = Pseudonyms(b"k" * 32)
@@ -156,7 +156,7 @@ def test_a_duplicate_id_is_quarantined_over_all_files_of_a_reader(tmp_path):
 
 
 def test_a_line_longer_than_the_limit_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(log_files, "MAX_LINE_BYTES", 1000)
     long = make_record(1, label="x" * 5000)
     assert reasons(read_lines(tmp_path, make_record(0), long, make_record(2))) == [None, "line too long", None]
 
