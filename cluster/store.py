@@ -13,6 +13,7 @@ import pathlib
 import stat
 import tempfile
 import uuid
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -103,6 +104,29 @@ class Store:
         with self._fs.open_output_stream(unfinished) as stream:
             stream.write(data)
         self._fs.move(unfinished, target)
+
+    def sync(self, paths: Iterable[str]) -> None:
+        """Return once these files, their names and what lies beside them under their names outlive a power failure.
+
+        A file written here outlives its process at once, and the machine only after this. An object store needs none
+        of it: what it has taken is durable.
+
+        Raises:
+            StoreError: one of them does not exist.
+        """
+        if not isinstance(self._fs, pafs.LocalFileSystem):
+            return
+        folders: set[pathlib.Path] = set()
+        root = pathlib.Path(self._root)
+        for target in (root / path for path in paths):
+            files = [file for file in target.parent.glob(f"*{target.name}*") if not file.name.startswith(".")]
+            if target not in files:
+                raise StoreError(f"{target.relative_to(root)}: not in store {self.uri}")
+            for file in files:
+                _sync_file(file)
+            folders.update(one for one in target.parents if one == root or root in one.parents)
+        for folder in folders:
+            sync_folder(folder)
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))
@@ -200,6 +224,23 @@ def cache_folder() -> pathlib.Path:
         raise StoreError(f"{folder}: is not this user's own folder; remove it, or set TMPDIR to another place")
     folder.chmod(0o700)
     return folder
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Return once the names in a local folder are durable: new, moved and removed ones."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_file(path: pathlib.Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _file_sha256(path: pathlib.Path) -> str | None:
