@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 from cluster.errors import ConfigError
 from cluster.records import Record
+from cluster.secret_files import check_private, create_once, replace_whole
 
 PSEUDONYM_KEY_ENV = "UNDERSTUDY_PSEUDONYM_KEY"
 
@@ -122,10 +123,7 @@ class ApiKeys:
         return self._entries
 
     def _save(self, entries: dict[str, dict[str, str]]) -> None:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}")
-        _write_private(unfinished, (json.dumps({"keys": entries}, indent=1, sort_keys=True) + "\n").encode())
-        os.replace(unfinished, self._path)
+        replace_whole(self._path, (json.dumps({"keys": entries}, indent=1, sort_keys=True) + "\n").encode())
 
 
 def load_pseudonym_key(store_uri: str) -> bytes:
@@ -148,9 +146,8 @@ def load_pseudonym_key(store_uri: str) -> bytes:
         )
     path = folder / "pseudonym.key"
     if not path.exists():
-        _create_once(path, secrets.token_hex(32).encode())
-    if path.stat().st_mode & 0o077:
-        raise ConfigError(f"{path}: others can read the pseudonym key; run: chmod 600 {path}")
+        create_once(path, secrets.token_hex(32).encode())
+    check_private(path)
     return _parse_key(path.read_text(), str(path))
 
 
@@ -173,24 +170,6 @@ def _parse_key(text: str, where: str) -> bytes:
             f"{where}: not a key; allowed: 64 to 128 hexadecimal digits, as `openssl rand -hex 32` prints"
         )
     return key
-
-
-def _create_once(path: pathlib.Path, data: bytes) -> None:
-    """Of several processes that start together, one creates the file and all read it whole."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    _write_private(unfinished, data)
-    try:
-        os.link(unfinished, path)
-    except FileExistsError:
-        pass
-    finally:
-        unfinished.unlink()
-
-
-def _write_private(path: pathlib.Path, data: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
 
 
 def _salted(salt: str, key: str) -> str:

@@ -1,22 +1,26 @@
 """AgentCall <-> Parquet under calls/date=YYYY-MM-DD/: what capture and ingest write and every later stage reads.
 
 Metadata are plain columns, so that calls can be counted and priced without reading a word of them; everything that
-can carry content (CONTENT_COLUMNS) is a JSON string. A part is immutable once written. A call id stored twice is read
-once, as it was written last. Knows nothing of who reads or writes.
+can carry content (CONTENT_COLUMNS) is a JSON string, encrypted. A part is immutable once written, under a name that no
+other part ever has; it may be replaced by others with the same calls (cluster/compaction.py), which are there before it
+goes. A call id stored twice is read once; calls of a forgotten client are not read. Knows nothing of who reads or writes.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.errors import StoreError
+from cluster.forgotten import read_forgotten, without_forgotten
 from cluster.records import AgentCall, RouteDecision, Usage
-from cluster.store import Store, content_hash
+from cluster.store import Store
 
 CALLS_FOLDER = "calls"
 MAX_CALLS_PER_PART = 5_000
@@ -85,7 +89,11 @@ def write_calls(store: Store, calls: Sequence[AgentCall]) -> list[str]:
     """Write `calls` as new parts of at most MAX_CALLS_PER_PART, one date (UTC) each.
 
     Returns:
-        Store paths of the parts. The same calls in the same order give the same paths.
+        Store paths of the parts. A write that fails may leave some of them; the same calls written again are stored
+        twice, which readers tolerate.
+
+    Raises:
+        KeyAccessError: the KMS gives no key to this process.
     """
     by_date: dict[str, list[AgentCall]] = {}
     for call in calls:
@@ -95,11 +103,15 @@ def write_calls(store: Store, calls: Sequence[AgentCall]) -> list[str]:
     for date, day in sorted(by_date.items()):
         for start in range(0, len(day), MAX_CALLS_PER_PART):
             part = day[start : start + MAX_CALLS_PER_PART]
-            name = content_hash([call.call_id for call in part])[:12]
-            path = f"{CALLS_FOLDER}/date={date}/part-{int(part[0].ts * 1000):013d}-{name}.parquet"
-            store.write_table(path, _to_table(part))
-            paths.append(path)
+            paths.append(write_part(store, f"{CALLS_FOLDER}/date={date}", _to_table(part)))
     return paths
+
+
+def write_part(store: Store, folder: str, table: pa.Table) -> str:
+    """Write rows of one day as a part of its own; returns its store path."""
+    path = f"{folder}/part-{int(table['ts'][0].as_py() * 1000):013d}-{uuid.uuid4().hex[:12]}.parquet"
+    store.write_table(path, table, encrypted=CONTENT_COLUMNS)
+    return path
 
 
 def read_calls(store: Store, call_ids: set[str] | None = None) -> list[AgentCall]:
@@ -113,19 +125,37 @@ def read_calls(store: Store, call_ids: set[str] | None = None) -> list[AgentCall
 def iterate_calls(store: Store, call_ids: set[str] | None = None) -> Iterator[AgentCall]:
     """Calls part by part, one part in memory at a time; a call id stored twice comes twice."""
     wanted = None if call_ids is None else pa.array(sorted(call_ids), pa.string())
-    for path in store.list(CALLS_FOLDER, ".parquet"):
-        table = store.read_table(path)
-        if wanted is not None:
-            table = table.filter(pc.is_in(table["call_id"], value_set=wanted))
-        yield from _from_table(table)
+    for table in _read_parts(store, None):
+        yield from _from_table(table if wanted is None else table.filter(pc.is_in(table["call_id"], value_set=wanted)))
 
 
 def read_call_columns(store: Store, columns: list[str]) -> pa.Table:
-    """Some columns of every stored row, for counting without reading content."""
-    paths = store.list(CALLS_FOLDER, ".parquet")
-    if not paths:
-        return pa.schema([CALL_SCHEMA.field(name) for name in columns]).empty_table()
-    return store.read_table(paths, columns=columns)
+    """Some columns of every stored row; without CONTENT_COLUMNS among them no key is needed."""
+    schema = pa.schema([CALL_SCHEMA.field(name) for name in columns])
+    return pa.concat_tables([schema.empty_table(), *_read_parts(store, columns)], promote_options="permissive")
+
+
+def _read_parts(store: Store, columns: list[str] | None) -> Iterator[pa.Table]:
+    """Every part's table. Parts that replaced one that is gone are read as well, and then some calls come twice."""
+    done: set[str] = set()
+    forgotten = read_forgotten(store)
+    wanted = columns if columns is None or not forgotten else sorted({*columns, "client_id", "ts"})
+    while True:
+        is_complete = True
+        for path in store.list(CALLS_FOLDER, ".parquet"):
+            if path in done:
+                continue
+            done.add(path)
+            try:
+                table = without_forgotten(store.read_table(path, wanted), forgotten)
+            except StoreError:
+                if store.exists(path):
+                    raise
+                is_complete = False
+                continue
+            yield table if columns is None else table.select(columns)
+        if is_complete:
+            return
 
 
 def read_call_ids(store: Store) -> set[str]:

@@ -5,6 +5,7 @@ UnderstudyError
 |   `-- BaseUnavailableError        a base model that cannot be fetched from a hub or read from a folder
 |-- InputError (ValueError)         a file or record given by the user cannot be used
 |-- StoreError (OSError)            an artifact is missing, half-written or altered
+|   `-- KeyAccessError              content is encrypted and its key is not to be had
 |-- UpstreamError (RuntimeError)    the LLM behind `upstream.base_url` did not answer
 |-- TrainingError (RuntimeError)    a fine-tune failed; the other tasks go on
 |-- EngineError (RuntimeError)      the serving engine refused or failed a generation
@@ -32,6 +33,10 @@ class InputError(UnderstudyError, ValueError):
 
 class StoreError(UnderstudyError, OSError):
     """An artifact that is missing, unfinished or does not match its manifest."""
+
+
+class KeyAccessError(StoreError):
+    """Content whose key is absent, refused or another one."""
 
 
 class UpstreamError(UnderstudyError, RuntimeError):

@@ -1,6 +1,7 @@
 """What could not be used, kept with its reason under quarantine/: one row per bad record, without its content.
 
-A row names where the record stood, so that a person can look it up in the source. Knows nothing of what is bad.
+A row names where the record stood, so that a person can look it up in the source; only a curator can read that, and
+everybody can count the reasons. Knows nothing of what is bad.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ QUARANTINE_SCHEMA = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
+ENCRYPTED_COLUMNS = ("source", "detail")
+"""A path or an id may name a person; reasons are counted without a key."""
 
 
 class QuarantineRow(Record):
@@ -46,7 +49,8 @@ def write_quarantine(store: Store, stage: str, rows: Sequence[QuarantineRow]) ->
         return None
     values = [row.model_dump() for row in rows]
     path = f"{QUARANTINE_FOLDER}/{stage}-{content_hash(values)[:16]}.parquet"
-    store.write_table(path, pa.Table.from_pylist(values, QUARANTINE_SCHEMA))
+    if not store.exists(path):
+        store.write_table(path, pa.Table.from_pylist(values, QUARANTINE_SCHEMA), encrypted=ENCRYPTED_COLUMNS)
     return path
 
 

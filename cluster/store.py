@@ -6,14 +6,17 @@ half-written one. Single files are replaced whole. Paths are store-relative, wit
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import stat
 import tempfile
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -21,10 +24,17 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import AfterValidator
 
+from cluster.access import keys_folder
 from cluster.config import has_credentials
+from cluster.content_keys import ContentKeys
 from cluster.errors import ConfigError, StoreError
+from cluster.kms import find_kms, version_of
 
 MANIFEST = "manifest.json"
+_ENCRYPTED = b"understudy.encrypted"
+"""In a Parquet file's metadata: its encrypted columns, with commas between."""
+_KEY_MATERIAL = "_KEY_MATERIAL_FOR_"
+"""How Parquet names the file with another file's wrapped keys."""
 _ANONYMOUS = "gs://anonymous@"
 """How pyarrow is told to read a public bucket; no credential."""
 
@@ -72,6 +82,15 @@ class Store:
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)
 
+    @functools.cached_property
+    def content_keys(self) -> ContentKeys:
+        """The keys of this store's content; asks no KMS yet.
+
+        Raises:
+            ConfigError: a remote store whose KMS nobody named.
+        """
+        return ContentKeys(find_kms(self.uri, keys_folder(self.uri)))
+
     def exists(self, path: str) -> bool:
         return self._fs.get_file_info(self._full(path)).type != pafs.FileType.NotFound
 
@@ -93,40 +112,50 @@ class Store:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Replace `path` whole; a reader sees the old bytes or the new ones."""
+        with self._publishing(path) as sink:
+            sink.write(data)
+
+    @contextlib.contextmanager
+    def _publishing(self, path: str) -> Iterator[pa.NativeFile]:
+        """A stream whose bytes become the file at `path` when the block ends without an error."""
         target = self._full(path)
-        self._fs.create_dir(target.rsplit("/", 1)[0], recursive=True)
-        if not isinstance(self._fs, pafs.LocalFileSystem):
-            with self._fs.open_output_stream(target) as stream:
-                stream.write(data)
-            return
         folder, name = target.rsplit("/", 1)
+        self._fs.create_dir(folder, recursive=True)
+        if not isinstance(self._fs, pafs.LocalFileSystem):
+            # An object store has no rename, and would show what a failed block has written so far.
+            buffer = pa.BufferOutputStream()
+            yield buffer
+            with self._fs.open_output_stream(target) as stream:
+                stream.write(buffer.getvalue())
+            return
         unfinished = f"{folder}/.{name}.{uuid.uuid4().hex}"
-        with self._fs.open_output_stream(unfinished) as stream:
-            stream.write(data)
-        self._fs.move(unfinished, target)
+        try:
+            with self._fs.open_output_stream(unfinished) as sink:
+                yield sink
+            self._fs.move(unfinished, target)
+        except BaseException:
+            self._delete_full(unfinished)
+            raise
 
     def sync(self, paths: Iterable[str]) -> None:
-        """Return once these files, their names and what lies beside them under their names outlive a power failure.
+        """Return once these files with their keys and names outlive a power failure; a process's end they outlive at once.
 
-        A file written here outlives its process at once, and the machine only after this. An object store needs none
-        of it: what it has taken is durable.
+        An object store needs none of it: what it has taken is durable.
 
         Raises:
-            StoreError: one of them does not exist.
+            OSError: one of them does not exist, or the disk fails.
         """
         if not isinstance(self._fs, pafs.LocalFileSystem):
             return
         folders: set[pathlib.Path] = set()
         root = pathlib.Path(self._root)
-        for target in (root / path for path in paths):
-            files = [file for file in target.parent.glob(f"*{target.name}*") if not file.name.startswith(".")]
-            if target not in files:
-                raise StoreError(f"{target.relative_to(root)}: not in store {self.uri}")
-            for file in files:
-                _sync_file(file)
-            folders.update(one for one in target.parents if one == root or root in one.parents)
+        for path in paths:
+            sync_path(root / path)
+            if self.exists(_key_material(path)):
+                sync_path(root / _key_material(path))
+            folders.update(one for one in (root / path).parents if one == root or root in one.parents)
         for folder in folders:
-            sync_folder(folder)
+            sync_path(folder)
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))
@@ -135,25 +164,114 @@ class Store:
         self.write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
     def read_table(self, paths: str | list[str], columns: list[str] | None = None) -> pa.Table:
-        """Concatenate Parquet files into one table.
+        """Concatenate Parquet files into one table. Columns that are not encrypted need no key.
 
         Raises:
             StoreError: a file is missing, or is not Parquet.
+            KeyAccessError: an encrypted column is asked for, and its key is not to be had.
         """
         names = [paths] if isinstance(paths, str) else paths
-        try:
-            tables = [
-                pq.read_table(self._full(n), filesystem=self._fs, columns=columns, partitioning=None) for n in names
-            ]
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise StoreError(f"cannot read Parquet from store {self.uri}: {error}") from None
-        return pa.concat_tables(tables, promote_options="default")
+        return pa.concat_tables([self._read_table(name, columns) for name in names], promote_options="default")
 
-    def write_table(self, path: str, table: pa.Table) -> None:
-        """Write one Parquet file, published whole."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        self.write_bytes(path, sink.getvalue().to_pybytes())
+    def _read_table(self, name: str, columns: list[str] | None) -> pa.Table:
+        full = self._full(name)
+        try:
+            with self._fs.open_input_file(full) as source:
+                file = pq.ParquetFile(source)
+                secret = (file.schema_arrow.metadata or {}).get(_ENCRYPTED)
+                if secret is None or (columns is not None and not set(columns) & set(secret.decode().split(","))):
+                    return file.read(columns)
+            with self._fs.open_input_file(full) as source:
+                keys = self.content_keys.decryption(full, self._fs)
+                return pq.ParquetFile(source, decryption_properties=keys).read(columns)
+        except StoreError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{name}: cannot be read as Parquet from store {self.uri}: {error}") from None
+
+    def write_table(self, path: str, table: pa.Table, encrypted: tuple[str, ...] = ()) -> None:
+        """Write one Parquet file, published whole.
+
+        Args:
+            encrypted: string columns that nobody reads without the content key. Such a file is never written again:
+                its keys lie beside it, and the two cannot be replaced at once.
+        """
+        with self.table_writer(path, table.schema, encrypted) as writer:
+            writer.write_table(table)
+
+    @contextlib.contextmanager
+    def table_writer(self, path: str, schema: pa.Schema, encrypted: tuple[str, ...] = ()) -> Iterator[pq.ParquetWriter]:
+        """Write one Parquet file row group by row group; readers see it once the block has ended without an error.
+
+        Args:
+            encrypted: as for `write_table`.
+        """
+        full = self._full(path)
+        options = {}
+        if encrypted:
+            assert not self.exists(path), f"{path}: an encrypted file is never written again"
+            self._fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
+            options["encryption_properties"] = self.content_keys.encryption(encrypted, full, self._fs)
+            schema = schema.with_metadata({**(schema.metadata or {}), _ENCRYPTED: ",".join(encrypted).encode()})
+        try:
+            with (
+                self._publishing(path) as sink,
+                pq.ParquetWriter(sink, schema, compression="zstd", **options) as writer,
+            ):
+                yield writer
+        except BaseException:
+            if encrypted:
+                self._delete(_key_material(path))
+            raise
+
+    def delete(self, path: str) -> None:
+        """Remove one file and its keys; what is absent already is no error."""
+        # The file goes first: without keys it could not be read, and without the file keys harm nobody.
+        self._delete(path)
+        if path.endswith(".parquet"):
+            self._delete(_key_material(path))
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove an artifact, its manifest first, so that nobody finds half of it; what is absent is no error."""
+        self._delete(f"{folder}/{MANIFEST}")
+        if self.exists(folder):
+            self._fs.delete_dir(self._full(folder))
+
+    def sweep(self, folder: str, older_than_s: float) -> int:
+        """Remove what processes that died left below `folder`: unfinished files, and keys of files that never came.
+
+        Returns:
+            How many files were removed.
+        """
+        selector = pafs.FileSelector(self._full(folder), recursive=True, allow_not_found=True)
+        before = time.time() - older_than_s
+        old = {info.path for info in self._fs.get_file_info(selector) if info.is_file and info.mtime_ns < before * 1e9}
+        left = [path for path in old if path.rsplit("/", 1)[-1].startswith(".")]
+        for path in old:
+            parent, _, name = path.rpartition("/")
+            if name.startswith(_KEY_MATERIAL):
+                owner = f"{parent}/{name.removeprefix(_KEY_MATERIAL).removesuffix('.json')}"
+                if self._fs.get_file_info(owner).type == pafs.FileType.NotFound:
+                    left.append(path)
+        for path in left:
+            self._delete_full(path)
+        return len(left)
+
+    def rewrap_keys(self) -> int:
+        """Wrap the keys of all encrypted files with the newest master key; returns how many files there were."""
+        paths = [path for path in self.list("", ".parquet") if self.exists(_key_material(path))]
+        for path in paths:
+            self.content_keys.rewrap(self._full(path), self._fs)
+        return len(paths)
+
+    def key_versions(self) -> set[int]:
+        """Versions of the master key that the files' keys are wrapped with."""
+        versions: set[int] = set()
+        for path in self.list("", ".json"):
+            if path.rsplit("/", 1)[-1].startswith(_KEY_MATERIAL):
+                materials = [json.loads(text) for text in self.read_json(path).values()]
+                versions |= {version_of(one["wrappedKEK"]) for one in materials if one.get("wrappedKEK")}
+        return versions
 
     def publish(self, folder: str, local: pathlib.Path, meta: dict[str, Any]) -> dict[str, Any]:
         """Copy a local folder to `folder` and write its manifest last.
@@ -200,8 +318,20 @@ class Store:
                 raise StoreError(f"{folder}/{name}: differs from its manifest; publish the artifact again")
         return target
 
+    def _delete(self, path: str) -> None:
+        self._delete_full(self._full(path))
+
+    def _delete_full(self, full: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(full)
+
     def _full(self, path: str) -> str:
         return f"{self._root.rstrip('/')}/{path}".rstrip("/")
+
+
+def _key_material(path: str) -> str:
+    folder, sign, name = path.rpartition("/")
+    return f"{folder}{sign}{_KEY_MATERIAL}{name}.json"
 
 
 def content_hash(value: Any) -> str:
@@ -226,16 +356,8 @@ def cache_folder() -> pathlib.Path:
     return folder
 
 
-def sync_folder(folder: pathlib.Path) -> None:
-    """Return once the names in a local folder are durable: new, moved and removed ones."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_file(path: pathlib.Path) -> None:
+def sync_path(path: pathlib.Path) -> None:
+    """Return once a local file's bytes are durable, or the names in a local folder: new, moved and removed ones."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

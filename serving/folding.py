@@ -1,10 +1,10 @@
 """Journals that nobody writes any more -> Parquet under calls/, then removed: of a full file, and of a dead process.
 
 A journal is adopted by its flock, so two processes never fold one at the same time, and a living writer's is left
-alone. It is removed only once its calls are published and durable; after a crash in between it is folded again into
-the same parts. What cannot be folded is never deleted: a file with damaged records, or with calls that Parquet does not
-take, is moved to `aside/` below the journal's folder once its other calls are published. Until a journal is folded,
-readers do not see its calls. Knows nothing of who wrote it.
+alone. It is removed only once its calls are published and durable; after a crash in between it is folded again, and
+readers, who read an id once, see no difference. What cannot be folded is never deleted: a file with damaged records,
+or with calls that Parquet does not take, is moved to `aside/` below the journal's folder once its other calls are
+published. Until a journal is folded, readers do not see its calls. Knows nothing of who wrote it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyarrow as pa
 from cluster.calls import MAX_CALLS_PER_PART, write_calls
 from cluster.errors import StoreError, UnderstudyError
 from cluster.records import AgentCall
-from cluster.store import Store, sync_folder
+from cluster.store import Store, sync_path
 from cluster.telemetry import log_event
 from serving.journal import SUFFIX, prepare_folder
 from serving.journal_format import DamagedJournalError, JournalReader, KeyWrapper, decode_call
@@ -125,7 +125,7 @@ def _fold(store: Store, keys: KeyWrapper, path: pathlib.Path, data: bytes) -> Fo
         _set_aside(path)
     else:
         path.unlink()
-        sync_folder(path.parent)
+        sync_path(path.parent)
     return Folded(num_files=1, num_calls=num_calls, num_damaged=num_damaged, num_aside=int(num_damaged > 0))
 
 
@@ -168,5 +168,5 @@ def _set_aside(path: pathlib.Path) -> None:
     folder = path.parent / ASIDE
     prepare_folder(folder)
     os.rename(path, folder / path.name)
-    sync_folder(folder)
-    sync_folder(path.parent)
+    sync_path(folder)
+    sync_path(path.parent)

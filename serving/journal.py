@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from cluster.errors import ConfigError, StoreError
 from cluster.records import AgentCall
-from cluster.store import sync_folder
+from cluster.store import sync_path
 from cluster.telemetry import log_event
 from serving.journal_format import JournalSealer, KeyWrapper, encode_call
 
@@ -165,7 +165,7 @@ class _File:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._write(self._sealer.header)
             os.rename(unfinished, path)
-            sync_folder(folder)
+            sync_path(folder)
         except BaseException:
             os.close(self._fd)
             unfinished.unlink(missing_ok=True)
@@ -199,7 +199,7 @@ def prepare_folder(folder: pathlib.Path) -> None:
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        sync_folder(folder.parent)
+        sync_path(folder.parent)
     if folder.stat().st_mode & 0o077:
         raise ConfigError(
             f"capture.journal={folder}: others can open the folder; allowed: a folder of its own with mode 700; "

@@ -101,7 +101,8 @@ class JournalReader:
         self._begin, self._id, wrapped = _read_header(data)
         self._cipher = AESGCM(keys.unwrap(wrapped))
         self.num_damaged = 0
-        """Records known to be missing or altered among those passed so far; a damaged stretch at the end counts as one."""
+        """Records missing, altered or out of place among those passed so far; a stretch counts as one where its number
+        cannot be told."""
 
     def __iter__(self) -> Iterator[bytes]:
         at, expected, failed_at = self._begin, 0, None
@@ -113,7 +114,7 @@ class JournalReader:
                 at = self._data.find(_MARKER, at + 1)
                 continue
             number, at, plaintext = record
-            self.num_damaged += number - expected
+            self.num_damaged += max(number - expected, int(failed_at is not None))
             expected, failed_at = number + 1, None
             yield plaintext
         if failed_at is not None and not self._is_torn(failed_at):
@@ -125,11 +126,8 @@ class JournalReader:
         if frame is None:
             return None
         number, begin, end = frame
-        if number < expected:
-            # Authentic perhaps, yet passed already: a repeated or displaced record.
-            self.num_damaged += self._is_genuine(number, begin, end)
-            return None
-        plaintext = self._decrypt(number, begin, end)
+        # Passed already: a record repeated or displaced, and that is damage even where it is authentic.
+        plaintext = self._decrypt(number, begin, end) if number >= expected else None
         return None if plaintext is None else (number, end, plaintext)
 
     def _frame_at(self, at: int) -> tuple[int, int, int] | None:
@@ -150,9 +148,6 @@ class JournalReader:
             return self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], _aad(self._id, number))
         except InvalidTag:
             return None
-
-    def _is_genuine(self, number: int, begin: int, end: int) -> bool:
-        return self._decrypt(number, begin, end) is not None
 
     def _is_torn(self, at: int) -> bool:
         """Whether what follows the last good record is what a crash leaves: a part of a record, or blocks never filled."""

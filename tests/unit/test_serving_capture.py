@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from fakes import REQUEST, FakeKms
 
@@ -38,12 +39,12 @@ class MoodyStore(Store):
         self.may_write = threading.Event()
         self.may_write.set()
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_table(self, path: str, table: pa.Table, encrypted: tuple[str, ...] = ()) -> None:
         time.sleep(self.delay_s)
         self.may_write.wait(30)
         if self.fails:
             raise self.error
-        super().write_bytes(path, data)
+        super().write_table(path, table, encrypted)
 
 
 def _call(number: int, text: str = "hello") -> AgentCall:
@@ -246,7 +247,7 @@ def test_many_calls_are_written_in_portions(tmp_path: pathlib.Path, monkeypatch:
         for number in range(7):
             capture.put(_call(number))
         assert await capture.flush()
-        assert len(read_call_ids(store)) == 7 and len(store.list("calls")) == 3
+        assert len(read_call_ids(store)) == 7 and len(store.list("calls", ".parquet")) == 3
         await capture.close()
 
     asyncio.run(scenario())
