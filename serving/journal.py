@@ -17,6 +17,7 @@ import threading
 import time
 from typing import NamedTuple
 
+from cluster.content_keys import CACHE_LIFETIME_S
 from cluster.errors import ConfigError, StoreError
 from cluster.records import AgentCall
 from cluster.store import sync_path
@@ -24,8 +25,8 @@ from cluster.telemetry import log_event
 from serving.journal_format import JournalSealer, KeyWrapper, encode_call
 
 SUFFIX = ".journal"
-_KEY_LIFETIME_S = 3_600.0
-"""A data key serves the files of one process for this long, so that a KMS that is away for minutes stops nobody."""
+_KEY_LIFETIME_S = float(CACHE_LIFETIME_S)
+"""Age from which a data key serves no new file, unless the KMS is away: that stops nobody."""
 
 
 class _Item(NamedTuple):
