@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import aiohttp
+import psutil
 import pytest
 from fakes import REQUEST, FakeLLM
 
@@ -93,15 +95,16 @@ async def _load(url: str) -> Load:
                     finished[call_id] = time.time()
 
         num_wanted = NUM_BEFORE_KILL
-        clients = [asyncio.create_task(client(number)) for number in range(NUM_CLIENTS)]
-        while len(finished) < NUM_BEFORE_KILL:
-            await asyncio.sleep(0.005)
-        pid = await asyncio.to_thread(_gateway_pid)
-        os.kill(pid, signal.SIGKILL)
-        killed_at = time.time()
-        num_wanted = len(finished) + NUM_AFTER_KILL
-        killed.set()
-        await asyncio.gather(*clients)
+        pid = _gateway_pid()
+        async with asyncio.TaskGroup() as clients:
+            for number in range(NUM_CLIENTS):
+                clients.create_task(client(number))
+            while len(finished) < NUM_BEFORE_KILL:
+                await asyncio.sleep(0.005)
+            os.kill(pid, signal.SIGKILL)
+            killed_at = time.time()
+            num_wanted = len(finished) + NUM_AFTER_KILL
+            killed.set()
     return Load(finished, killed_at)
 
 
@@ -124,12 +127,14 @@ def _parsed(body: bytes) -> object:
 
 
 def _gateway_pid() -> int:
-    """Process of the one gateway replica, as the cluster knows it."""
-    from ray.util.state import list_actors
-
-    alive = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-    (pid,) = [actor.pid for actor in alive if actor.class_name.startswith(f"ServeReplica:{APP}:gateway")]
-    return int(pid)
+    """Process of this Ray's one gateway replica, by the title that Ray Serve gives it."""
+    title = f"ray::ServeReplica:{APP}:gateway"
+    pids = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            pids += [process.pid] if title in " ".join(process.cmdline()) else []
+    (pid,) = pids
+    return pid
 
 
 def _until(is_true: Callable[[], bool], timeout_s: float = 30.0) -> None:
