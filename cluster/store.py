@@ -16,7 +16,7 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -136,6 +136,26 @@ class Store:
         except BaseException:
             self._delete_full(unfinished)
             raise
+
+    def sync(self, paths: Iterable[str]) -> None:
+        """Return once these files with their keys and names outlive a power failure; a process's end they outlive at once.
+
+        An object store needs none of it: what it has taken is durable.
+
+        Raises:
+            OSError: one of them does not exist, or the disk fails.
+        """
+        if not isinstance(self._fs, pafs.LocalFileSystem):
+            return
+        folders: set[pathlib.Path] = set()
+        root = pathlib.Path(self._root)
+        for path in paths:
+            sync_path(root / path)
+            if self.exists(_key_material(path)):
+                sync_path(root / _key_material(path))
+            folders.update(one for one in (root / path).parents if one == root or root in one.parents)
+        for folder in folders:
+            sync_path(folder)
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))
@@ -334,6 +354,15 @@ def cache_folder() -> pathlib.Path:
         raise StoreError(f"{folder}: is not this user's own folder; remove it, or set TMPDIR to another place")
     folder.chmod(0o700)
     return folder
+
+
+def sync_path(path: pathlib.Path) -> None:
+    """Return once a local file's bytes are durable, or the names in a local folder: new, moved and removed ones."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _file_sha256(path: pathlib.Path) -> str | None:

@@ -27,6 +27,8 @@ METRICS: dict[str, MetricSpec] = {
     "understudy_specialist_latency_ms": MetricSpec("histogram", "Milliseconds a specialist took", ("task_id",)),
     "understudy_calls_captured_total": MetricSpec("counter", "Calls written to the store", ()),
     "understudy_calls_dropped_total": MetricSpec("counter", "Calls not written, by reason", ("reason",)),
+    "understudy_calls_journaled_total": MetricSpec("counter", "Calls on the disk before their client's last byte", ()),
+    "understudy_journal_damaged_total": MetricSpec("counter", "Journal records that could not be recovered", ()),
     "understudy_audits_total": MetricSpec(
         "counter", "Kept answers compared with the LLM's, by task and whether they agree", ("task_id", "agrees")
     ),

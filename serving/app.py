@@ -24,7 +24,7 @@ from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
 from cluster.upstream import Upstream, UpstreamConfig
 from serving.audit import AuditConfig, Auditor
-from serving.capture import Capture, CaptureConfig
+from serving.capture import Capture, CaptureConfig, journal_folder
 from serving.cluster_llm import ClusterLLM, build_cluster_llm
 from serving.fallback import AnyLLMConfig, FallbackLLM
 from serving.gateway import GatewayConfig, GatewayCore, build_api
@@ -59,14 +59,15 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     """Bind the graph; `serve run serving.app:build store=...` and `serve.run(build(args))` deploy it.
 
     Raises:
-        ConfigError: wrong arguments, a store that cannot be opened, keys that cannot be found, or a release with more
-            adapters on one base model than an engine has room for.
+        ConfigError: wrong arguments, a store that cannot be opened, keys that cannot be found, no place for a journal, or
+            a release with more adapters on one base model than an engine has room for.
         ReleaseError: CURRENT names a release that cannot be read.
     """
     args = args if isinstance(args, ServeArgs) else validate(ServeArgs, args)
     store = Store(args.store)
     load_pseudonym_key(args.store)
     _api_keys(args)
+    journal_folder(args.capture, args.store)
     found = registry.current(store)
     bases = sorted({*args.bases, *(one.base for one in (found[1].specialists.values() if found else ()))})
     if found:
@@ -105,7 +106,8 @@ class Gateway:
             Upstream(one) if isinstance(one, UpstreamConfig) else ClusterLLM(one, llm_handles[number])
             for number, one in enumerate(config.upstream)
         ]
-        capture, fallback = Capture(store, config.capture, meter), FallbackLLM(llms, meter)
+        capture = Capture(store, config.capture, meter, store.content_keys)
+        fallback = FallbackLLM(llms, meter)
         pseudonyms = Pseudonyms(load_pseudonym_key(config.store))
         self._core = GatewayCore(
             config.gateway,

@@ -29,7 +29,7 @@ from cluster.engine import Engine, EngineAnswer
 from cluster.errors import InputError, UpstreamError
 from cluster.prices import PriceConfig, seconds_cost_usd
 from cluster.prompts import PromptFormat
-from cluster.records import RouteDecision, ServedBy, Specialist, Usage
+from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.route_model import RouteGuess
 from cluster.servable import ask_engine
 from cluster.telemetry import Meter, log_event
@@ -131,10 +131,10 @@ class GatewayCore:
         try:
             answer = await self._ask_specialist(call, snapshot, task_id)
             if answer is not None:
-                return self._accept(call, answer, snapshot)
+                return await self._accept(call, answer, snapshot)
             return await (self._stream_llm(call) if request.get("stream") else self._ask_llm(call))
         except asyncio.CancelledError:
-            self._finish(call, status=CLIENT_GONE, error="the client left")
+            self.capture.put(self._captured(call, status=CLIENT_GONE, error="the client left"))
             raise
 
     async def _ask_specialist(self, call: PendingCall, snapshot: Snapshot, task_id: str | None) -> EngineAnswer | None:
@@ -195,13 +195,13 @@ class GatewayCore:
             self.meter.observe("understudy_specialist_latency_ms", seconds * 1e3, task_id=specialist.task_id)
             call.specialist_cost_usd = seconds_cost_usd(seconds, num_sharing=self._num_asking, config=self.prices)
 
-    def _accept(self, call: PendingCall, answer: EngineAnswer, snapshot: Snapshot) -> Response:
+    async def _accept(self, call: PendingCall, answer: EngineAnswer, snapshot: Snapshot) -> Response:
         assert answer.message is not None and call.decision.specialist is not None
         usage = Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens)
         body = completion_body(
             answer.message, call_id=call.call_id, model=call.decision.specialist, created=int(call.ts), usage=usage
         )
-        self._finish(call, response=body, served_by="specialist")
+        await self.capture.keep(self._captured(call, response=body, served_by="specialist"))
         # Runs once the client has its last byte.
         audit = BackgroundTask(self._audit, call, answer.message, snapshot) if call.is_reference else None
         if not call.request.get("stream"):
@@ -220,40 +220,40 @@ class GatewayCore:
         try:
             reply, endpoint = await self.fallback.chat(call.request)
         except UpstreamError as error:
-            return self._fail(call, error)
-        return self._whole(call, reply.status, reply.raw, reply.body, endpoint)
+            return await self._fail(call, error)
+        return await self._whole(call, reply.status, reply.raw, reply.body, endpoint)
 
     async def _stream_llm(self, call: PendingCall) -> Response:
         stack = contextlib.AsyncExitStack()
         try:
             stream, endpoint = await stack.enter_async_context(self.fallback.stream(call.request))
         except UpstreamError as error:
-            return self._fail(call, error)
+            return await self._fail(call, error)
         if stream.status == 200 and stream.content_type == _EVENT_STREAM:
             return _Relay(self, call, stream, endpoint, stack)
         async with stack:
             try:
                 raw = b"".join([piece async for piece in stream.chunks])
             except UpstreamError as error:
-                return self._fail(call, error)
-        return self._whole(call, stream.status, raw, parse_object(raw), endpoint)
+                return await self._fail(call, error)
+        return await self._whole(call, stream.status, raw, parse_object(raw), endpoint)
 
-    def _whole(
+    async def _whole(
         self, call: PendingCall, status: int, raw: bytes, body: dict[str, Any] | None, endpoint: LLMNodeConfig
     ) -> Response:
         """Pass on a reply that came in one piece: an answer, or an error that is the client's own."""
+        outcome: dict[str, Any] = {"response": body, "endpoint": endpoint}
         if status >= 400 or body is None:
-            self._finish(call, status=status if status >= 400 else 502, error="refused by the LLM")
-        else:
-            self._finish(call, response=body, endpoint=endpoint)
+            outcome = {"status": status if status >= 400 else 502, "error": "refused by the LLM"}
+        await self.capture.keep(self._captured(call, **outcome))
         return Response(raw, status, media_type="application/json", headers=call.response_headers())
 
-    def _fail(self, call: PendingCall, error: UpstreamError) -> Response:
+    async def _fail(self, call: PendingCall, error: UpstreamError) -> Response:
         body = error.body or error_body(error.message, kind="upstream_error", code="upstream_error")
-        self._finish(call, status=error.status, error="the LLM gave no answer")
+        await self.capture.keep(self._captured(call, status=error.status, error="the LLM gave no answer"))
         return JSONResponse(body, error.status, headers=call.response_headers())
 
-    def _finish(
+    def _captured(
         self,
         call: PendingCall,
         *,
@@ -262,17 +262,16 @@ class GatewayCore:
         served_by: ServedBy = "llm",
         status: int = 200,
         error: str | None = None,
-    ) -> None:
-        """Capture and count the call; exactly once for each."""
+    ) -> AgentCall:
         captured = call.captured(
             self._pseudonyms, response=response, endpoint=endpoint, served_by=served_by, status=status, error=error
         )
-        self.capture.put(captured)
         action = call.decision.action
         self.meter.count("understudy_calls_total", action=action, task_id=call.decision.task_id or "")
         self.meter.observe("understudy_call_latency_ms", captured.latency_ms or 0.0, action=action)
         if status >= 400:
             self.meter.count("understudy_requests_failed_total", status=str(status))
+        return captured
 
 
 class _Relay(StreamingResponse):
@@ -290,34 +289,42 @@ class _Relay(StreamingResponse):
         self._core, self._call, self._endpoint, self._stack = core, call, endpoint, stack
         self._reader = SseReader()
         self._chunks: list[dict[str, Any]] = []
-        self._status, self._error = CLIENT_GONE, "the client left"
+        self._status, self._error, self._is_finished = CLIENT_GONE, "the client left", False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             # Before anything is awaited: a cancelled request may not get another turn.
-            response = reassemble(self._chunks) if self._chunks else None
-            error = self._error if self._status >= 400 else None
-            self._core._finish(self._call, response=response, endpoint=self._endpoint, status=self._status, error=error)
+            if not self._is_finished:
+                self._core.capture.put(self._core._captured(self._call, **self._outcome()))
             await self._stack.aclose()
 
+    def _outcome(self) -> dict[str, Any]:
+        response = reassemble(self._chunks) if self._chunks else None
+        error = self._error if self._status >= 400 else None
+        return {"response": response, "endpoint": self._endpoint, "status": self._status, "error": error}
+
     async def _pieces(self, stream: UpstreamStream) -> AsyncIterator[bytes]:
+        """The stream as it comes; what follows the answer's end leaves once the call is kept."""
+        last = b""
         try:
             async for piece in stream.chunks:
                 self._chunks += self._reader.feed(piece)
-                yield piece
+                if last or self._reader.is_done or any(map(_has_finish, self._chunks)):
+                    last += piece
+                else:
+                    yield piece
+            is_whole = self._reader.is_done or any(map(_has_finish, self._chunks))
+            self._status = 200 if is_whole and not self._reader.num_bad else 502
+            self._error = "the LLM's stream does not parse" if self._reader.num_bad else "the LLM's stream ended early"
         except UpstreamError as error:
             self._status, self._error = error.status, "the LLM broke off its answer"
             # The blank line ends an event that was cut in its middle.
-            yield b"\n\n" + sse_event(error.body or error_body(error.message, kind="upstream_error"))
-            return
-        if self._reader.num_bad:
-            self._status, self._error = 502, "the LLM's stream does not parse"
-        elif not self._reader.is_done and not any(_has_finish(chunk) for chunk in self._chunks):
-            self._status, self._error = 502, "the LLM's stream ended early"
-        else:
-            self._status = 200
+            last += b"\n\n" + sse_event(error.body or error_body(error.message, kind="upstream_error"))
+        self._is_finished = True
+        await self._core.capture.keep(self._core._captured(self._call, **self._outcome()))
+        yield last
 
 
 def build_api(core: GatewayCore) -> FastAPI:
@@ -360,8 +367,8 @@ def build_api(core: GatewayCore) -> FastAPI:
         return JSONResponse(error.body, error.status)
 
     async def not_found(request: Request, _: HTTPException) -> Response:
-        message = "No such endpoint here; allowed: POST /v1/chat/completions, GET /v1/models, GET /healthz"
-        return await deny(request, Denied(404, message, "invalid_request_error", "not_found"))
+        allowed = "No such endpoint here; allowed: POST /v1/chat/completions, GET /v1/models, GET /healthz"
+        return await deny(request, Denied(404, allowed, "invalid_request_error", "not_found"))
 
     api = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     api.add_exception_handler(Denied, deny)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import Any
 
 import httpx
 from aiohttp import web
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cluster import registry
 from cluster.access import ApiKeys, Pseudonyms
 from cluster.calls import read_calls
 from cluster.engine import EngineAnswer
-from cluster.errors import EngineError
+from cluster.errors import EngineError, StoreError
 from cluster.prices import PriceConfig
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Gate, Release, Specialist
@@ -74,6 +77,32 @@ class FakeEngine:
     ) -> EngineAnswer:
         self.num_asked += 1
         return engine_answer(self.text, self.confidence) if self.answer_with is None else await self.answer_with()
+
+
+class FakeKms:
+    """Wraps data keys with AES-GCM under a key in memory; a KeyWrapper."""
+
+    def __init__(self, key: bytes = b"k" * 32) -> None:
+        self._cipher = AESGCM(key)
+        self.is_away = False
+        """Whether it cannot be reached."""
+
+    def new_data_key(self) -> tuple[bytes, str]:
+        self._check()
+        key, nonce = os.urandom(32), os.urandom(12)
+        return key, (nonce + self._cipher.encrypt(nonce, key, None)).hex()
+
+    def unwrap(self, wrapped: str) -> bytes:
+        self._check()
+        data = bytes.fromhex(wrapped)
+        try:
+            return self._cipher.decrypt(data[:12], data[12:], None)
+        except InvalidTag:
+            raise StoreError("not wrapped by this KMS") from None
+
+    def _check(self) -> None:
+        if self.is_away:
+            raise StoreError("the KMS is away")
 
 
 class FakeLLM:
