@@ -67,6 +67,14 @@ class Capture:
         if len(self._queue) == self._config.flush_calls:
             self._wake.set()
 
+    async def keep(self, call: AgentCall) -> None:
+        """Return once the call is as durable as the dial promises.
+
+        The call is taken at once, before anything is awaited: a caller that is cancelled while it waits has handed it
+        over.
+        """
+        self.put(call)
+
     async def flush(self) -> bool:
         """Write all that is queued now; False where the store failed and the calls stay queued."""
         async with self._lock:

@@ -18,18 +18,23 @@ from cluster.access import ApiKeys, Pseudonyms
 from cluster.calls import read_calls
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError
+from cluster.faces import FacesConfig
 from cluster.prices import PriceConfig
 from cluster.prompts import PromptFormat
+from cluster.raw_upstream import RawUpstream
 from cluster.records import AgentCall, Gate, Release, Specialist
 from cluster.route_model import RouteModel
 from cluster.signature import signature_of
 from cluster.store import Store
 from cluster.telemetry import Meter
 from cluster.upstream import Upstream, UpstreamConfig
+from serving.api import build_api
 from serving.audit import AuditConfig, Auditor
 from serving.capture import Capture, CaptureConfig
 from serving.fallback import FallbackLLM
-from serving.gateway import GatewayConfig, GatewayCore, build_api
+from serving.feedback import FeedbackBox
+from serving.gateway import GatewayConfig, GatewayCore
+from serving.passthrough import PassThrough
 from serving.table import ServingTable
 
 BASE, ADAPTER, ROUTES = "bases/tiny", "adapters/triage", "routes/one"
@@ -42,6 +47,7 @@ LLM_TEXT = "from the LLM"
 PATH = "/v1/chat/completions"
 NO_AUDIT = AuditConfig(share=0.0)
 FREE = PriceConfig()
+DEFAULT_FACES = FacesConfig()
 DEAD = "http://127.0.0.1:9/v1"
 
 
@@ -165,6 +171,8 @@ async def gateway(
     requests: Sequence[dict[str, Any]] = (),
     prices: PriceConfig = FREE,
     llm_model: str | None = None,
+    faces: FacesConfig = DEFAULT_FACES,
+    is_cluster_only: bool = False,
     **config: Any,
 ) -> AsyncIterator[Running]:
     store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
@@ -186,9 +194,10 @@ async def gateway(
         Capture(store, CaptureConfig(flush_interval_s=1000.0), meter),
         FallbackLLM([Upstream(one) for one in upstream], meter),
     )
-    pseudonyms = Pseudonyms(b"k" * 32)
+    pseudonyms, settings = Pseudonyms(b"k" * 32), GatewayConfig(**config)
+    raw = None if is_cluster_only else RawUpstream(upstream[0])
     core = GatewayCore(
-        GatewayConfig(**config),
+        settings,
         capture=capture,
         fallback=fallback,
         auditor=Auditor(audit, fallback, capture, pseudonyms, meter),
@@ -197,6 +206,9 @@ async def gateway(
         pseudonyms=pseudonyms,
         api_keys=keys,
         prices=prices,
+        passthrough=PassThrough(raw, settings.passthrough, meter),
+        feedback=FeedbackBox(store, pseudonyms, meter),
+        faces=faces,
         meter=meter,
     )
     api = build_api(core)
