@@ -89,9 +89,9 @@ class PassThrough:
 
     def _path_of(self, request: Request) -> str:
         """The path, where it is written as it stands in the list: without an encoded letter, too."""
-        path = request.url.path
-        raw = request.scope.get("raw_path")
-        if path not in self.paths or (raw is not None and raw.split(b"?")[0] != request.scope["path"].encode()):
+        whole, raw = request.scope["path"], request.scope.get("raw_path")
+        path = whole.removeprefix(request.scope.get("root_path", ""))
+        if path not in self.paths or (raw is not None and raw.split(b"?")[0] != whole.encode()):
             raise HTTPException(404)
         return path
 
