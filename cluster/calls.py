@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import StoreError
+from cluster.feedback import read_outcomes
 from cluster.forgotten import read_forgotten, without_forgotten
 from cluster.records import AgentCall, RouteDecision, Usage
 from cluster.store import Store
@@ -123,10 +124,19 @@ def read_calls(store: Store, call_ids: set[str] | None = None) -> list[AgentCall
 
 
 def iterate_calls(store: Store, call_ids: set[str] | None = None) -> Iterator[AgentCall]:
-    """Calls part by part, one part in memory at a time; a call id stored twice comes twice."""
+    """Calls part by part, one part in memory at a time; a call id stored twice comes twice.
+
+    Their outcome is what they were stored with and what feedback has said since.
+
+    Raises:
+        KeyAccessError: the content key is not to be had.
+    """
+    outcomes = read_outcomes(store)
     wanted = None if call_ids is None else pa.array(sorted(call_ids), pa.string())
     for table in _read_parts(store, None):
-        yield from _from_table(table if wanted is None else table.filter(pc.is_in(table["call_id"], value_set=wanted)))
+        for call in _from_table(table if wanted is None else table.filter(pc.is_in(table["call_id"], value_set=wanted))):
+            outcome = outcomes.of(call)
+            yield call if outcome == call.outcome else call.model_copy(update={"outcome": outcome})
 
 
 def read_call_columns(store: Store, columns: list[str]) -> pa.Table:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from cluster.prompts import PromptFormat
 from cluster.records import Record
 
-_RENDERING_SOURCES = ("answers.py", "confidence.py", "prompts.py", "servable.py")
+_RENDERING_SOURCES = ("answers.py", "confidence.py", "faces.py", "prompts.py", "servable.py")
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.answers import check
 from cluster.engine import Engine, EngineAnswer
+from cluster.faces import FACES_REASON, Facing
 from cluster.prompts import PromptFormat
 from cluster.records import AnswerKind
 
@@ -30,11 +31,13 @@ _UNLESS_PLAIN: dict[str, tuple[Any, ...]] = {
 """Field of a request -> the values with which a greedy answer in text or tool calls is all it asks for."""
 
 
-def unservable_reason(request: Mapping[str, Any], max_temperature: float) -> str | None:
+def unservable_reason(request: Mapping[str, Any], max_temperature: float, facing: Facing) -> str | None:
     """Why no specialist may be asked for this request, or None.
 
     A specialist gives one greedy answer in text or tool calls: whatever asks for more goes to the LLM.
     """
+    if facing.bars_call:
+        return FACES_REASON
     for name, plain in _UNLESS_PLAIN.items():
         if request.get(name) not in plain:
             return f"{name} is set"
@@ -46,7 +49,7 @@ def unservable_reason(request: Mapping[str, Any], max_temperature: float) -> str
     return None
 
 
-def invalid_reason(answer: EngineAnswer, kind: AnswerKind, request: Mapping[str, Any]) -> str | None:
+def invalid_reason(answer: EngineAnswer, kind: AnswerKind, request: Mapping[str, Any], facing: Facing) -> str | None:
     """Why an answer must not be kept whatever its confidence, or None."""
     if answer.finish_reason == "length":
         return "the answer was cut"
@@ -55,11 +58,18 @@ def invalid_reason(answer: EngineAnswer, kind: AnswerKind, request: Mapping[str,
     limits = [request.get("max_completion_tokens"), request.get("max_tokens")]
     if any(isinstance(limit, int) and answer.completion_tokens > limit for limit in limits):
         return "the answer is longer than the request allows"
+    if facing.bars_answer(request, answer.message):
+        return FACES_REASON
     return check(answer.message, kind, dict(request))
 
 
 async def ask_engine(
-    engine: Engine, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+    engine: Engine,
+    adapter: str | None,
+    prompt_format: PromptFormat,
+    request: dict[str, Any],
+    max_answer_tokens: int,
+    facing: Facing,
 ) -> tuple[EngineAnswer, str | None]:
     """Ask a request that is servable; the answer, and why it must not be kept (None: its confidence decides).
 
@@ -68,7 +78,7 @@ async def ask_engine(
         EngineError: the engine failed.
     """
     answer = await engine.answer(adapter, prompt_format, request, max_answer_tokens)
-    return answer, invalid_reason(answer, prompt_format.answer_kind, request)
+    return answer, invalid_reason(answer, prompt_format.answer_kind, request, facing)
 
 
 def _has_media(message: Mapping[str, Any]) -> bool:

@@ -23,6 +23,13 @@ class MetricSpec(NamedTuple):
 
 METRICS: dict[str, MetricSpec] = {
     "understudy_calls_total": MetricSpec("counter", "Calls by what was done with them", ("action", "task_id")),
+    "understudy_calls_facing_person_total": MetricSpec(
+        "counter", "Calls whose answer went straight to a person, by what was done with them", ("action",)
+    ),
+    "understudy_passthrough_total": MetricSpec(
+        "counter", "Requests passed on as they are, by path and status", ("path", "status")
+    ),
+    "understudy_feedback_total": MetricSpec("counter", "Feedback taken, by role of who gave it", ("role",)),
     "understudy_call_latency_ms": MetricSpec("histogram", "Milliseconds from request to last byte", ("action",)),
     "understudy_specialist_latency_ms": MetricSpec("histogram", "Milliseconds a specialist took", ("task_id",)),
     "understudy_calls_captured_total": MetricSpec("counter", "Calls written to the store", ()),

@@ -142,7 +142,6 @@ class Upstream:
         self.config = config
         self.breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
         self._sleep = sleep
-        self._address = _shown(config.base_url)
         self._headers = {"Content-Type": "application/json", **authorization(config)}
         self._session: aiohttp.ClientSession | None = None
 
@@ -182,7 +181,7 @@ class Upstream:
             ) as response:
                 entries = self._parse(response.status, await self._read(response)).get("data")
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._unreachable(error) from None
+            raise unreachable(self.config, error) from None
         return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
     async def close(self) -> None:
@@ -196,8 +195,11 @@ class Upstream:
     ) -> AsyncIterator[tuple[aiohttp.ClientResponse, bytes]]:
         """The response to the first attempt worth having, with the first bytes of a stream."""
         if not self.breaker.may_call():
-            raise self._error(
-                503, "has failed repeatedly and is being left alone; try again shortly", "upstream_unavailable"
+            raise upstream_error(
+                self.config,
+                503,
+                "has failed repeatedly and is being left alone; try again shortly",
+                "upstream_unavailable",
             )
         model = {"model": self.config.model} if self.config.model else {}
         data = json.dumps({**body, **model}, ensure_ascii=False).encode(errors="surrogatepass")
@@ -223,9 +225,9 @@ class Upstream:
                 response, first = await self._send(data, headers, is_stream)
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
                 if is_last or isinstance(error, TimeoutError):
-                    raise self._unreachable(error) from None
+                    raise unreachable(self.config, error) from None
             except (aiohttp.ClientError, TimeoutError) as error:
-                raise self._unreachable(error) from None
+                raise unreachable(self.config, error) from None
             else:
                 if response.status not in RETRYABLE:
                     return response, first
@@ -255,7 +257,7 @@ class Upstream:
             )
             try:
                 if response.status in (401, 403) or 300 <= response.status < 400:
-                    raise self._misconfigured(response.status)
+                    raise misconfigured(self.config, response.status)
                 first = await response.content.readany() if is_stream and response.status not in RETRYABLE else b""
                 if is_stream and response.ok and not first:
                     raise aiohttp.ClientPayloadError("the stream ended before its first byte")
@@ -270,7 +272,9 @@ class Upstream:
             async for chunk in response.content.iter_any():
                 yield chunk
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._error(502, f"broke off its answer ({type(error).__name__}); send the request again") from None
+            raise upstream_error(
+                self.config, 502, f"broke off its answer ({type(error).__name__}); send the request again"
+            ) from None
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         pieces, size = [], 0
@@ -280,19 +284,21 @@ class Upstream:
                 size += len(chunk)
                 if size > MAX_REPLY_BYTES:
                     response.close()
-                    raise self._error(502, f"sent more than {MAX_REPLY_BYTES} bytes; ask for a shorter answer")
+                    raise upstream_error(
+                        self.config, 502, f"sent more than {MAX_REPLY_BYTES} bytes; ask for a shorter answer"
+                    )
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._unreachable(error) from None
+            raise unreachable(self.config, error) from None
         return b"".join(pieces)
 
     def _parse(self, status: int, raw: bytes) -> dict[str, Any]:
         try:
             body = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
-            raise self._error(
-                502, f"answered {status} with something that is no JSON object; is this the API's address?"
+            raise upstream_error(
+                self.config, 502, f"answered {status} with something that is no JSON object; is this the API's address?"
             )
         return body
 
@@ -311,23 +317,32 @@ class Upstream:
             body = None
         finally:
             response.close()
-        error = self._error(status, f"answered {status} {self.config.max_attempts} time(s); try again later")
+        error = upstream_error(
+            self.config, status, f"answered {status} {self.config.max_attempts} time(s); try again later"
+        )
         return error if body is None or "error" not in body else UpstreamError(error.message, status, body)
 
-    def _misconfigured(self, status: int) -> UpstreamError:
-        step = f"put a valid key into {self.config.api_key_env}" if status in (401, 403) else "set its final address"
-        return self._error(502, f"answered {status} to the gateway's request; {step}", "upstream_misconfigured")
 
-    def _unreachable(self, error: BaseException) -> UpstreamError:
-        if isinstance(error, TimeoutError):
-            return self._error(504, "did not answer in time; raise upstream.timeout_s or try again", "upstream_timeout")
-        reason = f"cannot be reached ({type(error).__name__}); check the address and that the LLM is up"
-        return self._error(503, reason, "upstream_unavailable")
+def misconfigured(config: UpstreamConfig, status: int) -> UpstreamError:
+    """The error for a reply that is the owner's to mend: a refused key or a moved address."""
+    step = f"put a valid key into {config.api_key_env}" if status in (401, 403) else "set its final address"
+    return upstream_error(config, 502, f"answered {status} to the gateway's request; {step}", "upstream_misconfigured")
 
-    def _error(self, status: int, reason: str, code: str = "upstream_error") -> UpstreamError:
-        message = f"upstream.base_url={self._address} {reason}"
-        body = {"error": {"message": message, "type": "upstream_error", "param": None, "code": code}}
-        return UpstreamError(message, status, body)
+
+def unreachable(config: UpstreamConfig, error: BaseException) -> UpstreamError:
+    """The error for an endpoint that gave no reply."""
+    if isinstance(error, TimeoutError):
+        reason = "did not answer in time; raise upstream.timeout_s or try again"
+        return upstream_error(config, 504, reason, "upstream_timeout")
+    reason = f"cannot be reached ({type(error).__name__}); check the address and that the LLM is up"
+    return upstream_error(config, 503, reason, "upstream_unavailable")
+
+
+def upstream_error(config: UpstreamConfig, status: int, reason: str, code: str = "upstream_error") -> UpstreamError:
+    """An error that names the endpoint; `status` and body are fit for the client."""
+    message = f"upstream.base_url={_shown(config.base_url)} {reason}"
+    body = {"error": {"message": message, "type": "upstream_error", "param": None, "code": code}}
+    return UpstreamError(message, status, body)
 
 
 def authorization(config: UpstreamConfig) -> dict[str, str]:

@@ -12,8 +12,9 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from cluster.access import Role
 from cluster.errors import ConfigError, InputError, UnderstudyError
 from jobs import calls_verb, ingest_verb
 
@@ -68,14 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     ingest_verb.add_verb(verbs)
     calls_verb.add_verb(verbs)
     stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
-    stages += ("gateway.max_temperature", "limits")
+    stages += ("gateway.max_temperature", "faces", "limits")
     convert = verbs.add_parser("convert", help="captured calls -> gated specialists -> a release", sections=stages)
     convert.add_argument("words", **words)
     convert.add_argument("--promote", action="store_true", help="serve the release at once")
     convert.add_argument("--report", type=pathlib.Path, help="write the page with pictures here too")
     convert.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
     convert.set_defaults(run=_convert)
-    parts = ("store", "upstream", "gateway", "capture", "audit", "specialists", "prices", "serve", "limits")
+    parts = ("store", "upstream", "gateway", "capture", "audit", "faces", "specialists", "prices", "serve", "limits")
     serve = verbs.add_parser(
         "serve", help="run the endpoint until Ctrl-C: specialists first, else the LLM", sections=parts
     )
@@ -111,14 +112,21 @@ def _add_keys(verbs: Any, words: dict[str, Any]) -> None:
     keys = verbs.add_parser("keys", help="make, list and revoke API keys of the endpoint")
     actions = keys.add_subparsers(dest="action", required=True, parser_class=_Verb)
     create = actions.add_parser("create", help="make a key and print it, once")
-    create.add_argument("name", help="who holds it, such as billing-agent")
-    create.add_argument("words", **{**words, "help": "role=agent|viewer|curator|admin (default agent), store=..."})
+    create.add_argument("--client", metavar="NAME", help="who holds it, such as billing-agent")
+    create.add_argument(
+        "--role", choices=get_args(Role), help="agent calls models, viewer counts, curator reads (default agent)"
+    )
+    create.add_argument(
+        "--rate-per-minute", type=int, metavar="N", help="requests a minute at each gateway replica (default no limit)"
+    )
+    create.add_argument("--days", type=int, metavar="N", help="how long it is valid (default for ever)")
+    create.add_argument("words", **{**words, "help": "store=...; NAME and role=ROLE serve for --client and --role"})
     create.set_defaults(run=_create_key)
-    known = actions.add_parser("list", help="whose keys there are")
+    known = actions.add_parser("list", help="whose keys there are, with their ids")
     known.add_argument("words", **words)
     known.set_defaults(run=_list_keys)
-    revoke = actions.add_parser("revoke", help="remove all keys of one holder")
-    revoke.add_argument("name")
+    revoke = actions.add_parser("revoke", help="remove all keys of one holder, or one key by its id")
+    revoke.add_argument("name", metavar="NAME|KEY_ID")
     revoke.add_argument("words", **words)
     revoke.set_defaults(run=_revoke_keys)
 
@@ -208,7 +216,8 @@ def _roll_back(options: argparse.Namespace) -> None:
 def _create_key(options: argparse.Namespace) -> None:
     from jobs.keys import create_key
 
-    key = create_key(options.name, options.words)
+    facts = {"role": options.role, "rate_per_minute": options.rate_per_minute, "days": options.days}
+    key = create_key(options.client, options.words, **facts)
     print("The key is stored hashed and shown only here; an agent sends it as its api_key.", file=sys.stderr)
     print(key)
 

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from cluster.calls import read_call_columns
 from cluster.compaction import compact_calls
-from cluster.feedback import remove_feedback
+from cluster.feedback import remove_forgotten_feedback
 from cluster.forgotten import mark_forgotten
 from cluster.records import Record
 from cluster.store import Store
@@ -64,7 +64,7 @@ def forget(
         client_id=client_id,
         before_ts=now,
         calls=len(call_ids),
-        feedback=remove_feedback(store, client_id, now),
+        feedback=remove_forgotten_feedback(store),
         examples=dict(examples),
         seen=seen,
     )

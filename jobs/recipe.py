@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from cluster.config import Config, describe_fields, load_config
 from cluster.errors import ConfigError
+from cluster.faces import FacesConfig
 from cluster.prices import PriceConfig
 from cluster.resources import LimitsConfig
 from cluster.store import StoreAddress
@@ -46,6 +47,7 @@ class Recipe(Config):
     serve, not to convert. Without any, `serve` takes OPENAI_BASE_URL."""
     capture: CaptureConfig = CaptureConfig()
     audit: AuditConfig = AuditConfig()
+    faces: FacesConfig = FacesConfig()
     curate: CurateConfig = CurateConfig()
     discover: DiscoverConfig = DiscoverConfig()
     select: SelectConfig = SelectConfig()
@@ -62,7 +64,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_plan(self) -> Recipe:
-        if problems := [*_endless_warmups(self), *_misfits_of_engine(self)]:
+        if problems := [*_endless_warmups(self), *_misfits_of_engine(self), *_uncertified_moves(self)]:
             raise ValueError("\n".join(problems))
         return self
 
@@ -163,6 +165,17 @@ def _misfits_of_engine(recipe: Recipe) -> list[str]:
             f"allowed: at most that; next: specialists.max_model_tokens={window}, or another select.base"
         )
     return problems
+
+
+def _uncertified_moves(recipe: Recipe) -> list[str]:
+    """Calls that may move though no gate was measured on any like them. Keeping them and not moving them is sound: their
+    answers may be learned from, and serving, like the gate, keeps none."""
+    if not recipe.faces.move or recipe.curate.keep_faces_person:
+        return []
+    return [
+        "faces.move=true: with curate.keep_faces_person=false no specialist is trained or certified on answers to a person; "
+        "allowed: both true, or faces.move=false; next: curate.keep_faces_person=true"
+    ]
 
 
 def _window_of_base(select: SelectConfig) -> int | None:

@@ -13,7 +13,7 @@ import sys
 from urllib.parse import urlsplit
 
 from cluster import registry
-from cluster.access import ApiKeys, keys_folder
+from cluster.access import KEYS_FILE, ApiKeys, keys_folder
 from cluster.config import validate
 from cluster.errors import ConfigError
 from cluster.resources import Part
@@ -22,7 +22,7 @@ from cluster.store import Store
 from cluster.upstream import UpstreamConfig, authorization, is_loopback
 from jobs.plan import connect_for
 from jobs.recipe import Recipe
-from serving.app import KEYS_FILE, ServeArgs
+from serving.app import ServeArgs
 from serving.cluster_llm import ClusterLLMConfig
 from serving.endpoint import HttpConfig, base_url, check_port, run_endpoint
 
@@ -70,6 +70,7 @@ def serve_args(recipe: Recipe, bases: tuple[str, ...] = ()) -> ServeArgs:
         gateway=recipe.gateway,
         capture=recipe.capture,
         audit=recipe.audit,
+        faces=recipe.faces,
         specialists=recipe.specialists,
         prices=recipe.prices,
     )
@@ -106,7 +107,10 @@ def _announce(recipe: Recipe, url: str) -> None:
     print(f"{served}; LLM: {', '.join(map(_place, recipe.upstream))}", file=sys.stderr)
     folder = keys_folder(recipe.store)
     if recipe.gateway.auth == "keys" and folder and not ApiKeys(folder / KEYS_FILE).holders():
-        print(f"no API key exists; next: understudy keys create NAME store={recipe.store}", file=sys.stderr)
+        print(
+            f"no API key exists; next: understudy keys create --role agent --client NAME store={recipe.store}",
+            file=sys.stderr,
+        )
     print(f"base_url: {url}", flush=True)
 
 

@@ -81,6 +81,6 @@ def validate_candidates(
     delta = release_delta(recipe.gate.delta, num_candidates)
     with tqdm(desc="validate", unit="answer", disable=None) as bar:
         limit = recipe.gateway.max_temperature
-        options = {"max_temperature": limit, "on_answer": bar.update, "on_done": save}
+        options = {"max_temperature": limit, "faces": recipe.faces, "on_answer": bar.update, "on_done": save}
         asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)
         return asyncio.run(asked)

@@ -15,27 +15,30 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cluster import registry
-from cluster.access import ApiKeys, Pseudonyms, keys_folder, load_pseudonym_key
+from cluster.access import KEYS_FILE, ApiKeys, Pseudonyms, keys_folder, load_pseudonym_key
 from cluster.config import Config, validate
 from cluster.errors import ConfigError
+from cluster.faces import FacesConfig
 from cluster.prices import PriceConfig
+from cluster.raw_upstream import RawUpstream
 from cluster.records import Release
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
 from cluster.upstream import Upstream, UpstreamConfig
+from serving.api import build_api
 from serving.audit import AuditConfig, Auditor
 from serving.capture import Capture, CaptureConfig, journal_folder
 from serving.cluster_llm import ClusterLLM, build_cluster_llm
 from serving.fallback import AnyLLMConfig, FallbackLLM
-from serving.gateway import GatewayConfig, GatewayCore, build_api
+from serving.feedback import FeedbackBox
+from serving.gateway import GatewayConfig, GatewayCore
+from serving.passthrough import PassThrough
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists
 from serving.table import ServingTable, crowded_base
 
 if TYPE_CHECKING:
     from ray import serve
 
-KEYS_FILE = "api_keys.json"
-"""Below `cluster.access.keys_folder`."""
 _MAX_ONGOING_CALLS = 1_000
 
 
@@ -51,6 +54,7 @@ class ServeArgs(Config):
     gateway: GatewayConfig = GatewayConfig()
     capture: CaptureConfig = CaptureConfig()
     audit: AuditConfig = AuditConfig()
+    faces: FacesConfig = FacesConfig()
     specialists: SpecialistConfig = SpecialistConfig()
     prices: PriceConfig = PriceConfig()
 
@@ -66,6 +70,8 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     args = args if isinstance(args, ServeArgs) else validate(ServeArgs, args)
     store = Store(args.store)
     load_pseudonym_key(args.store)
+    # Told now, not by the first call that cannot be stored.
+    store.content_keys.new_data_key()
     _api_keys(args)
     journal_folder(args.capture, args.store)
     found = registry.current(store)
@@ -109,6 +115,8 @@ class Gateway:
         capture = Capture(store, config.capture, meter, store.content_keys)
         fallback = FallbackLLM(llms, meter)
         pseudonyms = Pseudonyms(load_pseudonym_key(config.store))
+        endpoint = next((one for one in config.upstream if isinstance(one, UpstreamConfig)), None)
+        raw = RawUpstream(endpoint) if endpoint else None
         self._core = GatewayCore(
             config.gateway,
             capture=capture,
@@ -119,6 +127,9 @@ class Gateway:
             pseudonyms=pseudonyms,
             api_keys=_api_keys(config),
             prices=config.prices,
+            passthrough=PassThrough(raw, config.gateway.passthrough, meter),
+            feedback=FeedbackBox(store, pseudonyms, meter),
+            faces=config.faces,
             meter=meter,
         )
 

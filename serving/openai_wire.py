@@ -1,30 +1,44 @@
-"""OpenAI's chat.completions on the wire: requests, SSE bytes <-> chunks <-> one completion, and error bodies.
+"""OpenAI's chat.completions on the wire: requests, SSE bytes -> chunks, a completion -> SSE bytes, and error bodies.
 
-Reading is lenient, because what an LLM sends goes to the client as it is and only the captured copy is made here;
-what does not parse is counted. Writing is exact. Source: OpenAI API reference, chat completions and its chunk
-object; WHATWG HTML section 9.2 (server-sent events).
+What an LLM sends is read leniently, because it goes to the client as it is and only the captured copy is made here;
+what does not parse is counted. What a client sends is read strictly. Writing is exact. Source: OpenAI API reference,
+chat completions and its chunk object; RFC 8259 (JSON); WHATWG HTML section 9.2 (server-sent events).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 from cluster.records import Usage
 
 MAX_STREAM_BYTES = 64 * 2**20
+MAX_NESTING = 256
+"""Objects and lists within each other, in a request or an answer; further on, code that walks them would overflow."""
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _DONE = b"[DONE]"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAX_COUNT = 2**63 - 1
+_CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class Denied(Exception):
     """A request that is answered with an error before it is a call."""
 
-    def __init__(self, status: int, message: str, kind: str, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.body = status, error_body(message, kind=kind, code=code, param=param)
+        self.headers = dict(headers or {})
 
 
 class SseReader:
@@ -54,6 +68,17 @@ class SseReader:
         self._rest = rest + held
         return [event for line in lines for event in self._read_line(line)]
 
+    def end(self) -> list[dict[str, Any]]:
+        """What the stream ended with, where its last event lacks only the line ends; an event cut short gives nothing."""
+        if self._num_left < 0:
+            return []
+        events = list(self._read_line(self._rest.rstrip(b"\r")))
+        data, self._data, self._rest = b"\n".join(self._data), [], b""
+        num_bad = self.num_bad
+        events += self._read_event(data) if data else []
+        self.num_bad = num_bad
+        return events
+
     def _read_line(self, line: bytes) -> Iterator[dict[str, Any]]:
         if line.startswith(b"data:"):
             self._data.append(line[5:].removeprefix(b" "))
@@ -65,14 +90,11 @@ class SseReader:
         if data.strip() == _DONE:
             self.is_done = True
             return
-        try:
-            event = json.loads(data)
-        except (ValueError, RecursionError):
-            event = None
-        if isinstance(event, dict):
-            yield event
-        else:
+        event = parse_object(data)
+        if event is None:
             self.num_bad += 1
+        else:
+            yield event
 
 
 def parse_request(raw: bytes) -> dict[str, Any]:
@@ -81,9 +103,7 @@ def parse_request(raw: bytes) -> dict[str, Any]:
     Raises:
         Denied: 400, naming the field.
     """
-    body = parse_object(raw)
-    if body is None:
-        raise _invalid("body: not a JSON object")
+    body = parse_strictly(raw)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise _invalid("messages: allowed is a list of at least one object")
@@ -100,32 +120,41 @@ def parse_request(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def parse_strictly(raw: bytes) -> dict[str, Any]:
+    """A client's JSON object: in UTF-8, without NaN and half surrogate pairs, nested no deeper than MAX_NESTING.
+
+    Raises:
+        Denied: 400, with the reason.
+    """
+    try:
+        body = json.loads(raw.decode(), parse_constant=_refuse_constant)
+        if _SURROGATE.search(raw):
+            json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise _invalid("body: allowed is Unicode text in UTF-8, without halves of surrogate pairs") from None
+    except (ValueError, RecursionError):
+        raise _invalid("body: not a JSON object") from None
+    if not isinstance(body, dict):
+        raise _invalid("body: not a JSON object")
+    if _is_too_deep(raw, body):
+        raise _invalid(f"body: allowed are {MAX_NESTING} objects and lists within each other")
+    return body
+
+
 def parse_object(raw: bytes) -> dict[str, Any] | None:
     """The JSON object in `raw`, or None."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and not _is_too_deep(raw, value) else None
 
 
-def reassemble(chunks: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Join the chunks of one stream to the chat.completion that the unary call would have given.
-
-    A cut stream gives what arrived: a choice without its end has finish_reason None.
-    """
-    body: dict[str, Any] = {"object": "chat.completion"}
-    choices: dict[int, dict[str, Any]] = {}
-    for chunk in chunks:
-        for key, value in chunk.items():
-            if key not in ("object", "choices") and value is not None:
-                body[key] = value
-        for part in _dicts(chunk.get("choices")):
-            index = part.get("index") if isinstance(part.get("index"), int) else 0
-            choice = choices.setdefault(index, {"index": index, "message": {}, "finish_reason": None})
-            _merge_choice(choice, part)
-    body["choices"] = [_finish_choice(choices[index]) for index in sorted(choices)]
-    return body
+def error_code(body: dict[str, Any] | None) -> str | None:
+    """What an error calls itself (its code, else its type), where that is an identifier and so holds no content."""
+    error = (body or {}).get("error")
+    names = [error.get("code"), error.get("type")] if isinstance(error, dict) else []
+    return next((name for name in names if isinstance(name, str) and _CODE.fullmatch(name)), None)
 
 
 def usage_of(body: dict[str, Any] | None) -> Usage:
@@ -133,7 +162,7 @@ def usage_of(body: dict[str, Any] | None) -> Usage:
     reported = (body or {}).get("usage")
     counts = reported if isinstance(reported, dict) else {}
     names = ("prompt_tokens", "completion_tokens")
-    return Usage(**{name: counts[name] for name in names if type(counts.get(name)) is int})
+    return Usage(**{name: counts[name] for name in names if _is_count(counts.get(name))})
 
 
 def completion_body(message: dict[str, Any], *, call_id: str, model: str, created: int, usage: Usage) -> dict[str, Any]:
@@ -185,63 +214,29 @@ def error_body(message: str, *, kind: str, code: str | None = None, param: str |
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_COUNT
+
+
+def _is_too_deep(raw: bytes, value: Any) -> bool:
+    if raw.count(b"{") + raw.count(b"[") <= MAX_NESTING:
+        return False
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        items = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
 def _invalid(message: str) -> Denied:
     return Denied(400, message, "invalid_request_error", "invalid_request")
 
 
 def _chunk_choice(delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
     return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _merge_choice(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
-    logprobs = part.get("logprobs")
-    if isinstance(logprobs, dict):
-        joined = choice.setdefault("logprobs", {})
-        for key, items in logprobs.items():
-            joined[key] = [*(joined.get(key) or []), *items] if isinstance(items, list) else joined.get(key)
-    delta = part.get("delta")
-    for key, value in (delta if isinstance(delta, dict) else {}).items():
-        if key == "tool_calls":
-            for call in _dicts(value):
-                _merge_call(choice["message"].setdefault("tool_calls", {}), call)
-        elif key == "function_call" and isinstance(value, dict):
-            _merge_texts(choice["message"].setdefault(key, {}), value, ())
-        else:
-            _merge_texts(choice["message"], {key: value}, ("role",))
-
-
-def _merge_call(calls: dict[int, dict[str, Any]], part: dict[str, Any]) -> None:
-    index = part.get("index")
-    if not isinstance(index, int):
-        # Some servers leave the index out: an id begins a call, anything else continues the last one.
-        index = max(calls, default=-1) + 1 if part.get("id") or not calls else max(calls)
-    call = calls.setdefault(index, {"function": {}})
-    function = part.get("function")
-    _merge_texts(call["function"], function if isinstance(function, dict) else {}, ("name",))
-    rest = {key: value for key, value in part.items() if key not in ("index", "function")}
-    _merge_texts(call, rest, tuple(rest))
-
-
-def _merge_texts(target: dict[str, Any], part: dict[str, Any], whole: tuple[str, ...]) -> None:
-    """Append texts; values under the keys in `whole`, and those that are not texts, replace the earlier ones."""
-    for key, value in part.items():
-        if isinstance(value, str) and isinstance(target.get(key), str) and key not in whole:
-            target[key] += value
-        elif value is not None or key not in target:
-            target[key] = value
-
-
-def _finish_choice(choice: dict[str, Any]) -> dict[str, Any]:
-    parts = choice["message"]
-    message = {"role": "assistant", "content": None, **parts}
-    if "tool_calls" in parts:
-        message["tool_calls"] = [
-            {"type": "function", **parts["tool_calls"][index]} for index in sorted(parts["tool_calls"])
-        ]
-        message["content"] = parts.get("content") or None
-    return {**choice, "message": message}
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.access import Pseudonyms
+from cluster.faces import Facing
 from cluster.prices import tokens_cost_usd
 from cluster.records import AgentCall, RouteDecision, ServedBy, Usage
 from cluster.upstream import LLMNodeConfig
@@ -35,9 +36,13 @@ class PendingCall:
     request: dict[str, Any]
     headers: Mapping[str, str]
     decision: RouteDecision
+    facing: Facing
+    """Whether it speaks to a person, as far as that is known before it is answered."""
     specialist_cost_usd: float = 0.0
     is_reference: bool = False
     audit_of: str | None = None
+    is_finished: bool = False
+    """Whether it has been handed to capture."""
 
     def audit(self) -> PendingCall:
         """The same call asked again of the LLM, begun now: a call of its own, with its own latency and cost."""
@@ -48,6 +53,7 @@ class PendingCall:
             decision=self.decision.model_copy(update={"action": "audit", "reason": "reference stream"}),
             specialist_cost_usd=0.0,
             audit_of=self.call_id,
+            is_finished=False,
         )
 
     def captured(
@@ -66,11 +72,11 @@ class PendingCall:
             endpoint: whose answer `response` is; None where no LLM answered.
         """
         usage = usage_of(response)
-        return AgentCall(
+        call = AgentCall(
             call_id=self.call_id,
             ts=self.ts,
             client_id=pseudonyms.of("client", self.client),
-            agent=self.headers.get("x-agent", "unknown")[:_MAX_HEADER_CHARS],
+            agent=agent_of(self.headers),
             session_id=pseudonyms.session_of(self.client, self._session()),
             step=self._step(),
             request=self.request,
@@ -82,10 +88,10 @@ class PendingCall:
             route=self.decision,
             status=status,
             error=error,
-            faces_person=self.headers.get("x-faces-person", "").lower() == "true",
             is_reference=self.is_reference,
             audit_of=self.audit_of,
         )
+        return call.model_copy(update={"faces_person": self.facing.faces(self.request, call.message)})
 
     def response_headers(self) -> dict[str, str]:
         """x-understudy-* headers: what was done with the call, and why."""
@@ -132,6 +138,11 @@ class PendingCall:
             completion_usd_per_million=endpoint.completion_usd_per_million,
         )
         return None if cost is None else cost + self.specialist_cost_usd
+
+
+def agent_of(headers: Mapping[str, str]) -> str:
+    """What the client calls its agent."""
+    return headers.get("x-agent", "unknown")[:_MAX_HEADER_CHARS]
 
 
 def _header_text(value: str) -> str:

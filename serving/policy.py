@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from cluster.engine import EngineAnswer
+from cluster.faces import Facing
 from cluster.records import RouteDecision, Specialist
 from cluster.servable import unservable_reason
 from serving.openai_wire import Denied
@@ -50,6 +51,7 @@ def decide_before(
     refused: Mapping[str, str],
     release: str,
     max_temperature: float,
+    facing: Facing,
 ) -> Specialist | RouteDecision:
     """The specialist to ask, or the decision that the LLM answers without one being asked.
 
@@ -60,7 +62,10 @@ def decide_before(
     if guess.task_id is None:
         return RouteDecision(action="llm", reason=guess.reason, release=release)
     specialist = specialists.get(guess.task_id)
-    reason = unservable_reason(request, max_temperature) if specialist else refused.get(guess.task_id, "no specialist")
+    if specialist:
+        reason = unservable_reason(request, max_temperature, facing)
+    else:
+        reason = refused.get(guess.task_id, "no specialist")
     if specialist and reason is None:
         return specialist
     name = specialist.name if specialist else None

@@ -21,18 +21,23 @@ from cluster.access import ApiKeys, Pseudonyms
 from cluster.calls import read_calls
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, StoreError
+from cluster.faces import FacesConfig
 from cluster.prices import PriceConfig
 from cluster.prompts import PromptFormat
+from cluster.raw_upstream import RawUpstream
 from cluster.records import AgentCall, Gate, Release, Specialist
 from cluster.route_model import RouteModel
 from cluster.signature import signature_of
 from cluster.store import Store
 from cluster.telemetry import Meter
 from cluster.upstream import Upstream, UpstreamConfig
+from serving.api import build_api
 from serving.audit import AuditConfig, Auditor
 from serving.capture import Capture, CaptureConfig
 from serving.fallback import FallbackLLM
-from serving.gateway import GatewayConfig, GatewayCore, build_api
+from serving.feedback import FeedbackBox
+from serving.gateway import GatewayConfig, GatewayCore
+from serving.passthrough import PassThrough
 from serving.table import ServingTable
 
 BASE, ADAPTER, ROUTES = "bases/tiny", "adapters/triage", "routes/one"
@@ -45,6 +50,12 @@ LLM_TEXT = "from the LLM"
 PATH = "/v1/chat/completions"
 NO_AUDIT = AuditConfig(share=0.0)
 FREE = PriceConfig()
+DEFAULT_FACES = FacesConfig()
+_LAST_WORDS = {
+    "unfinished": b"",
+    "unreadable": b"data: {oh\n\ndata: [DONE]\n\n",
+    "error": b'data: {"error": {"message": "busy", "code": "overloaded"}}\n\ndata: [DONE]\n\n',
+}
 DEAD = "http://127.0.0.1:9/v1"
 
 
@@ -111,7 +122,10 @@ class FakeLLM:
     def __init__(self) -> None:
         self.status = 200
         self.fate = "finish"
-        """finish, cut (break the connection off after the first piece), or hang (say nothing after it)."""
+        """finish, or after the first piece: cut (break the connection off), hang (say nothing), unfinished (end), unreadable
+        (send no JSON, then end), error (report one, then end)."""
+        self.error: dict[str, Any] = {"message": "no", "type": "test", "param": None, "code": None}
+        """What it answers where its status is not 200."""
         self.text = LLM_TEXT
         """What it says in a whole answer."""
         self.body: dict[str, Any] | None = None
@@ -119,6 +133,9 @@ class FakeLLM:
         self.may_answer = asyncio.Event()
         """While unset, whole answers are held back."""
         self.may_answer.set()
+        self.may_go_on = asyncio.Event()
+        """While unset, streams stop after their first piece."""
+        self.may_go_on.set()
         self.requests: list[dict[str, Any]] = []
         self._runner: web.AppRunner | None = None
 
@@ -143,9 +160,7 @@ class FakeLLM:
         request = await http_request.json()
         self.requests.append(request)
         if self.status != 200:
-            return web.json_response(
-                {"error": {"message": "no", "type": "test", "param": None, "code": None}}, status=self.status
-            )
+            return web.json_response({"error": self.error}, status=self.status)
         if not request.get("stream"):
             await self.may_answer.wait()
             return web.json_response(self.body or llm_body(self.text))
@@ -154,6 +169,10 @@ class FakeLLM:
         await response.write(_event({"role": "assistant", "content": LLM_TEXT[:4]}, None))
         if self.fate == "hang":
             await asyncio.sleep(5)
+        await self.may_go_on.wait()
+        if self.fate in _LAST_WORDS:
+            await response.write(_LAST_WORDS[self.fate])
+            return response
         if self.fate != "finish":
             assert http_request.transport is not None
             http_request.transport.abort()
@@ -194,6 +213,9 @@ async def gateway(
     requests: Sequence[dict[str, Any]] = (),
     prices: PriceConfig = FREE,
     llm_model: str | None = None,
+    llm_timeout_s: float = 120.0,
+    faces: FacesConfig = DEFAULT_FACES,
+    is_cluster_only: bool = False,
     **config: Any,
 ) -> AsyncIterator[Running]:
     store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
@@ -205,6 +227,7 @@ async def gateway(
             prompt_usd_per_million=1.0,
             completion_usd_per_million=2.0,
             model=llm_model,
+            timeout_s=llm_timeout_s,
         )
     ]
     if dead_first:
@@ -215,9 +238,10 @@ async def gateway(
         Capture(store, CaptureConfig(flush_interval_s=1000.0), meter),
         FallbackLLM([Upstream(one) for one in upstream], meter),
     )
-    pseudonyms = Pseudonyms(b"k" * 32)
+    pseudonyms, settings = Pseudonyms(b"k" * 32), GatewayConfig(**config)
+    raw = None if is_cluster_only else RawUpstream(upstream[0])
     core = GatewayCore(
-        GatewayConfig(**config),
+        settings,
         capture=capture,
         fallback=fallback,
         auditor=Auditor(audit, fallback, capture, pseudonyms, meter),
@@ -226,6 +250,9 @@ async def gateway(
         pseudonyms=pseudonyms,
         api_keys=keys,
         prices=prices,
+        passthrough=PassThrough(raw, settings.passthrough, meter),
+        feedback=FeedbackBox(store, pseudonyms, meter),
+        faces=faces,
         meter=meter,
     )
     api = build_api(core)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from cluster.answers import grade
 from cluster.engine import Engine
 from cluster.errors import EngineError, InputError
+from cluster.faces import FacesConfig, facing_of_example
 from cluster.prompts import PromptFormat
 from cluster.records import Example, Gate, Record, Split, TaskSpec
 from cluster.servable import ask_engine, unservable_reason
@@ -124,6 +125,7 @@ async def evaluate_all(
     ledger: CalibrationLedger,
     *,
     max_temperature: float,
+    faces: FacesConfig,
     max_in_flight: int = 256,
     on_answer: Callable[[], None] = lambda: None,
     on_done: Callable[[Candidate, Evaluation], None] = lambda candidate, evaluation: None,
@@ -135,6 +137,7 @@ async def evaluate_all(
         delta: already divided by the number of candidates of the release.
         ledger: what calibration calls were spent on before; what is asked here is written into it.
         max_temperature: the gateway's; a call above it is escalated there, and counts as that here.
+        faces: the gateway's rule for answers to a person; what it bars there counts as escalated here.
         max_in_flight: questions at a time over all candidates.
         on_answer: called after each answer, on_done after each candidate.
     """
@@ -142,7 +145,16 @@ async def evaluate_all(
 
     async def one(candidate: Candidate) -> Evaluation:
         found = await evaluate(
-            candidate, engine, splits[candidate.task.task_id], config, delta, ledger, max_temperature, slots, on_answer
+            candidate,
+            engine,
+            splits[candidate.task.task_id],
+            config,
+            delta,
+            ledger,
+            max_temperature,
+            faces,
+            slots,
+            on_answer,
         )
         on_done(candidate, found)
         return found
@@ -161,6 +173,7 @@ async def evaluate(
     delta: float,
     ledger: CalibrationLedger,
     max_temperature: float,
+    faces: FacesConfig,
     slots: asyncio.Semaphore,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -170,7 +183,7 @@ async def evaluate(
     async def ask_all(examples: list[Example], adapter: str | None) -> list[Outcome]:
         async def one(example: Example) -> Outcome:
             async with slots:
-                outcome = await ask(candidate, engine, adapter, example, max_temperature)
+                outcome = await ask(candidate, engine, adapter, example, max_temperature, faces)
             on_answer()
             return outcome
 
@@ -179,6 +192,7 @@ async def evaluate(
     validation = await ask_all(one_call_per_session(splits["validation"], seed=0), candidate.adapter)
     calibration = one_call_per_session(splits["calibration"], seed=0)
     test_facts = [candidate.model_dump(mode="json"), fingerprint, config.model_dump(mode="json"), max_temperature]
+    test_facts += [faces.model_dump(mode="json")]
     test_key = content_hash(test_facts)
     spent_ids = [example.example_id for example in calibration]
     number = ledger.round_of(test_key, spent_ids)
@@ -218,15 +232,21 @@ def _arm(name: str, kept: list[Outcome], num_calls: int) -> Arm:
 
 
 async def ask(
-    candidate: Candidate, engine: Engine, adapter: str | None, example: Example, max_temperature: float
+    candidate: Candidate,
+    engine: Engine,
+    adapter: str | None,
+    example: Example,
+    max_temperature: float,
+    faces: FacesConfig,
 ) -> Outcome:
     """Ask one call and grade the answer; what serving would leave to the LLM counts as confidence 0 and no agreement."""
     unkept = Outcome(confidence=0.0, agrees=False, session_id=example.session_id)
-    if unservable_reason(example.request, max_temperature) is not None:
+    facing = facing_of_example(example, faces)
+    if unservable_reason(example.request, max_temperature, facing) is not None:
         return unkept
     limit = candidate.max_answer_tokens
     try:
-        answer, invalid = await ask_engine(engine, adapter, candidate.prompt_format, example.request, limit)
+        answer, invalid = await ask_engine(engine, adapter, candidate.prompt_format, example.request, limit, facing)
     except (InputError, EngineError):
         return unkept
     if invalid is not None:

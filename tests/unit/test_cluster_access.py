@@ -1,5 +1,6 @@
 """API keys verify only as issued; pseudonyms are stable, keyed and told apart by kind; keys rest beside the store."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -9,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.access import PSEUDONYM_KEY_ENV, ApiKeys, Identity, Pseudonyms, keys_folder, load_pseudonym_key
+from cluster.access import (
+    API_KEY_ENV,
+    KEYS_FILE,
+    PSEUDONYM_KEY_ENV,
+    ROLES,
+    ApiKeys,
+    Pseudonyms,
+    keys_folder,
+    load_pseudonym_key,
+    require_role,
+)
 from cluster.errors import ConfigError
 
 KEY = bytes(range(32))
@@ -18,12 +29,18 @@ KEY = bytes(range(32))
 @pytest.fixture(autouse=True)
 def _no_key_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PSEUDONYM_KEY_ENV, raising=False)
+    monkeypatch.delenv(API_KEY_ENV, raising=False)
+
+
+def holder_of(keys: ApiKeys, key: str) -> tuple[str, str] | None:
+    found = keys.verify(key)
+    return found and (found.client, found.role)
 
 
 def test_a_created_key_names_its_holder(tmp_path: pathlib.Path) -> None:
     key = ApiKeys(tmp_path / "keys" / "api_keys.json").create("billing", "agent")
     assert key.startswith("us-") and len(key) >= 64
-    assert ApiKeys(tmp_path / "keys" / "api_keys.json").verify(key) == Identity(client="billing", role="agent")
+    assert holder_of(ApiKeys(tmp_path / "keys" / "api_keys.json"), key) == ("billing", "agent")
 
 
 def test_the_file_holds_no_key_and_is_private(tmp_path: pathlib.Path) -> None:
@@ -62,7 +79,104 @@ def test_a_reader_notices_new_and_revoked_keys(tmp_path: pathlib.Path) -> None:
     assert reader.verify(first) is not None
     assert writer.revoke("billing") == 1
     assert reader.verify(first) is None
-    assert reader.verify(second) == Identity(client="owner", role="admin")
+    assert holder_of(reader, second) == ("owner", "admin")
+
+
+def test_one_key_of_a_client_is_revoked_by_its_id(tmp_path: pathlib.Path) -> None:
+    keys = ApiKeys(tmp_path / "api_keys.json")
+    first, second = keys.create("billing", "agent"), keys.create("billing", "agent")
+    found = keys.verify(first)
+    assert found is not None and keys.revoke(found.key_id) == 1
+    assert keys.verify(first) is None and keys.verify(second) is not None
+    assert [one.key_id for one in keys.holders()] == [keys.verify(second).key_id]  # type: ignore[union-attr]
+
+
+def test_a_key_ends_when_it_was_made_to(tmp_path: pathlib.Path) -> None:
+    now = [1_000.0]
+    keys = ApiKeys(tmp_path / "api_keys.json", clock=lambda: now[0])
+    key = keys.create("billing", "agent", rate_per_minute=3, expires_ts=2_000.0)
+    found = keys.verify(key)
+    assert found is not None and (found.rate_per_minute, found.expires_ts) == (3, 2_000.0)
+    now[0] = 2_000.0
+    assert keys.verify(key) is None
+    with pytest.raises(ConfigError, match="past"):
+        keys.create("billing", "agent", expires_ts=2_000.0)
+    with pytest.raises(ConfigError, match="rate_per_minute=0"):
+        keys.create("billing", "agent", rate_per_minute=0)
+
+
+def test_keys_made_before_rates_and_ends_were_kept_stay_valid(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "api_keys.json"
+    key = ApiKeys(path).create("billing", "agent")
+    entries = json.loads(path.read_text())["keys"]
+    old = {key_id: {k: e[k] for k in ("client", "role", "salt", "sha256")} for key_id, e in entries.items()}
+    path.write_text(json.dumps({"keys": old}))
+    assert holder_of(ApiKeys(path), key) == ("billing", "agent")
+
+
+def test_keys_made_at_the_same_time_are_all_there(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "api_keys.json"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        keys = list(pool.map(lambda number: ApiKeys(path).create(f"client-{number}", "agent"), range(24)))
+    assert all(ApiKeys(path).verify(key) for key in keys)
+
+
+def test_roles_are_denied_what_they_are_not_given() -> None:
+    assert ROLES["agent"].isdisjoint({"read_metadata", "read_content", "administer"})
+    assert ROLES["viewer"] == {"read_metadata"}
+    assert ROLES["curator"].isdisjoint({"call_models", "administer"})
+
+
+ABLE = {
+    "agent": {"agent", "admin"},
+    "viewer": {"viewer", "curator", "admin"},
+    "curator": {"curator", "admin"},
+    "admin": {"admin"},
+}
+
+
+@pytest.mark.parametrize("needed", list(ROLES))
+@pytest.mark.parametrize("role", list(ROLES))
+def test_the_keys_role_decides_at_the_terminal(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, role, needed
+) -> None:
+    store = str(tmp_path / "store")
+    monkeypatch.setenv(API_KEY_ENV, ApiKeys(tmp_path / "store.keys" / KEYS_FILE).create("ann", role))
+    if role in ABLE[needed]:
+        assert require_role(store, needed) == role
+    else:
+        with pytest.raises(
+            ConfigError, match=f"role={role}: this needs role {needed}.*next: .*keys create --role {needed}"
+        ):
+            require_role(store, needed)
+
+
+def test_who_holds_the_keys_is_admin_and_everybody_else_viewer(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = str(tmp_path / "store")
+    assert require_role(store, "admin") == "admin"
+    key = ApiKeys(tmp_path / "store.keys" / KEYS_FILE).create("ann", "admin")
+    assert require_role(store, "curator") == "admin"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert require_role(store, "viewer") == "viewer"
+    monkeypatch.setenv(API_KEY_ENV, key)
+    with pytest.raises(ConfigError, match="role=viewer"):
+        require_role(store, "curator")
+
+
+def test_a_key_that_is_none_is_no_role(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY_ENV, "us-" + "0" * 76)
+    with pytest.raises(ConfigError, match=f"{API_KEY_ENV}: is no valid key"):
+        require_role(str(tmp_path / "store"), "viewer")
+
+
+def test_a_remote_stores_admin_has_its_pseudonym_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert require_role("s3://bucket/store", "viewer") == "viewer"
+    with pytest.raises(ConfigError, match="role=viewer"):
+        require_role("s3://bucket/store", "admin")
+    monkeypatch.setenv(PSEUDONYM_KEY_ENV, KEY.hex())
+    assert require_role("s3://bucket/store", "admin") == "admin"
 
 
 def test_wrong_roles_nameless_holders_and_damaged_files_are_refused(tmp_path: pathlib.Path) -> None:

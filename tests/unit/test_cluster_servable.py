@@ -12,6 +12,7 @@ from fakes import REQUEST, FakeEngine, engine_answer, gateway, make_specialist
 
 from cluster.calls import write_calls
 from cluster.engine import EngineAnswer
+from cluster.faces import FacesConfig, Facing
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Example, TaskSpec
 from cluster.servable import invalid_reason, unservable_reason
@@ -22,6 +23,8 @@ from training.gate import GateConfig
 from training.ledger import CalibrationLedger
 
 MAX_TEMPERATURE = 0.7
+FACES = FacesConfig()
+UNKNOWN = Facing(FACES, None)
 SHARES = SplitConfig(train=0.01, validation=0.01, calibration=0.97, test=0.01)
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 MEDIA = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
@@ -43,7 +46,7 @@ MEDIA = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
     ],
 )
 def test_what_a_specialist_cannot_do_is_not_asked_of_it(extra: dict[str, Any]) -> None:
-    assert unservable_reason({**REQUEST, **extra}, 1.0)
+    assert unservable_reason({**REQUEST, **extra}, 1.0, UNKNOWN)
 
 
 @pytest.mark.parametrize(
@@ -57,17 +60,17 @@ def test_what_a_specialist_cannot_do_is_not_asked_of_it(extra: dict[str, Any]) -
     ],
 )
 def test_what_a_specialist_can_do_is_asked_of_it(extra: dict[str, Any]) -> None:
-    assert unservable_reason({**REQUEST, **extra}, 1.0) is None
+    assert unservable_reason({**REQUEST, **extra}, 1.0, UNKNOWN) is None
 
 
 def test_cut_unread_long_and_wrong_answers_are_invalid_each_with_its_reason() -> None:
     sure = engine_answer("refund", 1.0)
-    assert invalid_reason(sure, "label", {"max_completion_tokens": 2, "max_tokens": None}) is None
+    assert invalid_reason(sure, "label", {"max_completion_tokens": 2, "max_tokens": None}, UNKNOWN) is None
     reasons = [
-        invalid_reason(engine_answer("refund", 1.0, "length"), "label", REQUEST),
-        invalid_reason(sure.model_copy(update={"message": None}), "label", REQUEST),
-        invalid_reason(sure, "label", {"max_tokens": 1}),
-        invalid_reason(sure, "json", REQUEST),
+        invalid_reason(engine_answer("refund", 1.0, "length"), "label", REQUEST, UNKNOWN),
+        invalid_reason(sure.model_copy(update={"message": None}), "label", REQUEST, UNKNOWN),
+        invalid_reason(sure, "label", {"max_tokens": 1}, UNKNOWN),
+        invalid_reason(sure, "json", REQUEST, UNKNOWN),
     ]
     assert None not in reasons and len(set(reasons)) == 4
 
@@ -129,7 +132,9 @@ def test_what_the_gateway_accepts_is_what_a_gate_counts(
         async with gateway(tmp_path, specialist, requests=requests, max_temperature=MAX_TEMPERATURE) as run:
             run.engine.answer_with = lambda: _give(answer)
             replies = [await run.ask(**extra) for extra in extras]
-            asked = [await ask(_candidate(prompt_format), run.engine, "a", one, MAX_TEMPERATURE) for one in examples]
+            asked = [
+                await ask(_candidate(prompt_format), run.engine, "a", one, MAX_TEMPERATURE, FACES) for one in examples
+            ]
         threshold = specialist.gate.threshold or 0.0
         accepted = [n for n, reply in enumerate(replies) if reply.headers["x-understudy-route"] == "accept"]
         return accepted, [n for n, outcome in enumerate(asked) if outcome.confidence >= threshold]
@@ -144,7 +149,7 @@ def test_what_is_not_asked_or_not_kept_counts_as_no_agreement(tmp_path: pathlib.
         tmp_path, [REQUEST, {**REQUEST, "n": 2}, {**REQUEST, "max_tokens": 1}], engine_answer("refund", 1.0)
     )
     candidate = _candidate(PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100))
-    outcomes = [asyncio.run(ask(candidate, engine, "a", example, 1.0)) for example in examples]
+    outcomes = [asyncio.run(ask(candidate, engine, "a", example, 1.0, FACES)) for example in examples]
     assert [(one.confidence, one.agrees) for one in outcomes] == [(0.99, True), (0.0, False), (0.0, False)]
     assert engine.num_asked == 2
 
@@ -157,7 +162,9 @@ def test_validation_knows_the_gateways_temperature(tmp_path: pathlib.Path, limit
     candidate = _candidate(PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100))
     splits = {"triage": {"validation": examples, "calibration": examples, "test": examples}}
     ledger = CalibrationLedger(Store(str(tmp_path / "captured")))
-    validated = evaluate_all([candidate], engine, splits, GateConfig(), 0.05, ledger, max_temperature=limit)
+    validated = evaluate_all(
+        [candidate], engine, splits, GateConfig(), 0.05, ledger, max_temperature=limit, faces=FACES
+    )
     (found,) = asyncio.run(validated)
     specialist = next(arm for arm in found.arms if arm.name == SPECIALIST_ARM)
     assert specialist.num_calls - specialist.num_disagreements == num_kept == engine.num_asked / 3

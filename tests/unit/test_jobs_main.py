@@ -5,11 +5,13 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
 from cluster.access import ApiKeys
 from cluster.calls import read_calls
+from cluster.errors import ConfigError
 from cluster.quarantine import read_quarantine
 from cluster.store import Store, check_store_address
 from jobs import provenance
@@ -26,7 +28,7 @@ LLM = "upstream.0.base_url=http://127.0.0.1:9/v1"
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ("RAY_ADDRESS", "OPENAI_BASE_URL", "OPENAI_API_KEY"):
+    for name in ("RAY_ADDRESS", "OPENAI_BASE_URL", "OPENAI_API_KEY", "UNDERSTUDY_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     # No verb of these tests may get as far as Ray.
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -261,9 +263,54 @@ def test_keys_are_shown_once_and_stored_hashed(capsys, store):
     assert code == 0 and key.strip() not in path.read_text()
     holder = ApiKeys(path).verify(key.strip())
     assert holder is not None and (holder.client, holder.role) == ("bob", "viewer")
-    assert run(capsys, "keys", "list", f"store={store}")[1] == "bob\tviewer\n"
+    listed = run(capsys, "keys", "list", f"store={store}")[1]
+    assert f"{holder.key_id}\tbob\tviewer\t-\t-\n" in listed and key.strip() not in listed
     assert run(capsys, "keys", "revoke", "bob", f"store={store}")[1] == "revoked: 1\n"
     assert ApiKeys(path).verify(key.strip()) is None
+
+
+def test_a_key_has_a_role_a_rate_and_an_end_and_is_revoked_by_its_id(capsys, store):
+    options = ("--role", "curator", "--client", "ann", "--rate-per-minute", "30", "--days", "2", f"store={store}")
+    keys = [run(capsys, "keys", "create", *options)[1].strip() for _ in range(2)]
+    known = ApiKeys(pathlib.Path(f"{store}.keys/api_keys.json"))
+    holders = [known.verify(key) for key in keys]
+    assert {(one.client, one.role, one.rate_per_minute) for one in holders} == {("ann", "curator", 30)}
+    assert all(1.9 * 86_400 < one.expires_ts - time.time() < 2.1 * 86_400 for one in holders)
+    assert run(capsys, "keys", "revoke", holders[0].key_id, f"store={store}")[1] == "revoked: 1\n"
+    assert known.verify(keys[0]) is None and known.verify(keys[1]) is not None
+    for wrong in (
+        ("--client", "a", "b"),
+        (),
+        ("--client", "a", "--days", "0"),
+        ("--client", "a", "--rate-per-minute", "0"),
+    ):
+        code, _, err = run(capsys, "keys", "create", *wrong, f"store={store}")
+        assert code == 2 and "understudy keys: " in err and ("allowed: " in err or "next: " in err)
+
+
+def test_only_an_admin_makes_keys(capsys, store, monkeypatch):
+    viewer = run(capsys, "keys", "create", "--client", "eve", "--role", "viewer", f"store={store}")[1].strip()
+    admin = run(capsys, "keys", "create", "--client", "ann", "--role", "admin", f"store={store}")[1].strip()
+    monkeypatch.setenv("UNDERSTUDY_API_KEY", viewer)
+    code, out, err = run(capsys, "keys", "create", "--client", "eve", "--role", "admin", f"store={store}")
+    assert (code, out) == (2, "") and "role=viewer: this needs role admin" in err and "understudy keys create" in err
+    monkeypatch.setenv("UNDERSTUDY_API_KEY", admin)
+    assert run(capsys, "keys", "list", f"store={store}")[0] == 0
+
+
+def test_what_no_gate_was_measured_on_is_not_moved():
+    with pytest.raises(ConfigError, match="faces.move=true.*next: curate.keep_faces_person=true"):
+        load_recipe(["faces.move=true"])
+    assert load_recipe(["faces.move=true", "curate.keep_faces_person=true"]).faces.move
+    assert not load_recipe(["curate.keep_faces_person=true"]).faces.move
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/files/../models", "/v1/", "v1/embeddings", "/v1/a//b", "/v1/%61", "/v1/chat/completions"]
+)
+def test_paths_that_pass_through_are_plain_and_not_the_gateways_own(path):
+    with pytest.raises(ConfigError, match="gateway.passthrough.*allowed"):
+        load_recipe([f'gateway.passthrough=["{path}"]'])
 
 
 def test_bad_records_are_quarantined_and_the_rest_is_read(capsys, store, tmp_path):

@@ -17,7 +17,8 @@ from cluster.upstream import Upstream, UpstreamConfig
 from serving.app import ServeArgs
 from serving.cluster_llm import ClusterLLM, ClusterLLMConfig
 from serving.fallback import FallbackLLM
-from serving.openai_wire import SseReader, completion_chunks, reassemble
+from serving.openai_wire import SseReader, completion_chunks
+from serving.reassembly import reassemble
 
 with warnings.catch_warnings():
     # Ray Serve's config classes give pydantic keywords in a way of pydantic 1.

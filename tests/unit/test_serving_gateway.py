@@ -28,7 +28,8 @@ from cluster.prices import PriceConfig
 from cluster.records import Specialist, Usage
 from serving.audit import AuditConfig
 from serving.gateway import CLIENT_GONE
-from serving.openai_wire import SseReader, completion_body, completion_chunks, reassemble
+from serving.openai_wire import SseReader, completion_body, completion_chunks
+from serving.reassembly import reassemble
 
 
 def _text(reply: httpx.Response) -> str:
@@ -220,11 +221,12 @@ def test_wrong_keys_bodies_and_paths_get_openai_errors(tmp_path: pathlib.Path) -
                 await run.http.post(PATH, json={"messages": [{"role": "user", "content": ["x"]}]}),
                 await run.http.post(PATH, json={"messages": [{"content": "x"}]}),
                 await run.http.post(PATH, json={"messages": [{"role": 7, "content": "x"}]}),
-                await run.http.post("/v1/embeddings", json={}),
+                await run.http.post("/v1/files", json={}),
                 await run.http.get(PATH),
             ]
-            assert [reply.status_code for reply in replies] == [401, 400, 400, 400, 400, 404, 404]
+            assert [reply.status_code for reply in replies] == [401, 400, 400, 400, 400, 404, 405]
             assert all(set(reply.json()["error"]) == {"message", "type", "param", "code"} for reply in replies)
+            assert "gateway.passthrough" in replies[5].json()["error"]["message"]
             assert not await run.captured()
             models = (await run.http.get("/v1/models")).json()["data"]
             assert [model["id"] for model in models] == ["llm-1", "understudy/triage"]

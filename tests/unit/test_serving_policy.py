@@ -9,6 +9,7 @@ from fakes import REQUEST, engine_answer, make_specialist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.faces import FacesConfig, Facing
 from cluster.records import RouteDecision
 from cluster.route_model import RouteGuess
 from serving import policy
@@ -23,6 +24,7 @@ def _before(request: dict[str, Any], task_id: str | None = "triage") -> Any:
         refused={"other": "too few examples"},
         release="r1",
         max_temperature=1.0,
+        facing=Facing(FacesConfig(), None),
     )
 
 

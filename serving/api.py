@@ -1,0 +1,130 @@
+"""The HTTP side of the gateway: OpenAI's paths, the allow list's, feedback and health; every error as OpenAI writes it.
+
+Everything that is not named here answers 404. Knows nothing of routes, specialists or the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.errors import UpstreamError
+from serving.feedback import MAX_FEEDBACK_BYTES
+from serving.gateway import CLIENT_GONE, GatewayCore
+from serving.openai_wire import Denied, error_body, parse_request, parse_strictly
+from serving.passthrough import OWN_PATHS
+from serving.table import model_entries
+
+MAX_REQUEST_BYTES = 32 * 2**20
+_READY_WAIT_S = 120.0
+"""Longest time a starting gateway waits for its specialists; then the LLM answers until they are loaded."""
+
+
+def build_api(core: GatewayCore) -> FastAPI:
+    """The HTTP side of `core`; its lifespan runs the table's loop, the capture and the feedback."""
+    api = FastAPI(lifespan=_lifespan_of(core), docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+
+    async def complete(request: Request) -> Response:
+        identity = core.admission.admit(request.headers, "call_models")
+        return await core.complete(identity, request.headers, parse_request(await _read(request, MAX_REQUEST_BYTES)))
+
+    async def list_models(request: Request) -> Response:
+        core.admission.admit(request.headers, "call_models")
+        models = [*await core.fallback.list_models(), *model_entries(core.table.snapshot)]
+        return JSONResponse({"object": "list", "data": models})
+
+    async def relay(request: Request) -> Response:
+        core.admission.admit(request.headers, "call_models")
+        return await core.passthrough.relay(request)
+
+    async def take_feedback(request: Request) -> Response:
+        identity = core.admission.admit(request.headers, "give_feedback")
+        feedback_id = core.feedback.take(identity, parse_strictly(await _read(request, MAX_FEEDBACK_BYTES)))
+        return JSONResponse({"object": "feedback", "id": feedback_id}, 202)
+
+    async def show_health(_: Request) -> Response:
+        snapshot = core.table.snapshot
+        counts = {"num_specialists": len(snapshot.specialists), "num_skipped": len(snapshot.skipped)}
+        return JSONResponse({"status": "ok", "release": snapshot.release, **counts})
+
+    # Starlette's own routes: FastAPI's validation would read the body a second time.
+    routes = {path: ("POST", relay) for path in core.passthrough.paths}
+    routes |= dict(zip(OWN_PATHS, (("POST", complete), ("GET", list_models), ("POST", take_feedback)), strict=True))
+    routes["/healthz"] = ("GET", show_health)
+    for path, (method, endpoint) in routes.items():
+        api.router.add_route(path, endpoint, methods=[method])
+    _answer_errors(api, core, {path: method for path, (method, _) in routes.items()})
+    return api
+
+
+def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> None:
+    async def deny(_: Request, error: Denied) -> Response:
+        core.meter.count("understudy_requests_failed_total", status=str(error.status))
+        return JSONResponse(error.body, error.status, headers=error.headers)
+
+    async def fail(_: Request, error: UpstreamError) -> Response:
+        core.meter.count("understudy_requests_failed_total", status=str(error.status))
+        return JSONResponse(error.body or error_body(error.message, kind="upstream_error"), error.status)
+
+    async def not_found(request: Request, _: Exception) -> Response:
+        listed = ", ".join(core.passthrough.paths) or "none"
+        own = ", ".join(f"{methods[path]} {path}" for path in methods if path not in core.passthrough.paths)
+        message = (
+            f"No such path here; allowed: {own}, and POST to those in the recipe's gateway.passthrough ({listed}); "
+            "next: ask the owner of this gateway to add the path to gateway.passthrough"
+        )
+        return await deny(request, Denied(404, message, code="not_found"))
+
+    async def not_allowed(request: Request, error: HTTPException) -> Response:
+        method = methods.get(request.url.path, "another method")
+        denied = Denied(
+            405, f"Not with this method; allowed: {method}", code="method_not_allowed", headers=error.headers
+        )
+        return await deny(request, denied)
+
+    api.add_exception_handler(Denied, deny)  # type: ignore[arg-type]
+    api.add_exception_handler(UpstreamError, fail)  # type: ignore[arg-type]
+    api.add_exception_handler(404, not_found)
+    api.add_exception_handler(405, not_allowed)  # type: ignore[arg-type]
+
+
+def _lifespan_of(core: GatewayCore) -> Any:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        core.capture.start()
+        core.feedback.backlog.start()
+        # So that a ready gateway serves the release; what fails here is tried again and logged by the loop.
+        await asyncio.gather(asyncio.wait_for(core.table.refresh(), _READY_WAIT_S), return_exceptions=True)
+        polling = asyncio.get_running_loop().create_task(core.table.run())
+        try:
+            yield
+        finally:
+            polling.cancel()
+            await asyncio.gather(polling, return_exceptions=True)
+            await core.auditor.close()
+            await core.capture.close()
+            await core.feedback.backlog.close()
+            await core.fallback.close()
+            await core.passthrough.close()
+
+    return lifespan
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    pieces, size = [], 0
+    try:
+        async for piece in request.stream():
+            size += len(piece)
+            if size > max_bytes:
+                raise Denied(413, f"body: more than {max_bytes} bytes", code="too_large")
+            pieces.append(piece)
+    except ClientDisconnect:
+        raise Denied(CLIENT_GONE, "The client left before its request was whole") from None
+    return b"".join(pieces)

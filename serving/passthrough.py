@@ -1,0 +1,146 @@
+"""Paths of the recipe's allow list -> the first endpoint of `upstream`, byte for byte in both directions.
+
+Exact paths alone: what is asked of the endpoint is put together from the list, never from the request, so that no
+spelling of a path reaches anything else under the owner's key. These requests are no chat completions: they are
+counted, not captured and not routed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated
+
+from pydantic import AfterValidator
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from cluster.errors import UpstreamError
+from cluster.raw_upstream import RawReply, RawUpstream
+from cluster.telemetry import Meter
+from serving.openai_wire import Denied
+
+VERSION = "/v1"
+OWN_PATHS = ("/v1/chat/completions", "/v1/models", "/v1/feedback")
+MAX_BODY_BYTES = 32 * 2**20
+
+
+def _check_path(path: str) -> str:
+    if path in OWN_PATHS:
+        raise ValueError(f"{path!r}: is a path of the gateway's own; allowed: others, such as /v1/embeddings")
+    parts = path.removeprefix(f"{VERSION}/").split("/")
+    plain = all(part and part.isascii() and part.replace("-", "").replace("_", "").isalnum() for part in parts)
+    if not path.startswith(f"{VERSION}/") or not plain:
+        raise ValueError(
+            f"{path!r}: allowed: a whole path below {VERSION} of letters, digits, - and _, such as /v1/embeddings"
+        )
+    return path
+
+
+RelayedPath = Annotated[str, AfterValidator(_check_path)]
+DEFAULT_PATHS = ("/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/moderations")
+
+
+class PassThrough:
+    """Passes requests on. Belongs to one event loop; close it there."""
+
+    def __init__(self, upstream: RawUpstream | None, paths: Sequence[str], meter: Meter) -> None:
+        """Take the endpoint; None where `upstream` has only models on the cluster, which have no other paths."""
+        self.paths = tuple(paths)
+        self._upstream, self._meter = upstream, meter
+
+    async def relay(self, request: Request) -> StreamingResponse:
+        """Answer one POST to one of `paths`.
+
+        Raises:
+            HTTPException: 404, the path is spelt otherwise.
+            Denied: 501, there is no endpoint; 413, the body is too large.
+            UpstreamError: the endpoint gave no reply.
+        """
+        path, query = self._path_of(request), request.scope.get("query_string", b"")
+        if self._upstream is None:
+            message = (
+                f"{path} needs an endpoint over HTTP in `upstream`, and this gateway has only models on its cluster"
+            )
+            raise Denied(501, message, code="not_supported")
+        if any(not 0x21 <= byte <= 0x7E for byte in query):
+            raise Denied(400, "query: allowed are visible ASCII characters, others as %XX", code="invalid_request")
+        body = _Body(request)
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw]
+                sent = self._upstream.post(path.removeprefix(VERSION), query.decode(), headers, body.pieces())
+                reply = await stack.enter_async_context(sent)
+            except UpstreamError as error:
+                status = 413 if body.is_too_large else 499 if body.is_abandoned else error.status
+                self._count(path, status)
+                if body.is_too_large:
+                    raise too_large() from None
+                raise
+            self._count(path, reply.status)
+            return _RawResponse(reply, stack.pop_all())
+        raise AssertionError("the block returns or raises")
+
+    async def close(self) -> None:
+        if self._upstream is not None:
+            await self._upstream.close()
+
+    def _path_of(self, request: Request) -> str:
+        """The path, where it is written as it stands in the list: without an encoded letter, too."""
+        whole, raw = request.scope["path"], request.scope.get("raw_path")
+        path = whole.removeprefix(request.scope.get("root_path", ""))
+        if path not in self.paths or (raw is not None and raw.split(b"?")[0] != whole.encode()):
+            raise HTTPException(404)
+        return path
+
+    def _count(self, path: str, status: int) -> None:
+        self._meter.count("understudy_passthrough_total", path=path, status=str(status))
+
+
+def too_large() -> Denied:
+    return Denied(413, f"body: more than {MAX_BODY_BYTES} bytes", code="too_large")
+
+
+class _Body:
+    """A request's body as it comes, at most MAX_BODY_BYTES."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.is_too_large = self.is_abandoned = False
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        size = 0
+        try:
+            async for piece in self._request.stream():
+                size += len(piece)
+                if size > MAX_BODY_BYTES:
+                    self.is_too_large = True
+                    # Any error makes the client of the endpoint hang up; the flag says which it was.
+                    raise ConnectionError("too large")
+                if piece:
+                    yield piece
+        except ClientDisconnect:
+            self.is_abandoned = True
+            raise ConnectionError("the client left") from None
+
+
+class _RawResponse(StreamingResponse):
+    def __init__(self, reply: RawReply, stack: contextlib.AsyncExitStack) -> None:
+        super().__init__(_until_cut(reply.pieces), reply.status)
+        self.raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers]
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
+
+
+async def _until_cut(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Raises OSError where the endpoint broke off, so that the server cuts the client's connection as well."""
+    try:
+        async for piece in pieces:
+            yield piece
+    except UpstreamError:
+        raise ConnectionError("the endpoint broke off its reply") from None

@@ -1,0 +1,120 @@
+"""An LLM's stream -> the client, byte for byte, while a copy is put together for capture.
+
+The call is kept however it ends: whole, broken off or abandoned. Bytes flow as they come until the answer ends; its
+end (the piece with the last finish_reason, counts, [DONE]) leaves once the call is as durable as the capture promises,
+so that no client has seen an answer finished which a crash could still lose. Knows nothing of specialists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from cluster.errors import UpstreamError
+from cluster.upstream import LLMNodeConfig, UpstreamStream
+from serving.openai_wire import Denied, SseReader, error_body, error_code, sse_event
+from serving.pending import PendingCall
+from serving.reassembly import Reassembler
+
+if TYPE_CHECKING:
+    from serving.gateway import GatewayCore
+
+EVENT_STREAM = "text/event-stream"
+
+
+class LLMRelay(StreamingResponse):
+    """One streamed answer on its way."""
+
+    def __init__(
+        self,
+        core: GatewayCore,
+        call: PendingCall,
+        stream: UpstreamStream,
+        endpoint: LLMNodeConfig,
+        stack: contextlib.AsyncExitStack,
+    ) -> None:
+        """Take what answers the call; `stack` closes it."""
+        super().__init__(self._pieces(stream), media_type=EVENT_STREAM, headers=call.response_headers())
+        self._core, self._call, self._endpoint, self._stack = core, call, endpoint, stack
+        self._reader = SseReader()
+        self._parts = Reassembler(_num_choices(call.request))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # Before anything is awaited: a cancelled request may not get another turn.
+            if not self._call.is_finished:
+                self._core.abandon(self._call, response=self._parts.body(), endpoint=self._endpoint)
+            await self._stack.aclose()
+
+    async def _pieces(self, stream: UpstreamStream) -> AsyncIterator[bytes]:
+        held: list[bytes] = []
+        try:
+            async for piece in stream.chunks:
+                self._read(self._reader.feed(piece))
+                if not (self._reader.is_done or self._parts.is_finished):
+                    yield piece
+                    continue
+                held.append(piece)
+                if self._reader.is_done:
+                    if not self._call.is_finished:
+                        await self._finish(*self._fate())
+                    yield b"".join(held)
+                    held.clear()
+            self._read(self._reader.end())
+            if not self._call.is_finished:
+                await self._finish(*self._fate())
+            if held:
+                yield b"".join(held)
+        except UpstreamError as error:
+            if self._call.is_finished:
+                return
+            yield b"".join(held) + await self._broken_off(error)
+        except Denied as denied:
+            yield _error_event(denied.body)
+
+    def _read(self, chunks: list[dict[str, Any]]) -> None:
+        for chunk in chunks:
+            self._parts.add(chunk)
+
+    def _fate(self) -> tuple[int, str | None]:
+        """Status and error of a stream that came to its end."""
+        if self._reader.num_bad:
+            return 502, "the LLM's stream does not parse"
+        if self._parts.has_error:
+            code = error_code(self._parts.body())
+            return 502, f"the LLM reported an error in its stream{f': {code}' if code else ''}"
+        if not self._reader.is_done and not self._parts.has_end:
+            return 502, "the LLM's stream ended early"
+        return 200, None
+
+    async def _broken_off(self, error: UpstreamError) -> bytes:
+        """The event that says so, or that not even this could be kept."""
+        body = error.body or error_body(error.message, kind="upstream_error")
+        code = error_code(body)
+        try:
+            await self._finish(error.status, f"the LLM broke off its answer{f': {code}' if code else ''}")
+        except Denied as denied:
+            return _error_event(denied.body)
+        return _error_event(body)
+
+    async def _finish(self, status: int, error: str | None) -> None:
+        """Raises Denied where the call cannot be kept."""
+        await self._core.finish(
+            self._call, response=self._parts.body(), endpoint=self._endpoint, status=status, error=error
+        )
+
+
+def _error_event(body: dict[str, Any]) -> bytes:
+    # The blank line ends an event that was cut in its middle.
+    return b"\n\n" + sse_event(body)
+
+
+def _num_choices(request: dict[str, Any]) -> int:
+    number = request.get("n")
+    return number if type(number) is int and number > 0 else 1
