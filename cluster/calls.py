@@ -134,7 +134,9 @@ def iterate_calls(store: Store, call_ids: set[str] | None = None) -> Iterator[Ag
     outcomes = read_outcomes(store)
     wanted = None if call_ids is None else pa.array(sorted(call_ids), pa.string())
     for table in _read_parts(store, None):
-        for call in _from_table(table if wanted is None else table.filter(pc.is_in(table["call_id"], value_set=wanted))):
+        for call in _from_table(
+            table if wanted is None else table.filter(pc.is_in(table["call_id"], value_set=wanted))
+        ):
             outcome = outcomes.of(call)
             yield call if outcome == call.outcome else call.model_copy(update={"outcome": outcome})
 

@@ -97,7 +97,9 @@ def write_feedback(store: Store, rows: Sequence[Feedback]) -> list[str]:
         by_date.setdefault(date, []).append(row)
     paths = []
     for date, part in sorted(by_date.items()):
-        paths.append(f"{FEEDBACK_FOLDER}/date={date}/part-{int(part[0].ts * 1000):013d}-{uuid.uuid4().hex[:12]}.parquet")
+        paths.append(
+            f"{FEEDBACK_FOLDER}/date={date}/part-{int(part[0].ts * 1000):013d}-{uuid.uuid4().hex[:12]}.parquet"
+        )
         table = pa.Table.from_pylist([row.model_dump() for row in part], schema=_SCHEMA)
         store.write_table(paths[-1], table, encrypted=CONTENT_COLUMNS)
     return paths

@@ -115,7 +115,11 @@ class Example(Record):
     """The assistant message to learn or to be compared with."""
     reference: Reference
     source_call_ids: tuple[str, ...]
+    client_ids: tuple[str, ...] = ()
+    """Distinct pseudonyms of the callers of the source calls."""
     faces_person: bool = False
+    flags: tuple[str, ...] = ()
+    """What a person should look at, such as planted instructions; heuristics that change nothing by themselves."""
     cost_usd: float | None = None
     latency_ms: float | None = None
 
@@ -135,6 +139,10 @@ class TaskSpec(Record):
     share_cost: float
     num_examples: dict[str, int]
     """Examples per split."""
+    num_clients: int = 0
+    """Distinct clients whose calls are of this task."""
+    num_sessions: int = 0
+    """Distinct sessions; of merged train calls only the first's counts."""
     static_lines: tuple[str, ...] = ()
     """Lines that (nearly) every prompt of the task repeats; the compact prompt format leaves them out."""
     response_format: dict[str, Any] | None = None

@@ -30,15 +30,15 @@ from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
 from jobs.train import Trained, scope_of, train
 from jobs.validate import EngineOf, save_evaluation, validate_candidates, validation_engine
-from training.curate import curate, load_split
+from training.curate import curate
 from training.discover import discover, save_discovery
 from training.evaluation import Candidate, Evaluation
 from training.gate import minimum_calls, release_delta
 from training.ledger import share_of_round
 from training.report import write_report
 from training.selection import Selection, group_by_task
-
-SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
+from training.snapshot import CurationCounts, load_split
+from training.splits import SPLITS
 
 
 class Conversion(Record):
@@ -54,6 +54,8 @@ class Conversion(Record):
     refused: dict[str, str]
     losses: dict[str, dict[str, Any]]
     seconds: dict[str, float]
+    curation: CurationCounts | None = None
+    """What became of every captured call; None in conversions that were written down without it."""
 
 
 def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: EngineOf | None = None) -> Conversion:
@@ -66,7 +68,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     store = Store(recipe.store)
     work = work_folder(recipe)
     clock = _Clock()
-    snapshot = curate(store, recipe.curate)
+    snapshot = curate(store, recipe.curate, work=work)
     say(
         f"curate: {snapshot.counts.num_calls} calls -> {snapshot.counts.num_examples}; dropped {snapshot.counts.dropped}"
     )
@@ -81,7 +83,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     for task in discovery.tasks:
         say(f"discover {task.task_id}: {task.name}, {task.kind}, {task.num_calls} calls")
     clock.lap("discover")
-    tasks, refused = _learnable(recipe, discovery.tasks, by_split)
+    tasks, refused = _learnable(recipe, discovery.tasks, by_split, snapshot.counts.num_clients)
     # What is written to disk to learn from is redacted; what was served is asked of the engine, from memory alone.
     redacted = group_by_task(load_split(store, snapshot.id, "validation", as_served=False), discovery.assignment)
     trained = Trained()
@@ -107,6 +109,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         refused=release.refused,
         losses=trained.losses,
         seconds=clock.laps,
+        curation=snapshot.counts,
     )
 
 
@@ -124,6 +127,7 @@ def write_conversion_report(
         summary=summary,
         notes=notes,
         selection=conversion.selection,
+        curation=conversion.curation,
     )
 
 
@@ -138,16 +142,19 @@ class _Clock:
 
 
 def _learnable(
-    recipe: Recipe, tasks: tuple[TaskSpec, ...], by_split: dict[Split, dict[str, list[Example]]]
+    recipe: Recipe, tasks: tuple[TaskSpec, ...], by_split: dict[Split, dict[str, list[Example]]], num_clients: int
 ) -> tuple[list[TaskSpec], dict[str, str]]:
     """Leave out what no training could get through the gate: it would only cost the others' time."""
     refused: dict[str, str] = {}
     delta = release_delta(recipe.gate.delta, max(1, len(tasks))) * share_of_round(0)
     needed = minimum_calls(recipe.gate.epsilon, delta)
     for task in tasks:
+        narrow = _find_narrowness(task, recipe.discover.min_clients, num_clients)
         missing = [split for split in SPLITS if not by_split[split].get(task.task_id)]
         sessions = {example.session_id for example in by_split["calibration"].get(task.task_id, ())}
-        if missing:
+        if narrow:
+            refused[task.task_id] = narrow
+        elif missing:
             refused[task.task_id] = f"no examples in {', '.join(missing)} ({task.num_calls} calls in all)"
         elif len(sessions) < needed:
             refused[task.task_id] = (
@@ -155,6 +162,26 @@ def _learnable(
                 f"not even all can certify epsilon {recipe.gate.epsilon:g}, at least {needed} can"
             )
     return [task for task in tasks if task.task_id not in refused], refused
+
+
+def _find_narrowness(task: TaskSpec, min_clients: int, num_clients: int) -> str | None:
+    """Why a task comes from too few clients to be learned, or None.
+
+    Args:
+        num_clients: distinct clients of the whole store; of one alone, sessions are counted instead.
+    """
+    if num_clients > 1:
+        if task.num_clients >= min_clients:
+            return None
+        return (
+            f"too few clients: {task.num_clients} of the {num_clients}, fewer than discover.min_clients={min_clients}"
+        )
+    if task.num_sessions >= min_clients:
+        return None
+    return (
+        f"too few sessions: {task.num_sessions}, counted for want of clients (the whole store has one), fewer than "
+        f"discover.min_clients={min_clients}"
+    )
 
 
 def _release(

@@ -9,15 +9,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from cluster.errors import ReleaseError
 from cluster.records import Record, Release
 from cluster.registry import load_release
 from cluster.store import MANIFEST, Store
 from training.discover import load_assignment
-from training.snapshot import EXAMPLES_FOLDER, example_files
+from training.snapshot import EXAMPLES_FOLDER, part_paths
 
 _RELEASE = re.compile(r"releases/([0-9a-f]{64})\.json")
 _LEARNED_FROM = ("train", "validation")
@@ -79,19 +76,18 @@ def _snapshots(store: Store) -> list[str]:
 
 def _examples_of(store: Store, snapshot: str, call_ids: set[str]) -> tuple[dict[str, int], set[str]]:
     """Split -> examples made of the calls, and the tasks of those that shape weights."""
-    wanted = pa.array(sorted(call_ids), pa.string())
     counts: dict[str, int] = {}
     tasks: set[str] = set()
     assignment = load_assignment(store, snapshot)
-    for split, path in example_files(store, snapshot):
-        table = store.read_table(path, ["example_id", "source_call_ids"])
-        rows = pc.list_parent_indices(table["source_call_ids"])
-        hits = pc.unique(rows.filter(pc.is_in(pc.list_flatten(table["source_call_ids"]), value_set=wanted)))
-        if len(hits):
-            counts[split] = counts.get(split, 0) + len(hits)
-        if split in _LEARNED_FROM:
-            names = table["example_id"].take(hits).to_pylist()
-            tasks |= {task for name in names if (task := assignment.get(name))}
+    for split, paths in part_paths(store, snapshot).items():
+        for path in paths:
+            table = store.read_table(path, ["example_id", "source_call_ids"])
+            made = zip(table["example_id"].to_pylist(), table["source_call_ids"].to_pylist(), strict=True)
+            names = [name for name, sources in made if not call_ids.isdisjoint(sources)]
+            if names:
+                counts[split] = counts.get(split, 0) + len(names)
+            if split in _LEARNED_FROM:
+                tasks |= {task for name in names if (task := assignment.get(name))}
     return counts, tasks
 
 

@@ -15,7 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +28,11 @@ from cluster.records import AnswerKind, Example, Split, TaskSpec
 from cluster.route_model import NUM_BUCKETS, RouteModel, TextEncoder, TopicMap, hashed_features
 from cluster.signature import message_text, signature_of, system_text, template_lines, tool_names, variable_text
 from cluster.store import Store
+from training.splits import SPLITS
 
 TASKS_FOLDER = "tasks"
 ROUTE_MODEL_FOLDER = "route_model"
 NO_TOPIC = "varied signature, outside every topic"
-SPLITS: tuple[Split, ...] = get_args(Split)
 FITTED: tuple[Split, ...] = ("train", "validation")
 """Splits whose answers may shape the tasks; calibration stays unseen for the gate, test for the report."""
 _PROMPT_ROLES = ("system", "developer", "user")
@@ -55,6 +55,9 @@ class DiscoverConfig(Config):
 
     min_calls: int = Field(20, ge=2)
     """Fewest calls of a task, over all splits; calls of anything smaller stay on the LLM."""
+    min_clients: int = Field(1, ge=1)
+    """Fewest distinct clients of a task that may be learned, so that no specialist is one client's habits. Where the
+    store knows one client only, sessions are counted instead."""
     min_form_share: float = Field(0.9, gt=0.5, le=1)
     """Share of a signature's calls that must have one answer form for the whole signature to be one task."""
     min_tool_share: float = Field(0.2, gt=0, le=1)
@@ -305,6 +308,8 @@ def _describe(groups: list[_Group], everything: list[Example]) -> list[TaskSpec]
             share_calls=_num_calls(group.examples) / num_calls,
             share_cost=cost_of(group.examples) / cost if cost else 0.0,
             num_examples={split: per_split[split] for split in SPLITS},
+            num_clients=len({client for e in group.examples for client in e.client_ids}),
+            num_sessions=len({e.session_id for e in group.examples}),
             static_lines=_static_lines(group.examples),
             response_format=request.get("response_format"),
             topics=group.topics,

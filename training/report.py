@@ -16,6 +16,7 @@ from cluster.records import TaskSpec
 from training.evaluation import Evaluation, gain_over_base
 from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_volume, number, percent
 from training.selection import Selection
+from training.snapshot import CurationCounts
 
 _SUMMARY_LABELS = {
     "calls": "Calls measured",
@@ -56,6 +57,7 @@ def write_report(
     summary: Mapping[str, Any] | None,
     notes: Sequence[str],
     selection: Selection | None = None,
+    curation: CurationCounts | None = None,
 ) -> None:
     """Write the page to `path`, replacing it and creating its folder.
 
@@ -67,6 +69,7 @@ def write_report(
         summary: what was measured while serving, such as cost_ratio, share_off_llm, p50_ms, p99_ms; None before that.
         notes: sentences on how the numbers came about, shown as they are.
         selection: how the base was chosen; None where no task could be learned.
+        curation: what became of every captured call; None leaves the section out.
     """
     rows = _decide(tasks, evaluations, refused)
     names = {row.task.task_id: f"{row.number}. {row.task.name}" for row in rows}
@@ -75,6 +78,7 @@ def write_report(
         "<h2>Tasks</h2>",
         _task_table(rows),
         draw_volume(rows),
+        _curation_section(curation),
         *(_task_section(row) for row in rows if row.evaluation),
         _selection_section(selection),
         _losses_section({names.get(task_id, task_id): metrics for task_id, metrics in losses.items()}),
@@ -170,6 +174,47 @@ def _gain(evaluation: Evaluation) -> str:
         f"agreement (95% interval {low:+.1f} to {high:+.1f}, Newcombe, arms treated as independent). All intervals here "
         "treat test calls as independent; where a conversation has several, they are somewhat too narrow.</p>"
     )
+
+
+def _curation_section(counts: CurationCounts | None) -> str:
+    if counts is None:
+        return ""
+    header = ["Split", "Sessions", "Calls", "Examples"]
+    cells = [
+        [split, *(str(of.get(split, 0)) for of in (counts.num_sessions, counts.num_source_calls, counts.num_examples))]
+        for split in counts.num_examples
+    ]
+    drawn = ", ".join(f"{num} {how}" for how, num in counts.test_drawn.items() if num)
+    clients = (
+        f"The calls are of {counts.num_clients} clients."
+        if counts.num_clients > 1
+        else "The whole store has one client: where a task needs several, its sessions are counted instead."
+    )
+    facts = (
+        f"{counts.num_calls} calls, {sum(counts.dropped.values())} of them left out. Sessions drawn for or against "
+        f"test: {drawn}; drawn by time, test is the newest sessions. {clients} Requests of train with several answers: "
+        f"{counts.num_train_requests_with_several_answers}."
+    )
+    parts = [f"<h2>Curation</h2><p>{_text(facts)}</p>", _table("Calls by split", header, cells)]
+    for caption, numbers in (
+        ("Calls left out", counts.dropped),
+        ("Calls with a flag, kept for a person to look at", counts.flagged),
+        ("Personal values replaced in what is learned from", counts.redacted),
+    ):
+        rows = [[name, str(num)] for name, num in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))]
+        parts.append(
+            _table(
+                caption,
+                [
+                    "Reason" if numbers is counts.dropped else "Kind",
+                    "Calls" if numbers is not counts.redacted else "Values",
+                ],
+                rows,
+            )
+            if rows
+            else ""
+        )
+    return "".join(parts)
 
 
 def _selection_section(selection: Selection | None) -> str:

@@ -17,15 +17,17 @@ from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Example, TaskSpec
 from cluster.servable import invalid_reason, unservable_reason
 from cluster.store import Store
-from training.curate import CurateConfig, SplitConfig, curate, load_split, split_of
+from training.curate import CurateConfig, curate
 from training.evaluation import SPECIALIST_ARM, Candidate, ask, evaluate_all
 from training.gate import GateConfig
 from training.ledger import CalibrationLedger
+from training.snapshot import load_split
+from training.splits import SplitConfig, split_of
 
 MAX_TEMPERATURE = 0.7
 FACES = FacesConfig()
 UNKNOWN = Facing(FACES, None)
-SHARES = SplitConfig(train=0.01, validation=0.01, calibration=0.97, test=0.01)
+SHARES = SplitConfig(train=0.01, validation=0.01, calibration=0.97, test=0.01, test_by="hash")
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 MEDIA = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
 

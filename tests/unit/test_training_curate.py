@@ -16,26 +16,20 @@ from cluster.records import AgentCall, RouteDecision
 from cluster.store import Store
 from jobs.ingest import ingest
 from training import curate as curate_module
-from training.curate import (
-    BAD_OUTCOME,
-    BIASED,
-    SPLITS,
-    AuditCounts,
-    CurateConfig,
-    Snapshot,
-    SplitConfig,
-    curate,
-    load_snapshot,
-    load_split,
-    split_of,
-)
+from training.cleaning import BAD_OUTCOME
+from training.curate import BIASED, CurateConfig, curate
 from training.leakage import LEAKED, SHARED_TEXT
+from training.snapshot import AuditCounts, Snapshot, load_snapshot, load_split, read_rows
+from training.splits import SPLITS, SplitConfig, split_of
 from training.validity import AUDIT_MISSING, MALFORMED_ANSWER, MALFORMED_REQUEST, TOO_DEEP
 
 KEY = b"k" * 32
-SHARES = SplitConfig()
+SHARES = SplitConfig(test_by="hash")
+"""So that a session's name decides its split; tests/unit/test_training_splits.py is about time."""
 DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
 SESSION_IN = {split: next(f"s{i}" for i in range(1000) if split_of(f"s{i}", SHARES) == split) for split in SPLITS}
+OTHER_TRAIN_SESSION = next(f"t{i}" for i in range(1000) if split_of(f"t{i}", SHARES) == "train")
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
 
 
 def make_call(index: int, question: str = "", **fields) -> AgentCall:
@@ -56,11 +50,11 @@ def make_call(index: int, question: str = "", **fields) -> AgentCall:
 def curate_calls(tmp_path, calls, **config) -> tuple[Store, Snapshot]:
     store = Store(str(tmp_path / "store"))
     write_calls(store, calls)
-    return store, curate(store, CurateConfig(**config), KEY)
+    return store, curate(store, CurateConfig(**{"split": SHARES, **config}), KEY)
 
 
 def ids_of(store: Store, snapshot: Snapshot, split) -> set[str]:
-    rows = store.read_table(f"{snapshot.folder}/{split}.parquet", columns=["source_call_ids"])
+    rows = read_rows(store, snapshot.id, split, ["source_call_ids"])
     return {call_id for ids in rows["source_call_ids"].to_pylist() for call_id in ids}
 
 
@@ -197,11 +191,13 @@ def test_calls_that_face_a_person_are_kept_on_request(tmp_path):
     assert curate_calls(tmp_path, calls, keep_faces_person=True)[1].counts.dropped == {}
 
 
-def test_a_bad_outcome_keeps_a_call_out_of_train_alone(tmp_path):
+def test_a_bad_outcome_keeps_its_session_out_of_train_alone(tmp_path):
     calls = [make_call(i, session_id=SESSION_IN[split], outcome={"reward": 0.0}) for i, split in enumerate(SPLITS)]
-    good = [make_call(9, session_id=SESSION_IN["train"], outcome={"correct": True})]
-    store, snapshot = curate_calls(tmp_path, calls + good, min_reward=0.5)
-    assert snapshot.counts.dropped == {BAD_OUTCOME: 1}
+    same_session = make_call(8, session_id=SESSION_IN["train"], outcome={"correct": True})
+    good = make_call(9, session_id=OTHER_TRAIN_SESSION, outcome={"correct": True})
+    store, snapshot = curate_calls(tmp_path, [*calls, same_session, good], min_reward=0.5)
+    assert snapshot.counts.dropped == {BAD_OUTCOME: 2}
+    assert ids_of(store, snapshot, "train") == {"call-9"}
     assert snapshot.counts.num_examples == dict.fromkeys(SPLITS, 1)
 
 
@@ -224,7 +220,8 @@ def test_duplicates_differ_in_ids_of_tool_calls_but_not_in_answers(tmp_path):
         return {"choices": [{"message": message}]}
 
     responses = [respond("f", "1"), respond("f", "2"), respond("g", "3")]
-    calls = [make_call(i, "same", session_id=SESSION_IN["train"], response=r) for i, r in enumerate(responses)]
+    asked = ask({"role": "user", "content": "same"}, tools=TOOLS)
+    calls = [make_call(i, request=asked, session_id=SESSION_IN["train"], response=r) for i, r in enumerate(responses)]
     _, snapshot = curate_calls(tmp_path, calls)
     assert snapshot.counts.num_examples["train"] == 2
     assert snapshot.counts.num_train_requests_with_several_answers == 1
@@ -254,7 +251,7 @@ def test_stored_examples_hold_no_served_content(tmp_path):
     calls = [make_call(i, f"{split} {secret}", session_id=SESSION_IN[split]) for i, split in enumerate(SPLITS)]
     store, snapshot = curate_calls(tmp_path, calls)
     for split in SPLITS:
-        rows = store.read_table(f"{snapshot.folder}/{split}.parquet").to_pylist()
+        rows = read_rows(store, snapshot.id, split).to_pylist()
         assert secret not in repr(rows)
         assert (rows[0]["request"] is None) == (split in ("calibration", "test"))
     assert snapshot.counts.redacted == {"EMAIL_ADDRESS": 2}
@@ -290,11 +287,11 @@ def test_the_reference_says_who_answered(tmp_path):
 def test_curating_the_same_calls_again_finds_the_snapshot(tmp_path):
     store, snapshot = curate_calls(tmp_path, [make_call(0), make_call(1)])
     files = {name: store.read_bytes(name) for name in store.list("examples")}
-    assert curate(store, CurateConfig(), KEY) == snapshot == load_snapshot(store, snapshot.id)
+    assert curate(store, CurateConfig(split=SHARES), KEY) == snapshot == load_snapshot(store, snapshot.id)
     assert {name: store.read_bytes(name) for name in store.list("examples")} == files
-    assert curate(store, CurateConfig(min_reward=0.5), KEY).id != snapshot.id
+    assert curate(store, CurateConfig(split=SHARES, min_reward=0.5), KEY).id != snapshot.id
     write_calls(store, [make_call(2)])
-    assert curate(store, CurateConfig(), KEY).id != snapshot.id
+    assert curate(store, CurateConfig(split=SHARES), KEY).id != snapshot.id
 
 
 def test_a_snapshot_is_named_by_the_version_of_the_code_and_the_key_of_its_surrogates(tmp_path, monkeypatch):
@@ -307,13 +304,13 @@ def test_a_snapshot_is_named_by_the_version_of_the_code_and_the_key_of_its_surro
     assert manifest["version"] == curate_module.CURATION_VERSION
     assert KEY.hex()[:8] not in str(manifest) and KEY.decode()[:8] not in str(manifest)
     monkeypatch.setattr(curate_module, "CURATION_VERSION", curate_module.CURATION_VERSION + 1)
-    assert curate(store, CurateConfig(), KEY).id not in (snapshot.id, other.id)
+    assert curate(store, CurateConfig(split=SHARES), KEY).id not in (snapshot.id, other.id)
 
 
 def test_an_empty_store_and_an_unknown_snapshot_are_refused(tmp_path):
     store = Store(str(tmp_path))
     with pytest.raises(InputError, match="next: understudy ingest"):
-        curate(store, CurateConfig(), KEY)
+        curate(store, CurateConfig(split=SHARES), KEY)
     with pytest.raises(StoreError):
         load_split(store, "nothing", "train", as_served=False)
 
@@ -321,23 +318,6 @@ def test_an_empty_store_and_an_unknown_snapshot_are_refused(tmp_path):
 def test_shares_that_do_not_add_up_are_a_config_error():
     with pytest.raises(ConfigError, match=r"split: .*is 1\.1; allowed: exactly 1"):
         validate(CurateConfig, {"split": {"train": 0.6}})
-
-
-@given(session_id=st.text())
-def test_a_session_has_one_split(session_id):
-    assert split_of(session_id, SHARES) in SPLITS
-
-
-def test_known_sessions_never_move():
-    """Moving a session would put calls that a model was trained on into its calibration."""
-    known = {"": "train", "s0": "train", "s1": "calibration", "s2": "train", "session 7": "test", "d0f1c2": "train"}
-    assert {name: split_of(name, SHARES) for name in known} == known
-
-
-def test_splits_have_their_shares():
-    splits = [split_of(f"session {i}", SHARES) for i in range(20_000)]
-    for split in SPLITS:
-        assert splits.count(split) / 20_000 == pytest.approx(getattr(SHARES, split), abs=0.015)
 
 
 CALLS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6), st.booleans()), min_size=1, max_size=25)
@@ -377,7 +357,7 @@ def test_real_agent_traffic(tmp_path):
         [DATA / "agents/tau2_usersim_gpt4o.sessions.jsonl.gz", DATA / "nlu/snips.calls.jsonl.gz"],
         Pseudonyms(KEY),
     )
-    snapshot = curate(store, CurateConfig(), KEY)
+    snapshot = curate(store, CurateConfig(split=SHARES), KEY)
     counts = snapshot.counts
     assert counts.num_calls == sum(counts.dropped.values()) + sum(counts.num_source_calls.values()) == 271 + 4174
     assert all(counts.num_examples[split] > 0 for split in SPLITS)

@@ -12,7 +12,8 @@ from cluster.errors import ConfigError
 from cluster.records import Example
 from cluster.route_model import RouteModel
 from cluster.store import Store
-from training.discover import NO_TOPIC, SPLITS, DiscoverConfig, discover, save_discovery
+from training.discover import NO_TOPIC, DiscoverConfig, discover, save_discovery
+from training.splits import SPLITS
 
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("find_flight", "cancel")]
 WORDS = "apple river stone cloud paper green window music garden silver winter planet bridge copper forest".split()

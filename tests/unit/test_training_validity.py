@@ -12,11 +12,13 @@ from cluster.prompts import PromptFormat
 from cluster.records import AgentCall
 from cluster.store import Store
 from training.candidates import estimate_prompt_tokens
-from training.curate import SPLITS, CurateConfig, SplitConfig, curate, load_split, split_of
+from training.curate import CurateConfig, curate
 from training.dataset import build_task_data
 from training.discover import DiscoverConfig, discover, save_discovery
 from training.scratch import texts_of, train_tokenizer
 from training.selection import group_by_task
+from training.snapshot import load_split
+from training.splits import SPLITS, SplitConfig, split_of
 from training.validity import find_problem
 
 KEY = b"k" * 32

@@ -1,0 +1,122 @@
+"""The second pass of curation: one shard of sessions at a time, read from the spill, redacted, written as parts.
+
+A shard holds whole sessions, so what is found in one call is replaced in all of its session. The same function runs
+in this process or, where the calls are many and Ray is connected, on Ray Data, over the same files: the folder must be
+one that every node sees. Knows nothing of how calls were chosen: the plan says which become what.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from cluster.records import Split
+from cluster.store import Store
+from training.redact import RedactConfig, Redactor
+from training.snapshot import write_mapping, write_part
+from training.spill import read_spill
+
+REDACTED_SPLITS: tuple[Split, ...] = ("train", "validation")
+"""The splits whose content is stored."""
+
+
+class ShardWork(NamedTuple):
+    """What every shard of one curation needs; goes to Ray workers."""
+
+    store: Store
+    folder: str
+    """Store path of the snapshot."""
+    spill: pathlib.Path
+    spill_key: bytes
+    redact: RedactConfig
+    surrogate_key: bytes
+
+
+class ShardResult(NamedTuple):
+    """What one shard wrote."""
+
+    parts: dict[str, list[str]]
+    redacted: dict[str, int]
+    """Kind of personal value -> distinct values, summed over sessions."""
+
+
+def content_stream(shard: int) -> str:
+    """Stream of [seq, client, session, request, answer]."""
+    return f"content-{shard:05d}"
+
+
+def plan_stream(shard: int) -> str:
+    """Stream of [seq, row of the example without content]."""
+    return f"plan-{shard:05d}"
+
+
+def curate_shard(work: ShardWork, shard: int) -> ShardResult:
+    """Write the examples of one shard. Holds the shard in memory.
+
+    Raises:
+        StoreError: the spill was changed, or the store cannot be written.
+    """
+    plan = dict(read_spill(work.spill, work.spill_key, plan_stream(shard)))
+    sessions: dict[tuple[str, str, str], list[tuple[dict[str, Any], Any, Any]]] = defaultdict(list)
+    for seq, client, session, request, answer in read_spill(work.spill, work.spill_key, content_stream(shard)):
+        row = plan.get(seq)
+        if row is not None:
+            sessions[client, session, row["split"]].append((row, request, answer))
+    # A redactor of its own: what it remembers goes with the shard.
+    redactor = Redactor(work.redact, work.surrogate_key)
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    redacted: Counter[str] = Counter()
+    restored: list[dict[str, str]] = []
+    is_reversible = getattr(work.redact, "reversible", False)
+    for (client, session, split), calls in sessions.items():
+        turns, found = redactor.redact_session(
+            [(request, answer) for _, request, answer in calls], f"{client}/{session}"
+        )
+        redacted += found
+        if is_reversible:
+            mapping = redactor.mapping_of(f"{client}/{session}")
+            restored += [{"session_id": session, "surrogate": new, "original": old} for new, old in mapping.items()]
+        for (row, _, _), (request, target) in zip(calls, turns, strict=True):
+            rows[split].append({**row, "request": _dump(request), "target": _dump(target)})
+    parts = {s: [write_part(work.store, work.folder, f"{s}-{shard:05d}", own)] for s, own in rows.items()}
+    if restored:
+        parts["mapping"] = [write_mapping(work.store, work.folder, f"mapping-{shard:05d}", restored)]
+    return ShardResult(parts, dict(redacted))
+
+
+def curate_shards(work: ShardWork, shards: Iterable[int], *, on_ray: bool) -> ShardResult:
+    """Write the examples of all shards."""
+    parts: dict[str, list[str]] = {split: [] for split in REDACTED_SPLITS}
+    redacted: Counter[str] = Counter()
+    results = _on_ray(work, list(shards)) if on_ray else (curate_shard(work, shard) for shard in shards)
+    for result in results:
+        for split, paths in result.parts.items():
+            parts.setdefault(split, []).extend(paths)
+        redacted.update(result.redacted)
+    return ShardResult({split: sorted(paths) for split, paths in parts.items()}, dict(redacted))
+
+
+def is_ray_connected() -> bool:
+    """Whether this process already speaks to a Ray cluster; imports and starts nothing."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def _on_ray(work: ShardWork, shards: list[int]) -> Iterable[ShardResult]:
+    import ray.data
+
+    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    for row in rows.map(_curate_row, fn_kwargs={"work": work}).iter_rows():
+        yield ShardResult(**json.loads(row["result"]))
+
+
+def _curate_row(row: dict[str, Any], work: ShardWork) -> dict[str, Any]:
+    return {"result": json.dumps(curate_shard(work, row["shard"])._asdict())}
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
