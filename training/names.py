@@ -39,7 +39,7 @@ _PARTICLES = frozenset("van von der den de da del di la le bin ibn al el dos du"
 RUN = re.compile(
     rf"(?<![\w@/-]){_CAPITAL}(?: (?:[A-Z]\.|(?:van|von|de|da|del|der|bin|al) )? ?{_CAPITAL}){{0,5}}(?![\w@/])"
 )
-_NAMED_ID = re.compile(r"(?<![^\W_])([a-z]{2,20})[_.]([a-z]{2,20})_?(\d{2,})(?!\w)")
+_NAMED_ID = re.compile(r"(?<![^\W_])([a-z]{2,20})[_.]([a-z]{2,20})_?(\d{2,})(?![\w@])")
 _WORD_BEFORE = re.compile(
     r"(?:San|Santa|Santo|Sao|Los|Las|El|La|Saint|St|New|Port|Fort|Lake|Mount|Mt|Prince|Princess)$"
 )

@@ -125,7 +125,9 @@ def test_one_person_is_one_surrogate_across_turns_json_and_arguments(redactor):
     assert copied == {"user_id": user_id, "email": profile["email"]}
     assert profile["address"]["city"] == "Austin"
     assert isinstance(profile["phone"], int) and len(str(profile["phone"])) == 10
-    assert is_luhn_valid(profile["cards"]["credit_card_4421486"]["card_number"])
+    ((card_id, card),) = profile["cards"].items()
+    assert re.fullmatch(r"credit_card_\d{7}", card_id) and card_id != "credit_card_4421486"
+    assert is_luhn_valid(card["card_number"])
     assert redacted["tools"] is request["tools"]
     assert (counts["PERSON"], counts["EMAIL_ADDRESS"]) >= (2, 1)
 
