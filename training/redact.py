@@ -2,54 +2,65 @@
 
 What is found anywhere in a session is replaced everywhere in it: across turns, inside JSON however deep, in tool
 arguments and in the answer to learn. So tool calls still parse, JSON keeps its layout, and what a model must copy stays
-copyable. System prompts and tool definitions are the agent's own text: they are not searched, but a value that is
-found elsewhere in the session is replaced in the system prompt too. Each distinct string is searched once.
-Surrogates cannot be undone without the key.
+copyable. System prompts and tool definitions are the agent's own text: only the application's own patterns and deny list
+are searched for in prompts, but a value that is found elsewhere in the session is replaced in them too. What a schema
+lists as allowed is never replaced. Each distinct string is searched once. Surrogates cannot be undone without the key,
+except by the table that a reversible recipe keeps.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from cluster.config import Config
-from training.recognisers import AMBIGUOUS_NAMES, Finding, build_analyzer, find_keyed, find_values
-from training.surrogates import SurrogateMaker, is_name, match_case
+from cluster.errors import ConfigError
+from training.findings import Finding, is_name
+from training.paraphrase import Paraphrase, Paraphraser
+from training.recognisers import build_ner, find_keyed, find_values
+from training.redact_rules import ApplicationRules, RedactConfig
+from training.replacing import MAX_DEPTH, Replacer, Span, is_data_key, parse_container
+from training.surrogates import SurrogateMaker
 
 Turn = tuple[dict[str, Any], dict[str, Any]]
 """A request and the assistant message that answers it."""
 
-MAX_CACHED_STRINGS = 200_000
-MAX_DEPTH = 20
-"""JSON in strings in JSON is followed to this depth."""
+MAX_CACHED_STRINGS = 100_000
+"""Distinct strings whose findings are remembered, by hash: about 50 MB at most."""
+MIN_LEAF_CHARS = 6
+"""A shorter string in JSON holds no pattern; names need their field."""
 _STRUCTURE = frozenset({"role", "type", "id", "tool_call_id", "name", "image_url", "input_audio", "file"})
 """Fields of a message that carry no text of the conversation."""
-
-
-class RedactConfig(Config):
-    """How personal values are found."""
-
-    spacy_model: str | None = None
-    """Installed spaCy model whose person names are added to those found by list, key and context; None: no model."""
+_OWN_ROLES = ("system", "developer")
 
 
 class Redactor:
     """Replaces personal values. Not for several threads; memory grows with distinct strings up to a bound."""
 
-    def __init__(self, config: RedactConfig, key: bytes) -> None:
+    def __init__(self, config: RedactConfig, key: bytes, paraphrase: Paraphrase | None = None) -> None:
         """
         Args:
             key: secret; equal keys give equal surrogates.
+            paraphrase: a language model that rewords a text; needed where the recipe asks for it, else not used.
 
         Raises:
-            ConfigError: the spaCy model is not installed.
+            ConfigError: the spaCy model is not installed, or paraphrasing is asked for without a model.
         """
+        if config.paraphrase and paraphrase is None:
+            raise ConfigError(
+                "redact.paraphrase=True: no language model is given here; allowed: false, or a run that names one; next: "
+                "redact.paraphrase=false"
+            )
         self._key = key
-        self._analyze = build_analyzer(config.spacy_model)
-        self._cache: dict[str, frozenset[Finding]] = {}
+        self._rules = ApplicationRules(config)
+        self._ner = build_ner(config.spacy_model)
+        self._cache: dict[bytes, frozenset[Finding]] = {}
+        self._is_reversible = config.reversible
+        self._mappings: dict[str, dict[str, str]] = {}
+        is_asked = config.paraphrase and paraphrase is not None
+        self._paraphraser = Paraphraser(paraphrase, config.paraphrase_keep_chars) if is_asked and paraphrase else None
 
     def redact_session(self, turns: Sequence[Turn], scope: str) -> tuple[list[Turn], Counter[str]]:
         """All calls of one session, so that what one call reveals is replaced in the others too.
@@ -59,73 +70,129 @@ class Redactor:
 
         Returns:
             The turns with new messages (unchanged objects where nothing was found), and distinct values by kind.
+
+        Raises:
+            ConfigError: one of the recipe's patterns takes too long.
         """
-        messages = [m for request, answer in turns for m in (*request.get("messages", ()), answer)]
-        texts = {id(m): m for m in messages if m.get("role") not in ("system", "developer")}
-        findings = {finding for message in texts.values() for finding in self._find_in_message(message)}
+        searched, own = _distinct_strings(turns)
+        findings = {finding for text in searched for finding in self.find(text)}
+        findings |= {finding for text in own for finding in self._rules.find(text)}
+        kept = _schema_values(turns)
+        findings = {f for f in findings if f.value not in kept and not self._rules.is_allowed(f)}
         if not findings:
             return list(turns), Counter()
-        replace = _build_replacer(findings, SurrogateMaker(self._key, scope))
-        done: dict[str, str] = {}
-
-        def replace_once(text: str) -> str:
-            if text not in done:
-                done[text] = _replace_in_string(text, replace)
-            return done[text]
-
-        redacted = [
-            (
-                {**request, "messages": [_map_strings(m, replace_once) for m in request.get("messages", ())]},
-                _map_strings(answer, replace_once),
-            )
-            for request, answer in turns
-        ]
+        replacer = self._build_replacer(findings, (*searched, *own), scope)
+        redacted = _map_turns(turns, replacer.replace)
+        if self._paraphraser is not None:
+            redacted = self._paraphraser.reword(redacted, changed={replacer.replace(t) for t in searched} - searched)
+        if self._is_reversible:
+            self._mappings[scope] = replacer.restored
         kinds = {(finding.value, "PERSON" if is_name(finding.kind) else finding.kind) for finding in findings}
         return redacted, Counter(kind for _, kind in kinds)
 
-    def _find_in_message(self, message: dict[str, Any]) -> Iterator[Finding]:
-        for text in _strings_of(message):
-            known = self._cache.get(text)
-            if known is None:
-                if len(self._cache) >= MAX_CACHED_STRINGS:
-                    self._cache.clear()
-                known = self._cache[text] = frozenset(self._find_in_string(text, 0))
-            yield from known
+    def mapping_of(self, scope: str) -> dict[str, str]:
+        """What the surrogates of a session stand for, as written; handed out once and then forgotten.
 
-    def _find_in_string(self, text: str, depth: int) -> Iterator[Finding]:
-        value = _parse_container(text) if depth < MAX_DEPTH else None
+        Empty unless the recipe is reversible, and for a session in which nothing was found.
+        """
+        return self._mappings.pop(scope, {})
+
+    @property
+    def paraphrased(self) -> Counter[str]:
+        """Passages reworded, and kept as they were because the rewording lost what an answer copies."""
+        return Counter() if self._paraphraser is None else self._paraphraser.counts
+
+    def find_spans(self, text: str, scope: str = "") -> list[Span]:
+        """Which characters of a text that stands alone would be replaced."""
+        findings = {finding for finding in self.find(text) if not self._rules.is_allowed(finding)}
+        return self._build_replacer(findings, (text,), scope).find_spans(text) if findings else []
+
+    def find(self, text: str) -> frozenset[Finding]:
+        """Personal values in the text of a message, whether plain or JSON."""
+        digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+        known = self._cache.get(digest)
+        if known is None:
+            if len(self._cache) >= MAX_CACHED_STRINGS:
+                # The oldest: sessions come one after another.
+                del self._cache[next(iter(self._cache))]
+            known = self._cache[digest] = frozenset(self._find_in_string(text, (), 0))
+        return known
+
+    def _build_replacer(self, findings: set[Finding], texts: Iterable[str], scope: str) -> Replacer:
+        said = "\n".join(texts)
+        findings = _without_shared_places(findings, said)
+        return Replacer(findings, SurrogateMaker(self._key, scope).make(findings, said))
+
+    def _find_in_string(self, text: str, path: tuple[str, ...], depth: int) -> Iterator[Finding]:
+        value = parse_container(text) if depth < MAX_DEPTH else None
         if value is None:
-            yield from find_values(text, self._analyze)
-        else:
-            for key, leaf in _leaves_of(value):
-                yield from find_keyed(key, leaf)
-                # A text this short holds no pattern; names need their key.
-                if isinstance(leaf, str) and len(leaf) >= 6:
-                    yield from self._find_in_string(leaf, depth + 1)
+            yield from self._rules.find(text)
+            if depth == 0 or len(text) >= MIN_LEAF_CHARS:
+                yield from find_values(text, is_message=depth == 0)
+                if self._ner is not None:
+                    yield from self._ner(text)
+            return
+        for steps, leaf in _leaves_of(value):
+            yield from find_keyed(next((step for step in reversed(steps) if not step.isdigit()), ""), leaf)
+            if self._rules.has_fields:
+                yield from self._rules.find_at((*path, *steps), leaf)
+            if isinstance(leaf, str):
+                yield from self._find_in_string(leaf, (*path, *steps), depth + 1)
 
 
-def _leaves_of(value: Any) -> Iterator[tuple[str, str | int]]:
-    """Strings and integers of a JSON value with the field they stand in; a list's items stand in the list's field."""
-    todo = [("", value)]
+def _distinct_strings(turns: Sequence[Turn]) -> tuple[set[str], set[str]]:
+    """The conversation's texts, and those of the agent's own prompts. Calls of a session repeat their prefix."""
+    searched: set[str] = set()
+    own: set[str] = set()
+    for request, answer in turns:
+        for message in (*request.get("messages", ()), answer):
+            (own if message.get("role") in _OWN_ROLES else searched).update(_strings_of(message))
+    return searched, own
+
+
+def _without_shared_places(findings: set[Finding], said: str) -> set[Finding]:
+    """A city inside a postal address stays where the session names it elsewhere too: then the task is about it."""
+    places = [finding for finding in findings if finding.kind == "ADDRESS_PLACE"]
+    if not places:
+        return findings
+    rest = said
+    for finding in places:
+        rest = rest.replace(finding.value, " ")
+    shared = {f for f in places if re.split(r"[\s,;-]*[,;\n\\]|\s(?=[A-Z]{2,3}$)", f.value)[0] in rest}
+    return findings - shared
+
+
+def _schema_values(turns: Sequence[Turn]) -> set[str]:
+    """Strings that a schema of the requests lists as allowed values."""
+    values: set[str] = set()
+    seen: set[int] = set()
+    todo: list[Any] = [part for request, _ in turns for part in (request.get("tools"), request.get("response_format"))]
     while todo:
-        key, item = todo.pop()
+        item = todo.pop()
+        if isinstance(item, list):
+            todo.extend(item)
+        elif isinstance(item, dict) and id(item) not in seen:
+            seen.add(id(item))
+            listed = item.get("enum")
+            values.update(
+                v for v in (*(listed if isinstance(listed, list) else ()), item.get("const")) if isinstance(v, str)
+            )
+            todo.extend(item.values())
+    return values
+
+
+def _leaves_of(value: Any) -> Iterator[tuple[tuple[str, ...], str | int]]:
+    """Strings and integers of a JSON value with the fields and numbers that lead to them; keys that are data too."""
+    todo: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    while todo:
+        path, item = todo.pop()
         if isinstance(item, dict):
-            todo.extend(item.items())
+            todo.extend(((*path, key), part) for key, part in item.items())
+            yield from ((path, key) for key in item if is_data_key(key))
         elif isinstance(item, list):
-            todo.extend((key, part) for part in item)
+            todo.extend(((*path, str(index)), part) for index, part in enumerate(item))
         elif isinstance(item, str | int) and not isinstance(item, bool):
-            yield key, item
-
-
-def _parse_container(text: str) -> dict[str, Any] | list[Any] | None:
-    """The object or array that `text` is as a whole, or None."""
-    if text.lstrip()[:1] not in ("{", "["):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict | list) else None
+            yield path, item
 
 
 def _strings_of(value: Any) -> Iterator[str]:
@@ -141,72 +208,29 @@ def _strings_of(value: Any) -> Iterator[str]:
             yield from _strings_of(item)
 
 
-def _map_strings(value: Any, replace: Callable[[str], str]) -> Any:
-    """A message with `replace` applied to what `_strings_of` yields."""
+def _map_turns(turns: Sequence[Turn], change: Callable[[str], str]) -> list[Turn]:
+    done: dict[str, str] = {}
+
+    def change_once(text: str) -> str:
+        if text not in done:
+            done[text] = change(text)
+        return done[text]
+
+    return [
+        (
+            {**request, "messages": [_map_strings(m, change_once) for m in request.get("messages", ())]},
+            _map_strings(answer, change_once),
+        )
+        for request, answer in turns
+    ]
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A message with `change` applied to what `_strings_of` yields."""
     if isinstance(value, str):
-        return replace(value)
+        return change(value)
     if isinstance(value, dict):
-        return {key: item if key in _STRUCTURE else _map_strings(item, replace) for key, item in value.items()}
+        return {key: item if key in _STRUCTURE else _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [_map_strings(item, replace) for item in value]
+        return [_map_strings(item, change) for item in value]
     return value
-
-
-def _build_replacer(findings: set[Finding], maker: SurrogateMaker) -> Callable[[str], str]:
-    """A function that replaces every found value in plain text, the longest first."""
-    surrogates = maker.make(findings)
-    names = {(f.value, f.is_sure and f.value.casefold() not in AMBIGUOUS_NAMES) for f in findings if is_name(f.kind)}
-    values = {finding.value for finding in findings if not is_name(finding.kind)}
-    patterns = [rf"(?<![^\W_]){re.escape(value)}(?![^\W_])" for value in sorted(values, key=lambda v: (-len(v), v))]
-    patterns += sorted({_name_pattern(name, is_any_case) for name, is_any_case in names}, key=lambda p: (-len(p), p))
-    pattern = re.compile("|".join(patterns))
-
-    def replace(match: re.Match[str]) -> str:
-        found = match[0]
-        return surrogates[found] if found in values else match_case(surrogates[found.casefold()], found)
-
-    return lambda text: pattern.sub(replace, text)
-
-
-def _name_pattern(name: str, is_any_case: bool) -> str:
-    """Whole word, also as a part of an identifier; a name that may be a word too only as it was written.
-
-    Short names are left alone in capitals, where they are codes more often than names, such as the airport MIA.
-    """
-    forms = {name, name.lower(), name.capitalize()} | ({name.upper()} if len(name) > 4 else set())
-    if len(name) <= 2 or not is_any_case:
-        low = re.escape(name.lower())
-        return rf"(?<![^\W_]){re.escape(name)}(?![^\W_])|(?<=_){low}(?![^\W_])|(?<![^\W_]){low}(?=_)"
-    return rf"(?<![^\W_])(?:{'|'.join(sorted(map(re.escape, forms)))})(?![^\W_])"
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?|-?\d+(?![\d.eE])')
-
-
-def _replace_in_string(text: str, replace: Callable[[str], str], depth: int = 0) -> str:
-    """Like `replace`, but JSON is changed value by value, so that its layout stays and it still parses."""
-    if depth >= MAX_DEPTH or _parse_container(text) is None:
-        return replace(text)
-
-    def replace_token(match: re.Match[str]) -> str:
-        token = match[0]
-        if not token.startswith('"'):
-            return replace(token)
-        if match[1] and not _is_data_key(token):
-            return token
-        end = len(token) - len(match[1] or "")
-        value = json.loads(token[:end])
-        changed = _replace_in_string(value, replace, depth + 1)
-        if changed == value:
-            return token
-        # An escaped half of a surrogate pair has no other form.
-        is_ascii = token.isascii() or bool(_SURROGATE.search(changed))
-        return json.dumps(changed, ensure_ascii=is_ascii) + token[end:]
-
-    return _JSON_TOKEN.sub(replace_token, text)
-
-
-def _is_data_key(token: str) -> bool:
-    """Whether an object's key is data, such as an id or an address, and no field name."""
-    return any(c.isdigit() or c == "@" for c in token)

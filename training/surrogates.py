@@ -7,13 +7,17 @@ from an HMAC alone, so it cannot be computed or undone without the key. Knows no
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import hmac
 import re
 from collections.abc import Iterable
 
-from training.recognisers import Finding, Kind
+from training.findings import Finding, Kind, is_name
+
+MAX_TRIES = 50
+"""A surrogate that stands for something else already is made anew at most so often; only tiny values come near it."""
 
 
 class SurrogateMaker:
@@ -26,54 +30,105 @@ class SurrogateMaker:
         """
         self._key = hmac.digest(key, b"scope:" + scope.encode(errors="surrogatepass"), "sha256")
 
-    def make(self, findings: Iterable[Finding]) -> dict[str, str]:
+    def make(self, findings: Iterable[Finding], text: str = "") -> dict[str, str]:
         """Surrogate of every value, names by their casefolded form and in lower case.
 
-        No surrogate equals a name that is itself replaced, and two names never share one.
+        No surrogate equals a value that is itself replaced, two values share one only where they are two spellings of one
+        number, and none occurs in `text`, so that each can be traced back by who holds the table.
+
+        Args:
+            text: everything that is said in the scope.
         """
         values = sorted(set(findings), key=lambda finding: (finding.kind, finding.value))
         names = {finding.value.casefold(): finding.kind for finding in reversed(values) if is_name(finding.kind)}
+        said = text.casefold()
         surrogates: dict[str, str] = {}
         for name in sorted(names):
-            surrogates[name] = self._name(name, names[name], {*names, *surrogates.values()})
+            surrogates[name] = self._name(name, names[name], {*names, *surrogates.values()}, said)
+        owners = {surrogate: name for name, surrogate in surrogates.items()}
         for value, kind, _ in values:
-            if not is_name(kind):
-                surrogates[value] = self._value(value, kind, surrogates)
+            if not is_name(kind) and value not in surrogates:
+                surrogates[value] = made = self._unused(value, kind, surrogates, owners, said)
+                owners[made] = _bare(value)
         return surrogates
 
-    def _name(self, name: str, kind: Kind, taken: set[str]) -> str:
-        pool = _name_pool(kind)
-        start = self._stream("name", name).below(len(pool))
-        return next(
-            pool[(start + i) % len(pool)] for i in range(len(pool)) if pool[(start + i) % len(pool)] not in taken
-        )
+    def _unused(self, value: str, kind: Kind, surrogates: dict[str, str], owners: dict[str, str], said: str) -> str:
+        made = value
+        for attempt in range(MAX_TRIES):
+            made = self._value(value, kind, surrogates, attempt)
+            if owners.get(made, _bare(value)) == _bare(value) and made.casefold() not in said and made != value:
+                break
+        return made
 
-    def _value(self, value: str, kind: Kind, names: dict[str, str]) -> str:
+    def _name(self, name: str, kind: Kind, taken: set[str], said: str) -> str:
+        pool = _name_pool(kind)
+        stream = self._stream("name", name)
+        start = stream.below(len(pool))
+        for candidate in (*pool[start:], *pool[:start]):
+            if candidate not in taken and candidate not in said:
+                return candidate
+        # More people than Faker knows.
+        made = name
+        while made in taken or made in said:
+            made = _scramble("x" * 8, stream)
+        return made
+
+    def _value(self, value: str, kind: Kind, surrogates: dict[str, str], attempt: int) -> str:
         # Spellings of one number get one surrogate: "555-1234" and "5551234".
-        stream = self._stream(kind, re.sub(r"[\W_]", "", value).casefold() or value)
-        if kind == "EMAIL_ADDRESS":
-            return _email(value, stream, names)
-        if kind == "STREET_ADDRESS":
-            return _street(value, stream)
-        if kind == "DATE_OF_BIRTH":
-            return _date(value, stream)
-        if kind == "CREDIT_CARD":
-            return _with_luhn(value[0] + _scramble(value[1:], stream))
-        if kind == "IBAN_CODE":
-            return _with_iban_check(value[:4] + _scramble(value[4:], stream))
-        if kind == "IP_ADDRESS" and "." in value:
-            return ".".join(_octet(part, stream) for part in value.split("."))
-        if kind == "IP_ADDRESS":
-            return "".join(f"{stream.below(16):x}" if c in "0123456789abcdefABCDEF" else c for c in value)
-        return _scramble(value, stream)
+        stream = self._stream(f"{kind}{attempt or ''}", _bare(value))
+        match kind:
+            case "EMAIL_ADDRESS":
+                return _email(value, stream, surrogates)
+            case "ID_NUMBER":
+                return _identifier(value, stream, surrogates)
+            case "STREET_ADDRESS":
+                return self._street(value, stream, attempt)
+            case "ADDRESS_PLACE":
+                return _place(value, stream)
+            case "DATE_OF_BIRTH":
+                return self._date(value, stream)
+            case "PHONE_NUMBER":
+                return _phone(value, stream)
+            case "CREDIT_CARD":
+                return _with_luhn(value[0] + _scramble(value[1:], stream))
+            case "IBAN_CODE":
+                return _with_iban_check(value[:4] + _scramble(value[4:], stream))
+            case "IP_ADDRESS" if "." in value and ":" not in value:
+                return ".".join(_octet(part, stream) for part in value.split("."))
+            case "IP_ADDRESS":
+                return "".join(f"{stream.below(16):x}" if c in "0123456789abcdefABCDEF" else c for c in value)
+            case _:
+                return _scramble(value, stream)
+
+    def _street(self, value: str, stream: _Stream, attempt: int) -> str:
+        """House number and street name are changed, the name by its words, so that it is the same with another number."""
+        pool = _name_pool("LAST_NAME")
+
+        def replace(match: re.Match[str]) -> str:
+            word = match[0]
+            if word[0].isdigit():
+                digits = re.match(r"[0-9]*", word)
+                return _scramble(word[: digits.end()], stream) + word[digits.end() :] if digits else word
+            if word.casefold() in _STREET_WORDS or len(word) == 1:
+                return word
+            kind = _STREET_ENDING.search(word)
+            index = self._stream(f"street{attempt or ''}", word.casefold()).below(len(pool))
+            return match_case(pool[index], word) + (kind[0] if kind else "")
+
+        return re.sub(r"\d\w*|[^\W\d_]+(?:'[^\W\d_]+)?", replace, value)
+
+    def _date(self, value: str, stream: _Stream) -> str:
+        """Another valid date of the same form. ISO dates of a scope all move by the same days, so they keep their order."""
+        try:
+            day = datetime.date.fromisoformat(value)
+        except ValueError:
+            return _other_date(value, stream)
+        shift = self._stream("shift", "dates")
+        days = (200 + shift.below(1200)) * (1 if shift.below(2) else -1)
+        return (day + datetime.timedelta(days)).isoformat()
 
     def _stream(self, kind: str, value: str) -> _Stream:
         return _Stream(hmac.digest(self._key, f"{kind}:{value}".encode(errors="surrogatepass"), "sha256"))
-
-
-def is_name(kind: Kind) -> bool:
-    """Whether a kind of value is a word of a person's name."""
-    return kind in ("FIRST_NAME", "LAST_NAME")
 
 
 def is_luhn_valid(number: str) -> bool:
@@ -106,7 +161,7 @@ class _Stream:
 def _name_pool(kind: Kind) -> tuple[str, ...]:
     from faker.providers.person import en_US
 
-    from training.recognisers import AMBIGUOUS_NAMES
+    from training.word_lists import AMBIGUOUS_NAMES
 
     names = en_US.Provider.first_names if kind == "FIRST_NAME" else en_US.Provider.last_names
     return tuple(sorted({n.casefold() for n in names if n.isascii() and n.isalpha()} - AMBIGUOUS_NAMES))
@@ -127,6 +182,10 @@ def _scramble(value: str, stream: _Stream) -> str:
     return "".join(result)
 
 
+def _bare(value: str) -> str:
+    return re.sub(r"[\W_]", "", value).casefold() or value
+
+
 def _email(value: str, stream: _Stream, names: dict[str, str]) -> str:
     """Names inside the local part as elsewhere in the scope; the domain is one reserved by RFC 2606."""
     local, _, _ = value.partition("@")
@@ -138,32 +197,60 @@ def _email(value: str, stream: _Stream, names: dict[str, str]) -> str:
     return re.sub(r"[^\W\d_]+|\d+", replace, local) + "@example." + ("com", "org", "net")[stream.below(3)]
 
 
-def _street(value: str, stream: _Stream) -> str:
-    """House number and street name are changed; the kind of street and words such as Suite stay."""
-    pool = _name_pool("LAST_NAME")
+def _identifier(value: str, stream: _Stream, names: dict[str, str]) -> str:
+    """Names inside as elsewhere in the scope; the words that say what it is, as in credit_card_1234567, stay."""
 
     def replace(match: re.Match[str]) -> str:
         word = match[0]
-        if word[0].isdigit():
-            return _scramble(word, stream)
-        is_kept = word.casefold() in _STREET_WORDS or len(word) == 1
-        return word if is_kept else match_case(pool[stream.below(len(pool))], word)
+        if word.casefold() in names:
+            return match_case(names[word.casefold()], word)
+        return word if word.isalpha() and "_" in value else _scramble(word, stream)
 
-    return re.sub(r"\d\w*|[^\W\d_]+(?:'[^\W\d_]+)?", replace, value)
+    return re.sub(r"[^\W\d_]+|\d+", replace, value)
 
 
-def _date(value: str, stream: _Stream) -> str:
-    """Another valid date of the same form, the year within a few years of the true one."""
-    parts = re.split(r"([/.-])", value)
-    for index in range(0, len(parts), 2):
-        width = len(parts[index])
-        if width == 4:
-            parts[index] = str(int(parts[index]) - 4 + stream.below(9)).zfill(4)
-        else:
-            # Day or month: 1 to 12 is valid for both, whatever the order.
-            number = stream.below(9) + 1 if width == 1 else stream.below(12) + 1
-            parts[index] = str(number).zfill(width)
+def _place(value: str, stream: _Stream) -> str:
+    """Another city, and another state where one is named; separators and the country stay."""
+    from faker.providers.address import en_US
+
+    from training.word_lists import us_cities
+
+    cities, states = us_cities(), en_US.Provider.states_abbr
+    parts = re.split(
+        r"([\s,;-]*[,;\n][\s,;-]*|\s+(?=(?:[A-Z]{2,3}|USA|U\.S\.A\.|United States.*)$))", value, maxsplit=1
+    )
+    parts[0] = match_case(cities[stream.below(len(cities))].casefold(), parts[0])
+    if len(parts) == 3 and parts[2] in states:
+        parts[2] = states[stream.below(len(states))]
     return "".join(parts)
+
+
+def _other_date(value: str, stream: _Stream) -> str:
+    """Day, month and a year within a few years of the true one; names of months stay."""
+
+    def replace(match: re.Match[str]) -> str:
+        number, ordinal = match[1], match[2]
+        if len(number) == 4:
+            return str(int(number) - 4 + stream.below(9)).zfill(4)
+        if ordinal:
+            return f"{4 + stream.below(17)}th"
+        # Day or month: 1 to 12 is valid for both, whatever the order.
+        return str(stream.below(9) + 1 if len(number) == 1 else stream.below(12) + 1).zfill(len(number))
+
+    return re.sub(r"(\d+)(st|nd|rd|th)?", replace, value, flags=re.I)
+
+
+def _phone(value: str, stream: _Stream) -> str:
+    """The country's code stays; area code and exchange keep their place in the numbering plan of North America."""
+    code = re.match(r"\+\d{1,3}(?=\D)", value)
+    head = code[0] if code else ""
+    made = list(head + _scramble(value[len(head) :], stream))
+    places = [index for index, c in enumerate(value) if c.isdigit()][-10:]
+    if len(places) == 10:
+        for index in (places[0], places[3]):
+            if value[index] in "23456789" and made[index] in "01":
+                made[index] = "23456789"[stream.below(8)]
+    return "".join(made)
 
 
 def _with_luhn(number: str) -> str:
@@ -197,6 +284,12 @@ def match_case(word: str, like: str) -> str:
 
 _STREET_WORDS = frozenset(
     """street st avenue ave road rd drive dr lane ln boulevard blvd court ct way place pl terrace square sq
-    parkway pkwy highway hwy circle cir trail suite apt unit north south east west
+    parkway pkwy highway hwy circle cir trail suite apt unit north south east west ne nw se sw apartment ste flat floor
+    fl room building bldg crescent close grove gardens row walk alley loop plaza mews hill rise path box po post office
+    rue de la du des le les avenida calle via viale piazza corso rua paseo carrer stra\u00dfe strasse str weg platz allee
+    gasse am an der auf dem im zum zur den el los las del di da do dos postfach nd rd th
     """.split()
+)
+_STREET_ENDING = re.compile(
+    r"(?:stra\u00dfe|strasse|str|weg|platz|gasse|allee|damm|ufer|straat|laan|plein|gracht|gatan|v\u00e4gen|vej)$"
 )

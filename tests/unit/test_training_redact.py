@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from training.recognisers import Finding, find_keyed
+from training.findings import Finding
+from training.recognisers import find_keyed
 from training.redact import RedactConfig, Redactor
 from training.surrogates import SurrogateMaker, is_luhn_valid, match_case
 
@@ -117,13 +118,16 @@ def test_one_person_is_one_surrogate_across_turns_json_and_arguments(redactor):
     profile = json.loads(json.loads(redacted["messages"][3]["content"])["result"])
     first, last = profile["name"]["first_name"], profile["name"]["last_name"]
     assert redacted["messages"][0]["content"] == f"You help {first}. Be brief."
-    assert redacted["messages"][1]["content"] == f"I am {first.lower()}_{last.lower()}_3668."
+    user_id = redacted["messages"][1]["content"].removeprefix("I am ").removesuffix(".")
+    assert re.fullmatch(rf"{first.lower()}_{last.lower()}_\d{{4}}", user_id) and not user_id.endswith("3668")
     assert answer["content"] == f"Thank you, MIA is right, {first} {last} of {profile['address']['address1']}."
     copied = json.loads(redacted["messages"][2]["tool_calls"][0]["function"]["arguments"])
-    assert copied == {"user_id": f"{first.lower()}_{last.lower()}_3668", "email": profile["email"]}
+    assert copied == {"user_id": user_id, "email": profile["email"]}
     assert profile["address"]["city"] == "Austin"
     assert isinstance(profile["phone"], int) and len(str(profile["phone"])) == 10
-    assert is_luhn_valid(profile["cards"]["credit_card_4421486"]["card_number"])
+    ((card_id, card),) = profile["cards"].items()
+    assert re.fullmatch(r"credit_card_\d{7}", card_id) and card_id != "credit_card_4421486"
+    assert is_luhn_valid(card["card_number"])
     assert redacted["tools"] is request["tools"]
     assert (counts["PERSON"], counts["EMAIL_ADDRESS"]) >= (2, 1)
 
@@ -246,7 +250,7 @@ def test_case_is_kept(like, expected):
     ("key", "value", "expected"),
     [
         ("firstName", "Mia", ["Mia"]),
-        ("full_name", "Mia van Li", ["Mia", "van", "Li"]),
+        ("full_name", "Mia van Li", ["Mia", "Li"]),
         ("name", "get_user", []),
         ("name", "Emma Watson", ["Emma", "Watson"]),
         ("name", "Widget Pro", []),
