@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cluster.access import Role
 from cluster.errors import ConfigError, InputError, UnderstudyError
-from jobs import calls_verb, ingest_verb
+from jobs import bench_verb, calls_verb, ingest_verb, upkeep_verb
 
 if TYPE_CHECKING:
     from cluster.store import Store
@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     words = {"nargs": "*", "metavar": "key=value", "help": "recipe=NAME|PATH and overrides such as gate.epsilon=0.02"}
     ingest_verb.add_verb(verbs)
     calls_verb.add_verb(verbs)
+    upkeep_verb.add_verbs(verbs, words)
+    bench_verb.add_verb(verbs)
     stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
     stages += ("gateway.max_temperature", "faces", "limits")
     convert = verbs.add_parser("convert", help="captured calls -> gated specialists -> a release", sections=stages)
@@ -129,6 +131,12 @@ def _add_keys(verbs: Any, words: dict[str, Any]) -> None:
     revoke.add_argument("name", metavar="NAME|KEY_ID")
     revoke.add_argument("words", **words)
     revoke.set_defaults(run=_revoke_keys)
+    rotate = actions.add_parser("rotate", help="wrap all content with a new version of the master key")
+    rotate.add_argument("words", **words)
+    rotate.set_defaults(run=_rotate_key)
+    retire = actions.add_parser("retire", help="forget the master key's older versions, 20 minutes after a rotation")
+    retire.add_argument("words", **words)
+    retire.set_defaults(run=_retire_key)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -233,6 +241,18 @@ def _revoke_keys(options: argparse.Namespace) -> None:
     from jobs.keys import revoke_keys
 
     print(f"revoked: {revoke_keys(options.name, options.words)}")
+
+
+def _rotate_key(options: argparse.Namespace) -> None:
+    from jobs.rotate import open_for_rotation, rotate
+
+    print(json.dumps(rotate(open_for_rotation(options.words)).model_dump()))
+
+
+def _retire_key(options: argparse.Namespace) -> None:
+    from jobs.rotate import open_for_rotation, retire
+
+    print(f"only version {retire(open_for_rotation(options.words))} is left")
 
 
 def _demo(options: argparse.Namespace) -> None:

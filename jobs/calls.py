@@ -14,8 +14,7 @@ from typing import Any, Literal, NamedTuple
 import duckdb
 import pyarrow as pa
 
-from cluster import access
-from cluster.access import Pseudonyms, load_pseudonym_key
+from cluster.access import Pseudonyms, load_pseudonym_key, require_role
 from cluster.calls import CALL_SCHEMA, CONTENT_COLUMNS, read_call_columns, read_calls
 from cluster.errors import InputError
 from cluster.records import AgentCall, Record
@@ -147,18 +146,11 @@ def show_call(store: Store, call_id: str) -> AgentCall:
     Raises:
         InputError: there is no such call.
     """
-    _require_curator(store)
+    require_role(store.uri, "curator")
     found = read_calls(store, {call_id})
     if not found:
         raise InputError(f"CALL_ID={call_id!r}: no such call; allowed: a call_id; next: understudy calls list")
     return found[0]
-
-
-def _require_curator(store: Store) -> None:
-    """Raises where this user may not read content. The store's own keys hold either way."""
-    check = getattr(access, "require_role", None)
-    if check:
-        check(store.uri, "curator")
 
 
 def open_calls(store: Store) -> duckdb.DuckDBPyConnection:

@@ -57,6 +57,7 @@ def forget(
     now = clock()
     call_ids = _calls_of(store, client_id)
     seen = find_seen(store, call_ids)
+    # From here on nobody reads them, whatever fails below.
     mark_forgotten(store, client_id, now, {"calls": len(call_ids), "seen": seen.model_dump(mode="json")})
     compact_calls(store)
     examples = Counter({snapshot: remove_examples(store, snapshot, call_ids) for snapshot in seen.snapshots})

@@ -21,7 +21,7 @@ FORMATS = ("auto", "understudy", "openai", "otel", "litellm", "langfuse")
 
 def add_verb(verbs: Any) -> None:
     """Add `ingest` to the verbs of the command line."""
-    verb = verbs.add_parser("ingest", help="read call logs into the store")
+    verb = verbs.add_parser("ingest", help="read call logs into the store", sections=("store", "faces"))
     verb.add_argument("paths", nargs="+", help="log files or folders of them (also .gz, .zst), and key=value words")
     verb.add_argument("--format", choices=FORMATS, default="auto", help="who wrote the logs (default: told by content)")
     origin = verb.add_mutually_exclusive_group()
@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace) -> None:
     paths = [pathlib.Path(word) for word in options.paths if not _is_setting(word)]
     if not paths:
         raise InputError("PATH: none given; allowed: log files or folders; next: understudy ingest FILE.jsonl")
-    rules = ReadRules(client=options.client, client_field=options.client_field, agent=options.agent)
+    rules = ReadRules(client=options.client, client_field=options.client_field, agent=options.agent, faces=recipe.faces)
     store, pseudonyms = _open(recipe.store, options.dry_run)
     bar = _Bar(paths)
     try:

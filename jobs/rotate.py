@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from cluster.access import require_role
 from cluster.content_keys import CACHE_LIFETIME_S
 from cluster.errors import ConfigError
 from cluster.records import Record
 from cluster.store import Store
+from jobs.recipe import load_recipe
 
 ROTATIONS_FOLDER = "rotations"
 
@@ -25,6 +27,17 @@ class Rotation(Record):
     version: int
     files: int
     """Files whose keys were wrapped anew."""
+
+
+def open_for_rotation(words: list[str]) -> Store:
+    """The store that the words name.
+
+    Raises:
+        ConfigError: this user's role may not rotate its key.
+    """
+    uri = load_recipe(words).store
+    require_role(uri, "admin")
+    return Store(uri)
 
 
 def rotate(store: Store, clock: Callable[[], float] = time.time) -> Rotation:

@@ -15,6 +15,7 @@ import re
 from typing import Any, NamedTuple
 
 from cluster.access import Pseudonyms
+from cluster.faces import FacesConfig, faces_person
 from cluster.records import AgentCall, Record, Usage
 from training.log_files import Unusable, parse_json
 
@@ -41,6 +42,8 @@ class ReadRules(Record):
     client_field: str | None = None
     """Dotted path of the client in the source's record; where it is absent the source's own client is taken."""
     agent: str | None = None
+    faces: FacesConfig = FacesConfig()
+    """Which answers went straight to a person, where a record does not say itself."""
 
 
 class Place(NamedTuple):
@@ -109,14 +112,20 @@ def build_call(logged: Logged, pseudonyms: Pseudonyms, ts: float, rules: ReadRul
         outcome=get(record, "outcome", dict),
         label=get(record, "label", str),
         label_kind=get(record, "label_kind", str),
-        faces_person=_faces_person(record),
     )
+    call = call.model_copy(update={"faces_person": _faces_person(record, call, rules.faces)})
     return Built(call, is_untimed=record.get("ts") is None, fell_back=fell_back)
 
 
-def _faces_person(record: dict[str, Any]) -> bool:
-    """Whether the answer went straight to a person: as the record itself says."""
-    return get(record, "faces_person", bool) or False
+def _faces_person(record: dict[str, Any], call: AgentCall, faces: FacesConfig) -> bool:
+    """Whether the answer went straight to a person: as the record itself says, else as the rule has it.
+
+    What a person wrote as the right answer was spoken to nobody.
+    """
+    said = get(record, "faces_person", bool)
+    if said is not None or call.served_by == "gold":
+        return bool(said)
+    return faces_person(call.request, call.message, agent=call.agent, config=faces)
 
 
 def _client_of(logged: Logged, natural: str, rules: ReadRules) -> tuple[str, bool]:
