@@ -38,7 +38,8 @@ def test_feedback_is_read_as_it_was_written_once_for_each_id(tmp_path: pathlib.P
         feedback(2, call_id="c", is_curated=True, score=1.0),
     ]
     paths = write_feedback(store, rows)
-    assert paths == write_feedback(store, rows) and len(paths) == 2
+    # A retry after a failure may store them twice.
+    assert set(paths).isdisjoint(write_feedback(store, rows)) and len(paths) == 2
     assert all(path.startswith(f"{FEEDBACK_FOLDER}/date=1970-01-0") for path in paths)
     assert read_feedback(store) == sorted(rows, key=lambda row: row.ts)
     assert set(CONTENT_COLUMNS) <= set(Feedback.model_fields)

@@ -7,7 +7,7 @@ import pytest
 from cluster import access
 from cluster.access import Pseudonyms, load_pseudonym_key
 from cluster.calls import CONTENT_COLUMNS, write_calls
-from cluster.errors import ConfigError, InputError
+from cluster.errors import InputError
 from cluster.records import AgentCall, RouteDecision, Usage
 from cluster.store import Store
 from jobs import calls as module
@@ -200,12 +200,11 @@ def test_only_show_prints_content_and_only_to_a_curator(store, capsys, monkeypat
     code, out, _ = run(capsys, "calls", "show", "c0", f"store={store.uri}")
     assert code == 0 and json.loads(out)["agent"] == "desk" and SECRET in out
 
-    def refuse(uri, role):
-        raise ConfigError(f"role: {role} wanted for {uri}")
-
-    monkeypatch.setattr(access, "require_role", refuse, raising=False)
+    folder = access.keys_folder(store.uri)
+    viewer = access.ApiKeys(folder / access.KEYS_FILE).create("somebody", "viewer")
+    monkeypatch.setenv(access.API_KEY_ENV, viewer)
     code, out, err = run(capsys, "calls", "show", "c0", f"store={store.uri}")
-    assert (code, out) == (2, "") and "curator wanted" in err
+    assert (code, out) == (2, "") and "needs role curator" in err
     for words in (["list"], ["count"], ["cost"], ["--sql", "SELECT * FROM calls"]):
         code, out, err = run(capsys, "calls", *words, f"store={store.uri}")
         assert code == 0 and SECRET not in out + err

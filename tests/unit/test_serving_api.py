@@ -408,7 +408,7 @@ def test_feedback_waits_while_the_store_fails_and_is_refused_when_too_much_waits
             monkeypatch.setattr("serving.backlog._QUEUE_SIZE", 2)
             write = run.store.write_table
 
-            def fail(*_: Any) -> None:
+            def fail(*_: Any, **__: Any) -> None:
                 raise OSError("no space")
 
             monkeypatch.setattr(run.store, "write_table", fail)
