@@ -7,13 +7,14 @@ judge its own calls alone, and whether a call is its own is known where both are
 from __future__ import annotations
 
 import datetime
+import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.records import AgentCall, Record
-from cluster.store import Store, content_hash
+from cluster.store import Store
 
 FEEDBACK_FOLDER = "feedback"
 CONTENT_COLUMNS = ("label", "text")
@@ -87,7 +88,7 @@ def write_feedback(store: Store, rows: Sequence[Feedback]) -> list[str]:
     """Write `rows` as new parts, one date (UTC) each.
 
     Returns:
-        Store paths of the parts. The same rows in the same order give the same paths.
+        Store paths of the parts; no part is ever written again.
     """
     by_date: dict[str, list[Feedback]] = {}
     for row in rows:
@@ -95,8 +96,8 @@ def write_feedback(store: Store, rows: Sequence[Feedback]) -> list[str]:
         by_date.setdefault(date, []).append(row)
     paths = []
     for date, part in sorted(by_date.items()):
-        name = content_hash([row.feedback_id for row in part])[:12]
-        paths.append(f"{FEEDBACK_FOLDER}/date={date}/part-{int(part[0].ts * 1000):013d}-{name}.parquet")
+        name = f"part-{int(part[0].ts * 1000):013d}-{uuid.uuid4().hex[:12]}.parquet"
+        paths.append(f"{FEEDBACK_FOLDER}/date={date}/{name}")
         store.write_table(paths[-1], pa.Table.from_pylist([row.model_dump() for row in part], schema=_SCHEMA))
     return paths
 

@@ -74,7 +74,7 @@ ODD_HEADERS = st.dictionaries(
     max_size=4,
 )
 SETTINGS = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 Ask = Callable[..., tuple[int, dict[str, str], bytes]]
 
@@ -155,7 +155,7 @@ def test_any_bytes_and_any_json_are_refused_as_openai_does(ask: Ask, body: bytes
     assert status == 400 and "x-understudy-call-id" not in headers
 
 
-@settings(SETTINGS, max_examples=100)
+@SETTINGS
 @given(request_=REQUEST, headers=ODD_HEADERS)
 def test_wrong_types_in_every_field_are_answered_and_kept(
     ask: Ask, request_: dict[str, Any], headers: dict[str, bytes]
