@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cluster.config import Config
-from cluster.records import Example
 
 FACES_HEADER = "x-faces-person"
 """Request header, `true` or `false`: the client's own word, which overrides every rule."""
@@ -91,11 +90,13 @@ def faces_person(
     return Facing(config, faces_before(agent, header, config)).faces(request, message)
 
 
-def facing_of_example(example: Example, config: FacesConfig) -> Facing:
-    """The rule as serving has it for a call like this one, as far as its mark and its answer tell.
+def facing_of(
+    request: Mapping[str, Any], answer: Mapping[str, Any] | None, *, is_facing: bool, config: FacesConfig
+) -> Facing:
+    """The rule as serving has it for a call like a stored one, as far as its mark and its answer tell.
 
     A marked call whose answer ends a turn may have been known by its header too; it is taken for one that its answer
     made known, which asks the specialist and so leaves out no call that serving asks about.
     """
-    is_by_answer = config.last_of_turn and ends_turn(example.request, example.target)
-    return Facing(config, None if example.faces_person == is_by_answer else example.faces_person)
+    is_by_answer = config.last_of_turn and ends_turn(request, answer)
+    return Facing(config, None if is_facing == is_by_answer else is_facing)

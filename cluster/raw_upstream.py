@@ -7,7 +7,6 @@ endpoint does on these paths says nothing of its chat completions. Knows nothing
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple
@@ -87,7 +86,8 @@ class RawUpstream:
 
     async def _send(self, address: yarl.URL, headers: Headers, body: AsyncIterator[bytes]) -> aiohttp.ClientResponse:
         limit_s = self._config.timeout_s
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=limit_s, sock_read=limit_s)
+        # How long a body may take is the client's affair; the endpoint's time counts from its end.
+        timeout = aiohttp.ClientTimeout(total=None, connect=limit_s, sock_connect=limit_s, sock_read=limit_s)
         if self._session is None:
             # Bytes as they come, compressed or not, and no header that the client did not send.
             self._session = aiohttp.ClientSession(
@@ -108,14 +108,13 @@ class RawUpstream:
                 raise
 
         try:
-            async with asyncio.timeout(limit_s):
-                response = await self._session.post(
-                    address,
-                    data=sent(),
-                    headers=[*headers, *self._authorization.items()],
-                    timeout=timeout,
-                    allow_redirects=False,
-                )
+            response = await self._session.post(
+                address,
+                data=sent(),
+                headers=[*headers, *self._authorization.items()],
+                timeout=timeout,
+                allow_redirects=False,
+            )
         except (aiohttp.ClientError, TimeoutError) as error:
             if not has_body_failed:
                 self._breaker.fail()

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, Response
 
@@ -39,7 +39,7 @@ from serving.capture import Capture
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, error_code, parse_object
-from serving.passthrough import DEFAULT_PATHS, PassThrough, RelayedPath
+from serving.passthrough import DEFAULT_PATHS, PassThrough, check_path
 from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
 from serving.table import ServingTable, Snapshot
@@ -58,9 +58,14 @@ class GatewayConfig(Config):
     max_temperature: float = Field(default=1.0, ge=0)
     """A request with a higher temperature wants variety, which a greedy specialist does not give. Gates count with it:
     raise it before a conversion, not after."""
-    passthrough: tuple[RelayedPath, ...] = DEFAULT_PATHS
+    passthrough: tuple[str, ...] = DEFAULT_PATHS
     """Paths besides the gateway's own whose POST requests go to the first endpoint of `upstream` as they are, under its
     key. Every other path answers 404: an agent's key must not reach the owner's files, batches or fine-tunes."""
+
+    @field_validator("passthrough")
+    @classmethod
+    def _check_paths(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_path(path) for path in paths)
 
 
 class GatewayCore:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated
 
-from pydantic import AfterValidator
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
@@ -27,7 +25,12 @@ OWN_PATHS = ("/v1/chat/completions", "/v1/models", "/v1/feedback")
 MAX_BODY_BYTES = 32 * 2**20
 
 
-def _check_path(path: str) -> str:
+def check_path(path: str) -> str:
+    """A path that may be on the allow list.
+
+    Raises:
+        ValueError: it is the gateway's own, or not plain.
+    """
     if path in OWN_PATHS:
         raise ValueError(f"{path!r}: is a path of the gateway's own; allowed: others, such as /v1/embeddings")
     parts = path.removeprefix(f"{VERSION}/").split("/")
@@ -39,7 +42,6 @@ def _check_path(path: str) -> str:
     return path
 
 
-RelayedPath = Annotated[str, AfterValidator(_check_path)]
 DEFAULT_PATHS = ("/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/moderations")
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from cluster.answers import grade
 from cluster.engine import Engine
 from cluster.errors import EngineError, InputError
-from cluster.faces import FacesConfig, facing_of_example
+from cluster.faces import FacesConfig, facing_of
 from cluster.prompts import PromptFormat
 from cluster.records import Example, Gate, Record, Split, TaskSpec
 from cluster.servable import ask_engine, unservable_reason
@@ -241,7 +241,7 @@ async def ask(
 ) -> Outcome:
     """Ask one call and grade the answer; what serving would leave to the LLM counts as confidence 0 and no agreement."""
     unkept = Outcome(confidence=0.0, agrees=False, session_id=example.session_id)
-    facing = facing_of_example(example, faces)
+    facing = facing_of(example.request, example.target, is_facing=example.faces_person, config=faces)
     if unservable_reason(example.request, max_temperature, facing) is not None:
         return unkept
     limit = candidate.max_answer_tokens

@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import httpx
 import openai
 import pytest
 
 from cluster import registry
 from cluster.access import ApiKeys, keys_folder
 from cluster.calls import read_calls
+from cluster.feedback import read_outcomes
 from cluster.records import AgentCall, Gate, Release, Specialist
 from cluster.route_model import RouteModel
 from cluster.signature import signature_of
@@ -173,6 +175,27 @@ def test_models_of_the_llm_and_the_specialists_are_listed(endpoint: Endpoint) ->
 def test_a_wrong_key_is_turned_away(endpoint: Endpoint) -> None:
     with pytest.raises(openai.AuthenticationError):
         endpoint.client.with_options(api_key="us-wrong").chat.completions.create(model=LLM, messages=UNKNOWN)
+
+
+def test_paths_of_the_allow_list_reach_the_llm_and_others_do_not(endpoint: Endpoint) -> None:
+    # The scripted LLM has no embeddings: its own 404, and not the gateway's.
+    with pytest.raises(openai.NotFoundError) as passed:
+        endpoint.client.embeddings.create(model=LLM, input="x")
+    assert "gateway.passthrough" not in str(passed.value)
+    with pytest.raises(openai.NotFoundError, match="gateway.passthrough"):
+        endpoint.client.files.list()
+
+
+def test_feedback_becomes_the_outcome_of_its_call(endpoint: Endpoint) -> None:
+    reply = endpoint.client.chat.completions.with_raw_response.create(model=LLM, messages=UNKNOWN)
+    call = _captured(endpoint, reply.headers["x-understudy-call-id"])
+    taken = endpoint.client.post("/feedback", body={"call_id": call.call_id, "score": 0.25}, cast_to=httpx.Response)
+    assert taken.status_code == 202
+    deadline = time.monotonic() + CAPTURE_TIMEOUT_S
+    while (outcome := read_outcomes(endpoint.store).of(call)) is None:
+        assert time.monotonic() < deadline, "the feedback was not stored"
+        time.sleep(0.2)
+    assert outcome == {"score": 0.25}
 
 
 def _publish(store: Store, toy: Any, folder: pathlib.Path) -> tuple[str, Specialist]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from fakes import LLM_TEXT, PATH, REQUEST, FakeEngine, gateway
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.faces import FacesConfig, Facing, ends_turn, faces_before, faces_person, facing_of_example
+from cluster.faces import FacesConfig, Facing, ends_turn, faces_before, faces_person, facing_of
 from cluster.prompts import PromptFormat
 from cluster.records import Example, TaskSpec
 from cluster.servable import ask_engine, unservable_reason
@@ -64,6 +64,7 @@ def test_the_header_overrides_the_rule_for_agents(agent: str, header: str | None
     assert faces_before(agent, header, FacesConfig(agents=("support-*",))) is expected
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([None, True, False]),
     st.booleans(),
@@ -151,12 +152,20 @@ def test_a_gate_counts_as_the_gateway_keeps(request_: dict[str, Any], before: bo
     assert (outcome.confidence > 0) == asyncio.run(kept_by_gateway())
 
 
-def test_a_stored_call_tells_what_was_known_before_its_answer() -> None:
-    assert facing_of_example(_example(REQUEST, SAID, True), DEFAULT).before is True
-    assert facing_of_example(_example(OFFERED, CALLED, True), DEFAULT).before is True
-    assert facing_of_example(_example(OFFERED, SAID, False), DEFAULT).before is False
-    assert facing_of_example(_example(OFFERED, SAID, True), DEFAULT).before is None
-    assert facing_of_example(_example(REQUEST, SAID, False), DEFAULT).before is None
+@pytest.mark.parametrize(
+    ("request_", "answer", "is_facing", "before"),
+    [
+        (REQUEST, SAID, True, True),
+        (OFFERED, CALLED, True, True),
+        (OFFERED, SAID, False, False),
+        (OFFERED, SAID, True, None),
+        (REQUEST, SAID, False, None),
+    ],
+)
+def test_a_stored_call_tells_what_was_known_before_its_answer(
+    request_: dict[str, Any], answer: dict[str, Any], is_facing: bool, before: bool | None
+) -> None:
+    assert facing_of(request_, answer, is_facing=is_facing, config=DEFAULT).before is before
 
 
 def _candidate(prompt_format: PromptFormat) -> Candidate:

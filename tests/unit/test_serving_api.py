@@ -294,14 +294,11 @@ def test_what_the_endpoint_says_is_passed_on_but_what_is_the_owners_to_mend(tmp_
 
 def test_an_endpoint_that_is_away_is_left_alone_and_a_clients_own_fault_is_not_its(tmp_path: pathlib.Path) -> None:
     async def scenario() -> None:
-        async with gateway(tmp_path) as run, endpoint(run, breaker_failures=2, timeout_s=0.2) as upstream:
+        async with gateway(tmp_path) as run, endpoint(run, breaker_failures=2):
             for _ in range(3):
                 large = await run.http.post(EMBEDDINGS, content=_pieces_of(MAX_BODY_BYTES + 1))
                 assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
             assert (await run.http.post(EMBEDDINGS, content=b"x")).status_code == 200
-            upstream.is_silent = True
-            slow = await run.http.post(EMBEDDINGS, content=b"x")
-            assert (slow.status_code, slow.json()["error"]["code"]) == (504, "upstream_timeout")
 
         async with gateway(tmp_path / "away", dead_first=True) as run:
             codes = [(await run.http.post(EMBEDDINGS, content=b"x")).json()["error"]["code"] for _ in range(6)]
@@ -310,6 +307,22 @@ def test_an_endpoint_that_is_away_is_left_alone_and_a_clients_own_fault_is_not_i
             assert "left alone" in last
             # Chat completions have a breaker of their own.
             assert (await run.ask(n=2)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_an_endpoints_time_counts_from_the_end_of_the_clients_body(tmp_path: pathlib.Path) -> None:
+    async def slowly() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            await asyncio.sleep(0.3)
+            yield b"x"
+
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run, endpoint(run, timeout_s=0.5) as upstream:
+            assert (await run.http.post(EMBEDDINGS, content=slowly())).status_code == 200
+            upstream.is_silent = True
+            slow = await run.http.post(EMBEDDINGS, content=b"x")
+            assert (slow.status_code, slow.json()["error"]["code"]) == (504, "upstream_timeout")
 
     asyncio.run(scenario())
 

@@ -23,6 +23,17 @@ ANY_JSON = st.recursive(
     lambda one: st.lists(one, max_size=3) | st.dictionaries(ANY_TEXT, one, max_size=3),
     max_leaves=8,
 )
+PLAIN_TEXT = st.text(max_size=20)
+PLAIN_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | PLAIN_TEXT,
+    lambda one: st.lists(one, max_size=3) | st.dictionaries(PLAIN_TEXT, one, max_size=3),
+    max_leaves=8,
+)
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool"]) | ANY_JSON},
     optional={
@@ -40,6 +51,7 @@ TOOL = st.fixed_dictionaries(
     {"type": st.just("function")},
     optional={"function": st.fixed_dictionaries({}, optional={"name": ANY_JSON, "parameters": ANY_JSON}) | ANY_JSON},
 )
+PLAIN_TOOL = st.fixed_dictionaries({"type": st.just("function")}, optional={"function": PLAIN_JSON})
 FIELDS = (
     "model temperature top_p n stream_options stop max_tokens max_completion_tokens presence_penalty frequency_penalty "
     "logit_bias user seed logprobs top_logprobs response_format tool_choice functions function_call parallel_tool_calls "
@@ -62,7 +74,7 @@ ODD_HEADERS = st.dictionaries(
     max_size=4,
 )
 SETTINGS = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 Ask = Callable[..., tuple[int, dict[str, str], bytes]]
 
@@ -143,12 +155,30 @@ def test_any_bytes_and_any_json_are_refused_as_openai_does(ask: Ask, body: bytes
     assert status == 400 and "x-understudy-call-id" not in headers
 
 
-@settings(SETTINGS, max_examples=200)
+@SETTINGS
 @given(request_=REQUEST, headers=ODD_HEADERS)
 def test_wrong_types_in_every_field_are_answered_and_kept(
     ask: Ask, request_: dict[str, Any], headers: dict[str, bytes]
 ) -> None:
     ask("POST", PATH, json.dumps(request_).encode(), headers)
+
+
+@SETTINGS
+@given(
+    fields=st.dictionaries(
+        st.sampled_from([*FIELDS, "tools"]), PLAIN_JSON | st.lists(PLAIN_TOOL, max_size=2), max_size=6
+    ),
+    stream=st.none() | st.booleans(),
+    content=PLAIN_TEXT | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": PLAIN_JSON}), max_size=2),
+    headers=ODD_HEADERS,
+)
+def test_what_only_the_llm_can_judge_reaches_it_and_is_kept(
+    ask: Ask, fields: dict[str, Any], stream: bool | None, content: Any, headers: dict[str, bytes]
+) -> None:
+    if fields.get("model") == "understudy/triage":
+        del fields["model"]
+    request = {**fields, "messages": [KNOWN[0], {"role": "user", "content": content}], "stream": stream}
+    assert ask("POST", PATH, json.dumps(request).encode(), headers)[0] == 200
 
 
 @SETTINGS

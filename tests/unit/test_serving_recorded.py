@@ -29,8 +29,8 @@ from serving.fallback import FallbackLLM
 DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
 FILES = sorted(DATA.glob("agents/http_*.calls.jsonl.gz"))
 NUM_AT_ONCE = 16
-STEP = 8
-"""Every eighth record is asked."""
+STEP = 16
+"""Every sixteenth record is asked."""
 
 
 def _records() -> list[dict[str, Any]]:
