@@ -35,7 +35,7 @@ from cluster.store import Store
 Mode = Literal["off", "async", "sync"]
 MODES: tuple[Mode, ...] = ("off", "async", "sync")
 FLUSH_INTERVAL_S = 1.0
-NUM_ROUNDS, NUM_KILLS = 3, 5
+NUM_ROUNDS, NUM_KILLS = 5, 5
 _DIRECT = "direct"
 _SETTLE_S = 1.5 * FLUSH_INTERVAL_S
 """Pause after a turn, in which its last calls are written and not during the next turn."""
@@ -131,7 +131,8 @@ def _measure_losses(folder: pathlib.Path, llm: str, mode: Mode, concurrency: int
 
 
 async def _load_until_killed(url: str, concurrency: int, process: subprocess.Popen[str]) -> list[str]:
-    await _load(url, 1, max_requests=1)
+    first = await _load(url, 1, max_requests=1)
+    assert first.call_ids, f"{url}: does not answer"
 
     async def kill() -> None:
         await asyncio.sleep(random.uniform(1.5, 3.0) * FLUSH_INTERVAL_S)
@@ -140,7 +141,7 @@ async def _load_until_killed(url: str, concurrency: int, process: subprocess.Pop
     killing = asyncio.create_task(kill())
     turn = await _load(url, concurrency, max_requests=1_000_000)
     await killing
-    return turn.call_ids
+    return first.call_ids + turn.call_ids
 
 
 async def _load(url: str, concurrency: int, max_requests: int) -> Turn:
@@ -228,6 +229,8 @@ def _serve(app: Any) -> None:
 
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    # From here on clients wait instead of being refused.
+    listener.listen(1_024)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
 
