@@ -26,6 +26,7 @@ from cluster.errors import InputError
 from cluster.records import Example, Record, Release, Specialist, Split, TaskSpec
 from cluster.registry import publish_release
 from cluster.store import Store, content_hash
+from jobs.paraphrase import paraphrase_of
 from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
 from jobs.train import Trained, scope_of, train
@@ -68,7 +69,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     store = Store(recipe.store)
     work = work_folder(recipe)
     clock = _Clock()
-    snapshot = curate(store, recipe.curate, work=work)
+    snapshot = curate(store, recipe.curate, work=work, paraphrase=paraphrase_of(recipe))
     say(
         f"curate: {snapshot.counts.num_calls} calls -> {snapshot.counts.num_examples}; dropped {snapshot.counts.dropped}"
     )

@@ -37,6 +37,7 @@ from training.call_index import IS_EXAMPLE, CallIndex
 from training.cleaning import Conflicts, clean_train
 from training.facts import FactReader
 from training.leakage import ANSWER_FIELDS
+from training.paraphrase import Paraphrase
 from training.redact import RedactConfig, Redactor
 from training.shards import REDACTED_SPLITS, ShardWork, content_stream, curate_shards, is_ray_connected, plan_stream
 from training.snapshot import (
@@ -85,13 +86,20 @@ class CurateConfig(Config):
     redact: RedactConfig = RedactConfig()
 
 
-def curate(store: Store, config: CurateConfig, key: bytes | None = None, work: pathlib.Path | None = None) -> Snapshot:
+def curate(
+    store: Store,
+    config: CurateConfig,
+    key: bytes | None = None,
+    work: pathlib.Path | None = None,
+    paraphrase: Paraphrase | None = None,
+) -> Snapshot:
     """Curate all calls of the store, or find the snapshot that was made of them.
 
     Args:
         key: secret behind the surrogates; the store's own pseudonym key where None.
         work: folder for the index and the encrypted spill, emptied at the end; where Ray Data is used every node must
             see it. None takes this machine's temporary folder, and this process alone.
+        paraphrase: what rewords passages where `redact.paraphrase` asks for it; must pickle where Ray Data is used.
 
     Raises:
         InputError: the store holds no calls.
@@ -106,13 +114,19 @@ def curate(store: Store, config: CurateConfig, key: bytes | None = None, work: p
     if store.is_published(folder):
         return load_snapshot(store, snapshot_id)
     # What is wrong with the redaction's options is said before any call is read.
-    Redactor(config.redact, secret)
+    Redactor(config.redact, secret, paraphrase)
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="curate-", dir=work) as name:
         spill = pathlib.Path(name)
         shards = ShardWork(
-            store, folder, spill, os.urandom(32), config.redact, hmac.digest(secret, b"surrogates", "sha256")
+            store,
+            folder,
+            spill,
+            os.urandom(32),
+            config.redact,
+            hmac.digest(secret, b"surrogates", "sha256"),
+            paraphrase,
         )
         index = CallIndex(spill / "calls.sqlite")
         try:
@@ -181,6 +195,7 @@ def _curate(
         num_source_calls=index.count_splits("reason IS NULL"),
         num_train_requests_with_several_answers=num_ambiguous,
         redacted=dict(sorted(result.redacted.items())),
+        paraphrased=result.paraphrased,
         audits=audits,
         flagged=index.count_flags(),
         num_clients=index.count("SELECT COUNT(DISTINCT client) FROM calls"),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from cluster.records import Split
 from cluster.store import Store
+from training.paraphrase import Paraphrase
 from training.redact import RedactConfig, Redactor
 from training.snapshot import write_mapping, write_part
 from training.spill import read_spill
@@ -34,6 +35,7 @@ class ShardWork(NamedTuple):
     spill_key: bytes
     redact: RedactConfig
     surrogate_key: bytes
+    paraphrase: Paraphrase | None = None
 
 
 class ShardResult(NamedTuple):
@@ -42,6 +44,8 @@ class ShardResult(NamedTuple):
     parts: dict[str, list[str]]
     redacted: dict[str, int]
     """Kind of personal value -> distinct values, summed over sessions."""
+    paraphrased: dict[str, int]
+    """Passages reworded, and kept as they were."""
 
 
 def content_stream(shard: int) -> str:
@@ -67,37 +71,36 @@ def curate_shard(work: ShardWork, shard: int) -> ShardResult:
         if row is not None:
             sessions[client, session, row["split"]].append((row, request, answer))
     # A redactor of its own: what it remembers goes with the shard.
-    redactor = Redactor(work.redact, work.surrogate_key)
+    redactor = Redactor(work.redact, work.surrogate_key, work.paraphrase)
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     redacted: Counter[str] = Counter()
     restored: list[dict[str, str]] = []
-    is_reversible = getattr(work.redact, "reversible", False)
     for (client, session, split), calls in sessions.items():
         turns, found = redactor.redact_session(
             [(request, answer) for _, request, answer in calls], f"{client}/{session}"
         )
         redacted += found
-        if is_reversible:
-            mapping = redactor.mapping_of(f"{client}/{session}")
-            restored += [{"session_id": session, "surrogate": new, "original": old} for new, old in mapping.items()]
+        mapping = redactor.mapping_of(f"{client}/{session}")
+        restored += [{"session_id": session, "surrogate": new, "original": old} for new, old in mapping.items()]
         for (row, _, _), (request, target) in zip(calls, turns, strict=True):
             rows[split].append({**row, "request": _dump(request), "target": _dump(target)})
     parts = {s: [write_part(work.store, work.folder, f"{s}-{shard:05d}", own)] for s, own in rows.items()}
     if restored:
         parts["mapping"] = [write_mapping(work.store, work.folder, f"mapping-{shard:05d}", restored)]
-    return ShardResult(parts, dict(redacted))
+    return ShardResult(parts, dict(redacted), dict(redactor.paraphrased))
 
 
 def curate_shards(work: ShardWork, shards: Iterable[int], *, on_ray: bool) -> ShardResult:
     """Write the examples of all shards."""
     parts: dict[str, list[str]] = {split: [] for split in REDACTED_SPLITS}
-    redacted: Counter[str] = Counter()
+    redacted, paraphrased = Counter[str](), Counter[str]()
     results = _on_ray(work, list(shards)) if on_ray else (curate_shard(work, shard) for shard in shards)
     for result in results:
         for split, paths in result.parts.items():
             parts.setdefault(split, []).extend(paths)
         redacted.update(result.redacted)
-    return ShardResult({split: sorted(paths) for split, paths in parts.items()}, dict(redacted))
+        paraphrased.update(result.paraphrased)
+    return ShardResult({split: sorted(paths) for split, paths in parts.items()}, dict(redacted), dict(paraphrased))
 
 
 def is_ray_connected() -> bool:

@@ -72,6 +72,8 @@ class CurationCounts(Record):
     """Distinct train requests that were answered in more than one way, before `curate.conflicts` was applied."""
     redacted: dict[str, int]
     """Kind of personal value -> distinct values replaced, summed over the sessions of train and validation."""
+    paraphrased: dict[str, int] = {}
+    """Passages that an LLM reworded, and that were kept because the rewording lost what an answer copies."""
     audits: dict[str, AuditCounts] = {}
     """task_id -> its reference stream where a specialist answered."""
     flagged: dict[str, int] = {}
