@@ -122,10 +122,11 @@ class SiteMatcher:
         return np.frombuffer(blob, np.uint64)
 
     def _find_template(self, site: int) -> np.ndarray:
-        """What more sessions say than the bounds allow, by a sample that does not depend on the order of the calls."""
+        """What more sessions say than the bounds allow, whether or not their calls were dropped from a split since; by
+        a sample that does not depend on the order of the calls."""
         rows = self._sql.execute(
-            "SELECT session, messages FROM calls WHERE site = ? AND reason IS NULL AND session IN (SELECT DISTINCT"
-            " session FROM calls WHERE site = ? AND reason IS NULL ORDER BY spread(session) LIMIT ?) ORDER BY session",
+            "SELECT session, messages FROM calls WHERE site = ? AND split IS NOT NULL AND session IN (SELECT DISTINCT"
+            " session FROM calls WHERE site = ? AND split IS NOT NULL ORDER BY spread(session) LIMIT ?) ORDER BY session",
             [site, site, _MAX_SAMPLED_SESSIONS],
         )
         num_sessions, counts = 0, Counter[int]()
