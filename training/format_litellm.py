@@ -34,7 +34,7 @@ from training.log_records import (
     usage_of,
 )
 
-_CHAT_TYPES = frozenset({"completion", "acompletion", "", "chat_completion", "achat_completion"})
+_CHAT_TYPES = ("completion", "acompletion", "", "chat_completion", "achat_completion")
 _OTHER_TYPES = (
     *("embedding", "aembedding", "text_completion", "atext_completion", "responses", "aresponses"),
     *("image_generation", "aimage_generation", "moderation", "amoderation", "transcription", "atranscription"),

@@ -88,7 +88,7 @@ class OpenAISource:
             yield _read_example(value, place)
 
     def _read_input(self, value: dict[str, Any]) -> Iterator[Skipped]:
-        if value["custom_id"] not in self._answered:
+        if get(value, "custom_id", str) not in self._answered:
             yield Skipped("a batch request without an output in the files given")
 
     def _read_output(self, value: dict[str, Any], place: Place) -> Logged | Skipped:

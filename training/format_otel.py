@@ -15,6 +15,7 @@ from typing import Any
 
 from training.log_files import Unusable
 from training.log_records import (
+    MAX_COUNT,
     Logged,
     Place,
     Skipped,
@@ -30,7 +31,7 @@ from training.log_records import (
 )
 from training.otel_messages import Chat, Event, read_chat
 
-_CHAT_OPERATIONS = frozenset({"chat", "generate_content", "text_completion"})
+_CHAT_OPERATIONS = ("chat", "generate_content", "text_completion")
 _OTHER_OPERATIONS = (
     *("embeddings", "execute_tool", "invoke_agent", "create_agent", "invoke_workflow", "retrieval", "rerank", "plan"),
 )
@@ -137,7 +138,7 @@ def _read_span(span: Any, resource: dict[str, Any], place: Place) -> Logged | Sk
 
 def _seconds(nanoseconds: Any) -> float | None:
     count = as_count(nanoseconds)
-    return count / 1e9 if type(count) is int and count > 0 else None
+    return count / 1e9 if type(count) is int and 0 < count <= MAX_COUNT else None
 
 
 def _client_of(attributes: dict[str, Any], resource: dict[str, Any]) -> str | None:

@@ -298,8 +298,8 @@ def as_seconds(value: Any) -> Any:
 
 
 def milliseconds_between(start: Any, end: Any) -> float | None:
-    """From two times in seconds; None where one is absent or they are out of order."""
-    is_given = all(isinstance(time, int | float) for time in (start, end))
+    """From two times in seconds; None where one is absent, no time, or they are out of order."""
+    is_given = all(isinstance(time, int | float) and 0 <= time < MAX_TS for time in (start, end))
     return (end - start) * 1000.0 if is_given and end >= start else None
 
 
@@ -317,8 +317,8 @@ def error_status(*values: Any) -> int:
 def count_answers(request: dict[str, Any]) -> int:
     """Step in its session of a call whose source does not number them: how many answers its prompt holds already."""
     messages = request.get("messages")
-    roles = (message.get("role") for message in messages if isinstance(message, dict)) if messages else ()
-    return sum(role == "assistant" for role in roles)
+    messages = messages if isinstance(messages, list) else []
+    return sum(isinstance(message, dict) and message.get("role") == "assistant" for message in messages)
 
 
 def completion(message: Any, *, model: Any = None, finish_reason: Any = None, usage: Any = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ Attributes come decoded. Knows nothing of OTLP.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from training.log_files import Unusable
@@ -25,7 +26,8 @@ _ROLE_OF_EVENT = {f"gen_ai.{role}.message": role for role in ("system", "user", 
 _FINISH_REASONS = {"tool_call": "tool_calls", "tool_use": "tool_calls", "end_turn": "stop", "max_tokens": "length"}
 """The conventions' own word, and those of other vendors, in OpenAI's."""
 
-_PARTS = frozenset({"text", "image_url", "input_audio", "file", "refusal"})
+_PARTS = ("text", "image_url", "input_audio", "file", "refusal")
+_NUMBER = re.compile(r"\d{1,6}", re.ASCII)
 
 
 class Event(NamedTuple):
@@ -142,14 +144,14 @@ def _unflatten(attributes: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for key, value in attributes.items():
         head, _, rest = key.removeprefix(prefix).partition(".")
-        if not key.startswith(prefix) or not head.isascii() or not head.isdigit() or not rest:
+        if not key.startswith(prefix) or not _NUMBER.fullmatch(head) or not rest:
             continue
         item = found.setdefault(int(head), {})
         field, _, inner = rest.partition(".")
         number, _, leaf = inner.partition(".")
-        if field == "tool_calls" and number.isascii() and number.isdigit() and leaf:
-            item.setdefault("tool_calls", {}).setdefault(int(number), {})[leaf.removeprefix("function.")] = value
-        else:
+        if field == "tool_calls" and _NUMBER.fullmatch(number) and leaf:
+            item.setdefault(field, {}).setdefault(int(number), {})[leaf.removeprefix("function.")] = value
+        elif field != "tool_calls":
             item[rest] = value
     return [found[number] for number in sorted(found)]
 
