@@ -12,9 +12,11 @@ import pathlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from cluster.access import Pseudonyms
 from cluster.calls import MAX_CALLS_PER_PART, read_call_ids, write_calls
+from cluster.forgotten import read_forgotten
 from cluster.quarantine import QuarantineRow, write_quarantine
 from cluster.records import AgentCall, Record
 from cluster.store import Store
@@ -30,6 +32,7 @@ PROGRESS_EVERY = 200
 
 Progress = Callable[[str, int, int], None]
 """Takes the file, its records so far, and how many of its bytes on disk have been read."""
+FORGOTTEN = "client is forgotten"
 
 
 class FileCounts(Record):
@@ -98,9 +101,12 @@ def ingest(
         InputError: a path is missing or no log of a known format; raised before anything is written.
     """
     assert store is not None or dry_run
-    reader = LogReader(pseudonyms, clock(), format, rules)
+    begin = clock()
+    reader = LogReader(pseudonyms, begin, format, rules)
     files = reader.prepare(find_files([pathlib.Path(path) for path in paths]))
-    run = _Run(None if dry_run else store, read_call_ids(store) if store else set(), reader, progress)
+    present, forgotten = (read_call_ids(store), read_forgotten(store)) if store else (set(), {})
+    # A call without a time of its own has one from the import on, and is as old as a log can be.
+    run = _Run(None if dry_run else store, present, _Forgotten(forgotten, begin), reader, progress)
     by_file = {str(file): run.ingest_file(file) for file in files}
     totals = {name: sum(getattr(counts, name) for counts in by_file.values()) for name in FileCounts.model_fields}
     return IngestCounts(
@@ -121,12 +127,31 @@ def ingest(
     )
 
 
+class _Forgotten(NamedTuple):
+    """Clients whose logs bring back nothing."""
+
+    before_ts: dict[str, float]
+    import_ts: float
+
+    def covers(self, call: AgentCall) -> bool:
+        bound = self.before_ts.get(call.client_id)
+        return bound is not None and (call.ts <= bound or call.ts >= self.import_ts)
+
+
 class _Run:
     """What one import holds: the part at hand, and counts over all files."""
 
-    def __init__(self, store: Store | None, present: set[str], reader: LogReader, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        present: set[str],
+        forgotten: _Forgotten,
+        reader: LogReader,
+        progress: Progress | None,
+    ) -> None:
         """`store` None writes nothing."""
         self._store, self._present, self._reader, self._progress = store, present, reader, progress
+        self._forgotten = forgotten
         self._part: list[AgentCall] = []
         self._num_chars = 0
         self._rows: list[QuarantineRow] = []
@@ -168,6 +193,9 @@ class _Run:
             return "quarantined"
         if item.call_id in self._present:
             return "already_present"
+        if self._forgotten.covers(item):
+            self.skips[FORGOTTEN] += 1
+            return "skipped"
         self.agents[item.agent] += 1
         self.clients.add(item.client_id)
         self.sessions.add(item.session_id)

@@ -10,10 +10,12 @@ import pytest
 from cluster.access import Pseudonyms
 from cluster.calls import read_calls
 from cluster.errors import InputError
+from cluster.forgotten import mark_forgotten
 from cluster.quarantine import read_quarantine
 from cluster.store import Store
 from jobs import ingest as module
 from jobs.ingest import ingest
+from training.log_records import ReadRules
 
 PSEUDONYMS = Pseudonyms(b"k" * 32)
 DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
@@ -184,3 +186,12 @@ def test_an_error_that_is_a_sentence_is_not_stored_where_everybody_reads(tmp_pat
     store = Store(str(tmp_path / "store"))
     assert ingest(store, [log], PSEUDONYMS).failed == 2
     assert [(call.status, call.error) for call in read_calls(store)] == [(500, "error"), (429, "RateLimitError")]
+
+
+def test_a_forgotten_client_does_not_come_back_with_its_logs(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    log, other = write_log(tmp_path / "a.calls.jsonl", 3), write_log(tmp_path / "b.calls.jsonl", 2)
+    mark_forgotten(store, PSEUDONYMS.of("client", "gone"), 1_000.0, {})
+    counts = ingest(store, [log], PSEUDONYMS, rules=ReadRules(client="gone"))
+    assert (counts.ingested, counts.skipped, counts.skip_reasons) == (0, 3, {"client is forgotten": 3})
+    assert ingest(store, [other], PSEUDONYMS, rules=ReadRules(client="stays")).ingested == 2
