@@ -41,8 +41,9 @@ class CaptureConfig(Config):
     """How much may be lost with the process, and how much memory and disk a slow store may cost."""
 
     durability: Literal["async", "sync"] = "async"
-    """`async`: a process that is killed loses what arrived since its last flush began. `sync`: it loses nothing that a
-    client saw finished, and every call waits for an fsync."""
+    """`async`: a process that is killed loses what arrived since its last finished flush began, and a machine that loses
+    power what its kernel had not written. `sync`: neither loses what a client saw finished; every call waits for an
+    fsync, and its content is read from the store up to fold_interval_s later."""
     flush_interval_s: float = Field(default=1.0, gt=0)
     """Longest time a call waits in memory before it is written, in seconds."""
     flush_calls: int = Field(default=200, ge=1)
@@ -67,7 +68,7 @@ class Capture:
     Contract:
     - `put` never blocks, never awaits and never raises. What does not fit is dropped and counted.
     - A call that was put is written within flush_interval_s, or as soon as flush_calls wait, while the store works;
-      killed, the process loses what was put since the last flush began.
+      killed, the process loses what was put since the last finished flush began.
     - `keep` is `put` where durability is async. Where it is sync it returns once the call is in the journal on the
       disk, and raises StoreError where it cannot be: then the client must not be told that the call is done.
     - While the store fails, calls stay queued and are tried again every flush_interval_s. One that hangs holds up no
@@ -106,6 +107,8 @@ class Capture:
         if not self._tasks:
             loop = asyncio.get_running_loop()
             self._tasks = [loop.create_task(self._run_flushes()), loop.create_task(self._run_folds())]
+            for task in self._tasks:
+                task.add_done_callback(_note_end)
 
     def put(self, call: AgentCall) -> None:
         """Queue one call."""
@@ -203,7 +206,7 @@ class Capture:
     async def _write(self, batch: list[tuple[AgentCall, int]]) -> bool:
         try:
             published = await _in_thread(lambda: publish_calls(self._store, [call for call, _ in batch]))
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             self._queue.extendleft(reversed(batch))
             log_event("capture_failed", logging.ERROR, error=type(error).__name__, num_calls=len(self._queue))
             return False
@@ -222,7 +225,7 @@ class Capture:
                 await self._journal.rotate()
             try:
                 folded = await _in_thread(lambda: fold_orphans(self._store, keys, folder))
-            except OSError as error:
+            except (OSError, MemoryError, RuntimeError) as error:
                 log_event("fold_failed", logging.ERROR, error=type(error).__name__)
                 return False
         self._count("understudy_calls_captured_total", folded.num_calls)
@@ -296,6 +299,12 @@ def memory_of(call: AgentCall) -> int:
         elif isinstance(value, list):
             stack += value
     return size
+
+
+def _note_end(task: asyncio.Task[None]) -> None:
+    """Calls pile up from here on until the queue is full, so somebody must hear of it."""
+    if not task.cancelled() and task.exception() is not None:
+        log_event("capture_ended", logging.CRITICAL, error=type(task.exception()).__name__)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

@@ -26,7 +26,14 @@ from cluster.records import AgentCall
 from cluster.store import Store, sync_path
 from cluster.telemetry import log_event
 from serving.journal import SUFFIX, prepare_folder
-from serving.journal_format import DamagedJournalError, JournalReader, KeyWrapper, decode_call
+from serving.journal_format import (
+    MAX_HEADER_BYTES,
+    DamagedJournalError,
+    JournalReader,
+    KeyWrapper,
+    decode_call,
+    read_header,
+)
 
 ASIDE = "aside"
 MAX_BATCH_BYTES = 32 * 2**20
@@ -83,6 +90,16 @@ def fold_orphans(store: Store, keys: KeyWrapper, folder: pathlib.Path) -> Folded
             if time.time() - path.stat().st_mtime > _UNNAMED_LIFETIME_S:
                 path.unlink()
     return total
+
+
+def wrapped_keys(folder: pathlib.Path) -> list[str]:
+    """Wrapped data keys of all journals, living ones and those set aside too: what the KMS must still unwrap."""
+    found = set()
+    for path in [*folder.glob(f"[!.]*{SUFFIX}"), *(folder / ASIDE).glob(f"[!.]*{SUFFIX}")]:
+        # Folded and removed meanwhile, or damaged so that no key opens it.
+        with contextlib.suppress(FileNotFoundError, DamagedJournalError), path.open("rb") as file:
+            found.add(read_header(file.read(MAX_HEADER_BYTES))[2])
+    return sorted(found)
 
 
 def publish_calls(store: Store, calls: list[AgentCall]) -> Published:

@@ -27,6 +27,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cluster.errors import StoreError
 from cluster.records import AgentCall
 
+MAX_HEADER_BYTES = 2**16
+"""Far above a wrapped key of any KMS."""
 _MAGIC, _VERSION = b"USJOURNL", 1
 _HEADER = struct.Struct("<8sH16sI")
 _MARKER = b"\xd6\x5c\x9e\x1b"
@@ -98,7 +100,7 @@ class JournalReader:
             StoreError: the KMS gives no key for it.
         """
         self._data = data
-        self._begin, self._id, wrapped = _read_header(data)
+        self._begin, self._id, wrapped = read_header(data)
         self._cipher = AESGCM(keys.unwrap(wrapped))
         self.num_damaged = 0
         """Records missing, altered or out of place among those passed so far; a stretch counts as one where its number
@@ -176,8 +178,12 @@ def decode_call(record: bytes) -> AgentCall:
     return AgentCall(**json.loads(record.decode("utf-8", "surrogatepass")))
 
 
-def _read_header(data: bytes) -> tuple[int, bytes, str]:
-    """(where records begin, file id, wrapped key)."""
+def read_header(data: bytes) -> tuple[int, bytes, str]:
+    """(where records begin, file id, wrapped key) of a file, or of its first bytes.
+
+    Raises:
+        DamagedJournalError: they are no whole header.
+    """
     if len(data) < _HEADER.size:
         raise DamagedJournalError("cut off in its header")
     magic, version, file_id, length = _HEADER.unpack_from(data)

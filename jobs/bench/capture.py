@@ -57,7 +57,8 @@ class Turn(NamedTuple):
 
     latencies_ms: list[float]
     seconds: float
-    call_ids: list[str]
+    finished: dict[str, float]
+    """Ids of answered calls, with the time.perf_counter of their last byte."""
 
 
 def measure_capture(num_requests: int = 3_000, concurrency: int = 16) -> dict[str, Any]:
@@ -69,8 +70,9 @@ def measure_capture(num_requests: int = 3_000, concurrency: int = 16) -> dict[st
     Returns:
         `capture_overhead_ms`: median latency that the gateway adds to a call, one call at a time, capture off included;
         `capture_latency`: the whole picture behind it; `fsync_ms`: one record written and fsynced on the same disk
-        without anything else, the floor of sync; `sync_lost` and `async_lost_max`: acknowledged calls that are not in
-        the store after a kill, in all kills together and in the worst one.
+        without anything else, the floor of sync; `sync_lost` and `async_lost_max`: calls that clients saw finished
+        and that are not in the store after a kill, in all kills together and in the worst one; `capture_kills` says of
+        each kill how long before it the oldest lost call had finished.
     """
     with tempfile.TemporaryDirectory(prefix="understudy-bench-") as scratch:
         folder = pathlib.Path(scratch)
@@ -118,35 +120,49 @@ def _measure_latency(
         return tables, _spread(fsyncs)
 
 
-def _measure_losses(folder: pathlib.Path, llm: str, mode: Mode, concurrency: int) -> list[dict[str, int]]:
-    """Kill gateways of one store under load, one after the other; the last one folds and ends in order."""
-    acknowledged: list[list[str]] = []
+def _measure_losses(folder: pathlib.Path, llm: str, mode: Mode, concurrency: int) -> list[dict[str, float]]:
+    """Kill gateways of one store under load, one after the other; the last one folds what they left, and ends in order."""
+    kills: list[tuple[dict[str, float], float]] = []
     for _ in range(NUM_KILLS):
         with _gateway(folder, llm, mode) as (process, url):
-            acknowledged.append(asyncio.run(_load_until_killed(url, concurrency, process)))
-    with _gateway(folder, llm, mode):
-        pass
+            kills.append(asyncio.run(_load_until_killed(url, concurrency, process)))
+    with _gateway(folder, llm, mode) as (_, url):
+        asyncio.run(_ask_once(url))
     stored = read_call_ids(Store(str(folder / "store")))
-    return [{"acknowledged": len(ids), "lost": len(set(ids) - stored)} for ids in acknowledged]
+    results = []
+    for finished, killed_at in kills:
+        lost = [killed_at - end for call_id, end in finished.items() if call_id not in stored]
+        window_s = round(max(lost, default=0.0), 2)
+        results.append({"finished": len(finished), "lost": len(lost), "oldest_lost_s": window_s})
+    return results
 
 
-async def _load_until_killed(url: str, concurrency: int, process: subprocess.Popen[str]) -> list[str]:
-    first = await _load(url, 1, max_requests=1)
-    assert first.call_ids, f"{url}: does not answer"
+async def _load_until_killed(
+    url: str, concurrency: int, process: subprocess.Popen[str]
+) -> tuple[dict[str, float], float]:
+    """Calls that clients saw finished, and when the gateway was killed."""
+    first = await _ask_once(url)
 
-    async def kill() -> None:
+    async def kill() -> float:
         await asyncio.sleep(random.uniform(1.5, 3.0) * FLUSH_INTERVAL_S)
         process.send_signal(signal.SIGKILL)
+        return time.perf_counter()
 
     killing = asyncio.create_task(kill())
     turn = await _load(url, concurrency, max_requests=1_000_000)
-    await killing
-    return first.call_ids + turn.call_ids
+    return first | turn.finished, await killing
+
+
+async def _ask_once(url: str) -> dict[str, float]:
+    """The first call of a gateway waits until it has started."""
+    turn = await _load(url, 1, max_requests=1)
+    assert turn.finished, f"{url}: does not answer"
+    return turn.finished
 
 
 async def _load(url: str, concurrency: int, max_requests: int) -> Turn:
     """Clients that ask without a pause, until so many are answered or the server is gone."""
-    turn = Turn([], 0.0, [])
+    turn = Turn([], 0.0, {})
     numbers = iter(range(max_requests))
     connector = aiohttp.TCPConnector(limit=concurrency)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=30)) as session:
@@ -161,8 +177,9 @@ async def _load(url: str, concurrency: int, max_requests: int) -> Turn:
                     return
                 assert reply.status == 200, f"{url}: answered {reply.status}"
                 json.loads(body)
-                turn.latencies_ms.append((time.perf_counter() - begin) * 1e3)
-                turn.call_ids.append(reply.headers.get("x-understudy-call-id", ""))
+                end = time.perf_counter()
+                turn.latencies_ms.append((end - begin) * 1e3)
+                turn.finished[reply.headers.get("x-understudy-call-id", "")] = end
 
         begin = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(concurrency)))

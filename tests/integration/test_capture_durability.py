@@ -26,8 +26,8 @@ pytestmark = pytest.mark.integration
 APP = "test-durability"
 NUM_CLIENTS, NUM_BEFORE_KILL, NUM_AFTER_KILL, LOAD_TIMEOUT_S = 8, 300, 100, 120.0
 FLUSH_INTERVAL_S, FOLD_INTERVAL_S = 1.0, 2.0
-WRITE_ALLOWANCE_S = 1.0
-"""A flush that has begun is lost too while its write runs."""
+WRITE_ALLOWANCE_S = 2.0
+"""A flush that has begun is lost too while its write runs, which takes so long where all cores are busy."""
 
 
 class Load(NamedTuple):

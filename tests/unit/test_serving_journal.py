@@ -24,7 +24,7 @@ from cluster.errors import ConfigError, StoreError
 from cluster.records import AgentCall
 from cluster.store import Store
 from serving import folding
-from serving.folding import ASIDE, Folded, fold_orphans
+from serving.folding import ASIDE, Folded, fold_orphans, wrapped_keys
 from serving.journal import SUFFIX, Journal, prepare_folder
 from serving.journal_format import DamagedJournalError, JournalReader, JournalSealer, decode_call, encode_call
 
@@ -323,6 +323,25 @@ def test_a_damaged_journal_is_set_aside_and_its_good_calls_are_published(tmp_pat
     assert _ids(store) == ["c0", "c2"] and _files(folder) == []
     assert (folder / ASIDE / path.name).read_bytes() == data
     assert fold_orphans(store, KMS, folder) == Folded()
+
+
+def test_the_keys_of_living_and_damaged_journals_are_known(tmp_path: pathlib.Path) -> None:
+    """Whoever retires a master key asks for them: what it wrapped could never be read again."""
+    folder, store = tmp_path / "journal", Store(str(tmp_path / "store"))
+    assert wrapped_keys(folder) == []
+    _write(folder, [_call(0, ts=1e20)])
+    assert fold_orphans(store, KMS, folder).num_aside == 1
+
+    async def scenario() -> None:
+        journal = Journal(folder, KMS, MANY)
+        await journal.submit(_call(1))
+        keys = wrapped_keys(folder)
+        assert len(keys) == 2 and all(len(KMS.unwrap(key)) == 32 for key in keys)
+        await journal.close()
+        fold_orphans(store, KMS, folder)
+        assert len(wrapped_keys(folder)) == 1
+
+    asyncio.run(scenario())
 
 
 def test_a_call_that_parquet_does_not_take_is_kept_aside(tmp_path: pathlib.Path) -> None:
