@@ -188,7 +188,8 @@ def measure_throughput(texts: Sequence[str]) -> float:
 
     What is loaded once (lists of names, Presidio's recognisers) is loaded before; each pass begins with an empty memory.
     """
-    Redactor(RedactConfig(), _KEY).find("call me on 020 7946 0958, 4111 1111 1111 1111, DE44 5001 0517 5407 3249 31")
+    for text in ("Olga", "call me on 020 7946 0958, 4111 1111 1111 1111, DE44 5001 0517 5407 3249 31"):
+        Redactor(RedactConfig(), _KEY).find(text)
     size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
     passes, start = 0, time.process_time()
     while time.process_time() - start < MIN_TIMED_S:
