@@ -51,6 +51,8 @@ _CERTAIN_CUES = (
     ("name", re.compile(rf"\b(?:last|family|maiden|middle) name(?: is|'s|:| of)? ({_NAME})", re.I), "LAST_NAME"),
     ("surname", re.compile(rf"\bsurname(?: is|'s|:| of)? ({_NAME})", re.I), "LAST_NAME"),
 )
+_SAYS_NAME = re.compile(r"\bmy names?\b|\bname(?:'s| is| was)\b", re.I)
+"""After these, a word of the language is a name as well."""
 _FULL_CUES = (
     (
         "name",
@@ -102,14 +104,18 @@ _ADDRESSED = re.compile(
     rf"|[Pp]assengers?:?|[Pp]atient:?|[Gg]uests?:?|[Nn]ame:?\*{{0,2}}:?|with) +({_CAPITALS})"
 )
 _SIGNED = re.compile(rf"(?:[Rr]egards|[Ss]incerely|[Cc]heers|[Tt]hanks|[Bb]est),?\s{{1,4}}({_CAPITALS})\s*$")
+_NO_PERSON_BEFORE = re.compile(r"(?:\b[Ii]n |\b[Nn]ear |\b[Vv]isit |['\"\u2018\u201c])$")
+"""Before a last name alone: a place, or the title of a work."""
 _WORKS = re.compile(
     r"\b(?:[Mm]ovies?|[Ff]ilms?|[Cc]ast|[Aa]ctors?|[Aa]ctress|[Dd]irector|directed|starring|[Ss]ongs?|[Aa]lbums?|[Tt]racks?"
     r"|[Ss]ingers?|[Mm]usicians?|[Mm]usic|[Dd]ramas?|[Cc]omed(?:y|ies)|[Tt]hrillers?|[Nn]ovels?|[Pp]aintings?"
-    r"|[Ss]culptures?|[Ss]culptor|playlist)\b"
+    r"|[Ss]culptures?|[Ss]culptor|playlist|[Cc]oncerts?|[Pp]layers?|stats|footballer|[Pp]residen(?:t|cy)|[Ll]egal case|world rank"
+    r"|fan)\b"
 )
 _CREDITED = re.compile(
     r"\b(?:[Ww]ith|[Bb]y|featur(?:ing|es?)|starring|stars?|actors?|actress|[Dd]irectors?|artists?|singers?|like|cast|has"
-    r"|have|having|include|includes|including|sculptor|musician|where|that) $"
+    r"|have|having|include|includes|including|sculptor|musician|where|that|player|footballer|athlete|named|stats of|stats for|record of|rating of|rank of|sculptures? of"
+    r"|concert of|presidency of|big|[Vv]s\.?)[ '\"]{1,2}$"
 )
 """A person named as the maker of a work or one who plays in it is no party to the conversation: the task is about them."""
 _MESSAGE = re.compile(rf"\s*({_NAME})(?:,? ({_NAME}))?(?: ({_NAME}))?[.!,]?\s*")
@@ -187,7 +193,9 @@ def _find_introduced(text: str) -> Iterator[Finding]:
     for cue, pattern in _FULL_CUES:
         if cue in low:
             for match in pattern.finditer(text):
-                yield from full_name(_leading_names(match[1].split()), is_certain=True)
+                words = _leading_names(match[1].split())
+                if _SAYS_NAME.search(match[0]) or not _is_all_common(words):
+                    yield from full_name(words, is_certain=True)
     if any(cue in low for cue in _PAID_CUES):
         for match in _PAID.finditer(text):
             yield from full_name(_leading_names(match[1].split(), is_money=True), is_certain=True)
@@ -197,6 +205,8 @@ def _find_introduced(text: str) -> Iterator[Finding]:
             if not _is_all_common(words):
                 yield from full_name(words, is_certain=True)
     for match in _ADDRESSED.finditer(text):
+        if _is_credited(text, match.start(1)):
+            continue
         words = _leading_names(match[1].split())
         is_pair = len(words) >= 2 and all(_plain_form(word) not in common_words() for word in words)
         yield from full_name(words, is_certain=is_pair and any(_plain_form(word) in all_names() for word in words))
@@ -223,11 +233,12 @@ def _leading_names(words: list[str], *, is_money: bool = False) -> list[str]:
         is_initial = len(form.strip(".")) == 1
         if is_initial and kept:
             continue
-        if form in PLAIN_WORDS or (kept and word.islower() and not kept[0].islower()):
+        is_code = bool(kept) and word.isupper() and len(word) <= 3 and not kept[0].isupper()
+        if form in PLAIN_WORDS or is_code or (kept and word.islower() and not kept[0].islower()):
             break
         if word.islower() and (form in common_words() or form in places()) and not (kept and form in last_names()):
             break
-        if is_money and (form in common_words() or (not word.islower() and form not in all_names())):
+        if is_money and (_is_all_common([word]) or (not word.islower() and form not in all_names())):
             break
         kept.append(word)
     if is_money and kept and (_plain_form(kept[0]) in places() or len(kept[0]) < 3):
@@ -253,7 +264,8 @@ def _certain_first_names() -> frozenset[str]:
 
 def _is_all_common(words: list[str]) -> bool:
     """Whether each word is one of the language or a place, as in "a table for Monday"."""
-    return all(_plain_form(word) in common_words() or _plain_form(word) in places() for word in words)
+    forms = [_plain_form(word) for word in words]
+    return all(form in common_words() or form in places() or form.removesuffix("s") in common_words() for form in forms)
 
 
 def _judge_run(run: str, text: str, start: int) -> Iterator[Finding]:
@@ -297,7 +309,7 @@ def _judge_single(word: str, text: str, start: int) -> Iterator[Finding]:
         return
     if form in first_names() and (len(form) > 3 or text[start + len(word) : start + len(word) + 1] != "-"):
         yield from words_as(word, "FIRST_NAME")
-    elif form in last_names() and len(form) > 2:
+    elif form in last_names() and len(form) > 2 and not _NO_PERSON_BEFORE.search(text, max(0, start - 8), start):
         yield from words_as(word, "LAST_NAME")
 
 

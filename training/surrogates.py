@@ -39,7 +39,8 @@ class SurrogateMaker:
         Args:
             text: everything that is said in the scope.
         """
-        values = sorted(set(findings), key=lambda finding: (finding.kind, finding.value))
+        # E-mail addresses last: they may hold an id.
+        values = sorted(set(findings), key=lambda f: (f.kind == "EMAIL_ADDRESS", f.kind, f.value))
         names = {finding.value.casefold(): finding.kind for finding in reversed(values) if is_name(finding.kind)}
         said = text.casefold()
         surrogates: dict[str, str] = {}
@@ -187,14 +188,17 @@ def _bare(value: str) -> str:
 
 
 def _email(value: str, stream: _Stream, names: dict[str, str]) -> str:
-    """Names inside the local part as elsewhere in the scope; the domain is one reserved by RFC 2606."""
+    """Names and ids inside the local part as elsewhere in the scope; the domain is one reserved by RFC 2606."""
     local, _, _ = value.partition("@")
+    domain = "@example." + ("com", "org", "net")[stream.below(3)]
+    if local in names:
+        return names[local] + domain
 
     def replace(match: re.Match[str]) -> str:
         word = match[0]
         return match_case(names[word.casefold()], word) if word.casefold() in names else _scramble(word, stream)
 
-    return re.sub(r"[^\W\d_]+|\d+", replace, local) + "@example." + ("com", "org", "net")[stream.below(3)]
+    return re.sub(r"[^\W\d_]+|\d+", replace, local) + domain
 
 
 def _identifier(value: str, stream: _Stream, names: dict[str, str]) -> str:

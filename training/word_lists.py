@@ -132,6 +132,7 @@ AMBIGUOUS_NAMES = frozenset(
     winchester durham lisbon milan rome roma geneva vienna venezia newton pascal joule celsius fahrenheit dollar
     bond cash buck penny rice pepper basil olive ginger rosemary violet lily ivy daisy poppy angel trinity destiny
     journey genesis heaven harmony melody lyric reed lance blaze rocky rusty sandy stormy misty autumn winter
+    mcdonald hilton wendy disney pearson alfredo marriott macy domino nestle heinz kellogg warrior toy master jun jul
     wolf fox bear bird swan crane hawk jay drake finch nightingale fish salmon pike herring lamb bull
     hart stark moody blunt blank frost snow winters waters brook brooks pond marsh glen dale heath moor cliff ridge
     glass steel irons golden diamond sterling gem marble flint slate clay sand rock stones castle temple abbey bishop
@@ -246,6 +247,20 @@ def places() -> frozenset[str]:
         *(place for _, _, place, _, _ in Geo.land_coords),
         *en_US.Provider.countries,
         *en_US.Provider.states,
+        *(
+            "Europe",
+            "Asia",
+            "Africa",
+            "America",
+            "Antarctica",
+            "Oceania",
+            "USA",
+            "UK",
+            "EU",
+            "England",
+            "Scotland",
+            "Wales",
+        ),
     )
     return frozenset(name.casefold() for name in names)
 
