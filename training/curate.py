@@ -116,6 +116,7 @@ def curate(
     # What is wrong with the redaction's options is said before any call is read.
     Redactor(config.redact, secret, paraphrase)
     if work is not None:
+        work = work.absolute()  # Ray's workers stand in folders of their own.
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="curate-", dir=work) as name:
         spill = pathlib.Path(name)

@@ -39,7 +39,7 @@ _ORDERS = r"(?:instructions?|prompts?|rules|guidelines|directions|directives|con
 _PLANTED = re.compile(
     rf"\b(?:ignore|disregard|forget|override|bypass|discard)\s+(?:\w+\s+){{0,3}}?{_EARLIER}\s+(?:\w+\s+){{0,2}}?{_ORDERS}\b"
     rf"|\b(?:reveal|print|repeat|output|show|leak|expose)\s+(?:\w+\s+){{0,3}}?(?:system|hidden|initial|secret)\s+{_ORDERS}\b"
-    r"|\b(?:you are|you['\u2019]re) now\s+(?:an?|in|the|my|no longer|free)\b"
+    r"|\b(?:you are|you['\u2019]re) now\s+(?:in \w+ mode|no longer|free|unrestricted|unfiltered|jailbroken|DAN|root|admin)\b"
     r"|\bnew\s+(?:system\s+)?instructions?\s*:"
     r"|\b(?:do not|don['\u2019]t|never)\s+(?:tell|inform|mention|reveal|alert|notify)\s+(?:\w+\s+){0,4}?(?:the\s+)?(?:user|human|owner|operator)\b"
     r"|\b(?:developer|jailbreak|DAN|god)\s+mode\b"

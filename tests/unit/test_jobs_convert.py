@@ -3,28 +3,37 @@
 import json
 import sys
 
+import pytest
+
 from cluster.access import Pseudonyms, load_pseudonym_key
 from cluster.registry import load_release
 from cluster.store import Store
-from jobs.convert import convert
+from jobs.convert import convert, write_conversion_report
 from jobs.ingest import ingest
 from jobs.recipe import Recipe, load_recipe
 
 
-def _log(path, num_calls: int) -> None:
+def _log(path, num_calls: int, num_clients: int) -> None:
     with path.open("w") as stream:
         for i in range(num_calls):
             messages = [{"role": "system", "content": "Say the colour."}, {"role": "user", "content": f"thing {i}"}]
             answer = {"role": "assistant", "content": "red" if i % 2 else "blue"}
             response = {"choices": [{"index": 0, "message": answer, "finish_reason": "stop"}], "model": "m"}
-            line = {"id": f"c{i}", "session": f"s{i}", "request": {"messages": messages}, "response": response}
+            client = f"client {i % num_clients}"
+            line = {
+                "id": f"c{i}",
+                "session": f"s{i}",
+                "client": client,
+                "request": {"messages": messages},
+                "response": response,
+            }
             stream.write(json.dumps(line) + "\n")
 
 
-def _ingested(folder, num_calls: int) -> tuple[Recipe, Store]:
-    recipe = load_recipe(["recipe=local", f"store={folder / 'store'}"])
+def _ingested(folder, num_calls: int, *words: str, num_clients: int = 1) -> tuple[Recipe, Store]:
+    recipe = load_recipe(["recipe=local", f"store={folder / 'store'}", *words])
     store = Store(recipe.store)
-    _log(folder / "some.calls.jsonl", num_calls)
+    _log(folder / "some.calls.jsonl", num_calls, num_clients)
     ingest(store, [folder / "some.calls.jsonl"], Pseudonyms(load_pseudonym_key(recipe.store)))
     return recipe, store
 
@@ -47,3 +56,25 @@ def test_a_store_with_nothing_to_learn_gives_a_release_that_says_why(tmp_path, m
     release = load_release(store, conversion.release)
     assert release.specialists == {} and store.is_published(release.route_model)
     assert convert(recipe, say=lambda line: None).release == conversion.release, "the same conversion is one release"
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "reason"),
+    [
+        (3, "too few clients: 3 of the 3, fewer than discover.min_clients=200"),
+        (
+            1,
+            "too few sessions: 120, counted for want of clients (the whole store has one), fewer than discover.min_clients=200",
+        ),
+    ],
+)
+def test_a_task_of_too_few_clients_stays_on_the_llm(tmp_path, monkeypatch, num_clients, reason):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    recipe, _ = _ingested(tmp_path, 120, "discover.min_clients=200", num_clients=num_clients)
+    conversion = convert(recipe, say=lambda line: None)
+    assert list(conversion.refused.values()) == [reason]
+    assert (conversion.tasks[0].num_clients, conversion.tasks[0].num_sessions) == (num_clients, 120)
+    write_conversion_report(tmp_path / "report.html", conversion, None, [])
+    page = (tmp_path / "report.html").read_text()
+    assert reason in page and "Calls by split" in page and "120 by hash" in page
+    assert ("The whole store has one client" in page) == (num_clients == 1)

@@ -275,6 +275,17 @@ def test_a_split_is_refused_in_a_form_it_must_not_have(tmp_path, split, as_serve
         load_split(store, snapshot.id, split, as_served=as_served)
 
 
+def test_of_a_call_stored_twice_the_one_written_last_counts(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    write_calls(store, [make_call(0, session_id=SESSION_IN["train"], response=answer("first"))])
+    later = make_call(0, session_id=SESSION_IN["train"], response=answer("second"), ts=1_800_000_000.0)
+    write_calls(store, [later, make_call(1, session_id=SESSION_IN["train"])])
+    snapshot = curate(store, CurateConfig(split=SHARES), KEY)
+    assert snapshot.counts.num_calls == 2
+    examples = load_split(store, snapshot.id, "train", as_served=False)
+    assert sorted(e.target["content"] for e in examples) == ["second", "yes"]
+
+
 def test_the_reference_says_who_answered(tmp_path):
     calls = [
         make_call(0, session_id=SESSION_IN["train"], served_by="gold"),

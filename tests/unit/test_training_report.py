@@ -16,6 +16,7 @@ from training.evaluation import Arm, Evaluation, newcombe_interval
 from training.gate import Outcome, clopper_pearson_interval, coverage_curve
 from training.report import write_report
 from training.selection import Selection
+from training.snapshot import CurationCounts
 
 HOSTILE = '<script>alert("x")</script>\' onerror=$\\frac$ \u202e\u0416\ud800\x07'
 REASON = "too few calibration calls: needs 12 more & <b>better</b> examples"
@@ -216,3 +217,26 @@ def test_newcombe_interval_holds_the_difference_and_flips_with_the_samples(calls
     low, high = newcombe_interval(a, calls_a, b, calls_b)
     assert -1 - 1e-9 <= low <= a / calls_a - b / calls_b <= high <= 1 + 1e-9
     assert newcombe_interval(b, calls_b, a, calls_a) == pytest.approx((-high, -low))
+
+
+def test_the_page_says_what_curation_left_out_and_flagged(tmp_path):
+    counts = CurationCounts(
+        num_calls=90,
+        dropped={"answer is a refusal": 7, HOSTILE: 3},
+        num_examples={"train": 40, "test": 20},
+        num_source_calls={"train": 60, "test": 20},
+        num_train_requests_with_several_answers=2,
+        redacted={"PERSON": 11},
+        flagged={"planted instruction": 5},
+        num_clients=4,
+        num_sessions={"train": 30, "test": 10},
+        test_drawn={"by time": 40, "by hash": 0},
+    )
+    path = tmp_path / "report.html"
+    write_report(
+        path, tasks=[], evaluations=[], refused={}, unassigned={}, losses={}, summary=None, notes=[], curation=counts
+    )
+    page = path.read_text()
+    for said in ("answer is a refusal", "planted instruction", "PERSON", "40 by time", "4 clients", "90 calls, 10 of"):
+        assert said in page
+    assert "<script>" not in page
