@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -48,7 +49,12 @@ def _dump(value: Any) -> str | None:
     if value is None:
         return None
     value = value.model_dump(mode="json") if isinstance(value, RouteDecision) else value
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # Half of a surrogate pair, which JSON may hold and UTF-8 may not, has no other form than an escape.
+    return json.dumps(value, separators=(",", ":")) if _SURROGATE.search(text) else text
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 _COLUMNS = (

@@ -132,6 +132,8 @@ class Store:
         try:
             with self._fs.open_output_stream(unfinished) as sink:
                 yield sink
+            # Else a power failure may leave the name without the bytes, and a broken file stops every reader.
+            sync_path(pathlib.Path(unfinished))
             self._fs.move(unfinished, target)
         except BaseException:
             self._delete_full(unfinished)

@@ -246,13 +246,14 @@ def _revoke_keys(options: argparse.Namespace) -> None:
 def _rotate_key(options: argparse.Namespace) -> None:
     from jobs.rotate import open_for_rotation, rotate
 
-    print(json.dumps(rotate(open_for_rotation(options.words)).model_dump()))
+    store, _ = open_for_rotation(options.words)
+    print(json.dumps(rotate(store).model_dump()))
 
 
 def _retire_key(options: argparse.Namespace) -> None:
     from jobs.rotate import open_for_rotation, retire
 
-    print(f"only version {retire(open_for_rotation(options.words))} is left")
+    print(f"only version {retire(*open_for_rotation(options.words))} is left")
 
 
 def _demo(options: argparse.Namespace) -> None:

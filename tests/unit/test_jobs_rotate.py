@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pathlib
 
 import pytest
@@ -12,6 +13,8 @@ from cluster.errors import ConfigError, KeyAccessError
 from cluster.records import AgentCall
 from cluster.store import Store
 from jobs.rotate import retire, rotate
+from serving.folding import fold_orphans
+from serving.journal import Journal, prepare_folder
 
 CALL = AgentCall(
     call_id="c", ts=1.7e9, client_id="p", agent="a", session_id="s", step=0,
@@ -30,7 +33,7 @@ def store(tmp_path: pathlib.Path) -> Store:
 def test_after_rotation_and_retirement_the_old_key_reads_nothing(store, tmp_path):
     keys = tmp_path / "store.keys" / "content.keys"
     old = keys.read_bytes()
-    assert (rotate(store, lambda: 1e6).version, retire(store, lambda: LATER)) == (2, 2)
+    assert (rotate(store, lambda: 1e6).version, retire(store, None, lambda: LATER)) == (2, 2)
     assert read_calls(Store(store.uri)) == [CALL]
     keys.write_bytes(old)
     with pytest.raises(KeyAccessError, match="no version 2"):
@@ -40,12 +43,12 @@ def test_after_rotation_and_retirement_the_old_key_reads_nothing(store, tmp_path
 def test_a_fresh_rotation_is_not_retired(store):
     rotate(store, lambda: 1e6)
     with pytest.raises(ConfigError, match="20 minutes"):
-        retire(store, lambda: 1e6)
+        retire(store, None, lambda: 1e6)
 
 
 def test_nothing_to_retire_without_a_rotation(store):
     with pytest.raises(ConfigError, match="never rotated"):
-        retire(store)
+        retire(store, None)
 
 
 def test_a_file_that_came_under_the_old_key_is_not_lost(store):
@@ -56,7 +59,25 @@ def test_a_file_that_came_under_the_old_key_is_not_lost(store):
     write_calls(late, [CALL.model_copy(update={"call_id": "late"})])
     assert store.key_versions() == {1, 2}
     with pytest.raises(ConfigError, match="still wrapped with version 1"):
-        retire(store, lambda: LATER)
+        retire(store, None, lambda: LATER)
     rotate(store, lambda: 1e6)
-    assert retire(store, lambda: LATER) == 3
-    assert [call.call_id for call in read_calls(Store(store.uri))] == ["c", "late"]
+    assert retire(store, None, lambda: LATER) == 3
+    assert {call.call_id for call in read_calls(Store(store.uri))} == {"c", "late"}
+
+
+def test_a_journal_under_the_old_key_is_not_lost(store, tmp_path):
+    prepare_folder(tmp_path / "journal")
+
+    async def keep() -> None:
+        journal = Journal(tmp_path / "journal", store.content_keys, 2**20)
+        await journal.submit(CALL.model_copy(update={"call_id": "journaled"}))
+        await journal.close()
+
+    asyncio.run(keep())
+    rotate(store, lambda: 1e6)
+    with pytest.raises(ConfigError, match="journal in .* version 1"):
+        retire(store, tmp_path / "journal", lambda: LATER)
+    assert fold_orphans(store, store.content_keys, tmp_path / "journal").num_calls == 1
+    rotate(store, lambda: 1e6)
+    assert retire(store, tmp_path / "journal", lambda: LATER) == 3
+    assert {call.call_id for call in read_calls(Store(store.uri))} == {"c", "journaled"}

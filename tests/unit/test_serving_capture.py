@@ -142,7 +142,7 @@ def test_close_counts_what_the_store_refuses(tmp_path: pathlib.Path) -> None:
 def test_an_unwritable_call_does_not_take_the_others_with_it(tmp_path: pathlib.Path) -> None:
     async def scenario() -> None:
         capture, meter = _capture(Store(str(tmp_path)), flush_interval_s=NEVER_S)
-        for call in (_call(0), _call(1, "\ud800"), _call(2)):
+        for call in (_call(0), _call(1).model_copy(update={"step": 2**70}), _call(2)):
             capture.put(call)
         await capture.close()
         assert meter.counts[("understudy_calls_dropped_total", "unwritable")] == 1
