@@ -140,6 +140,7 @@ def _add_keys(verbs: Any, words: dict[str, Any]) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    from cluster.access import require_role
     from cluster.registry import promote
     from cluster.store import Store
     from jobs.convert import convert
@@ -147,6 +148,7 @@ def _convert(options: argparse.Namespace) -> None:
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(options.words)
+    require_role(recipe.store, "admin" if options.promote else "curator")
     plan = plan_conversion(recipe)
     _check_output("--report", options.report)
     if options.dry_run:
@@ -206,19 +208,25 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
+    from cluster.access import require_role
     from cluster.registry import promote
     from cluster.store import Store
     from jobs.recipe import load_recipe
 
-    promote(Store(load_recipe(options.words).store), options.release)
+    store = load_recipe(options.words).store
+    require_role(store, "admin")
+    promote(Store(store), options.release)
 
 
 def _roll_back(options: argparse.Namespace) -> None:
+    from cluster.access import require_role
     from cluster.registry import roll_back
     from cluster.store import Store
     from jobs.recipe import load_recipe
 
-    print(roll_back(Store(load_recipe(options.words).store)))
+    store = load_recipe(options.words).store
+    require_role(store, "admin")
+    print(roll_back(Store(store)))
 
 
 def _create_key(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from cluster.errors import ReleaseError
 from cluster.records import Record, Release
 from cluster.registry import load_release
 from cluster.store import MANIFEST, Store
-from training.discover import load_assignment
+from training.discover import assignment_path
 from training.snapshot import EXAMPLES_FOLDER, part_paths
 
 _RELEASE = re.compile(r"releases/([0-9a-f]{64})\.json")
@@ -78,7 +78,7 @@ def _examples_of(store: Store, snapshot: str, call_ids: set[str]) -> tuple[dict[
     """Split -> examples made of the calls, and the tasks of those that shape weights."""
     counts: dict[str, int] = {}
     tasks: set[str] = set()
-    assignment = load_assignment(store, snapshot)
+    assignment = _assignment_of(store, snapshot)
     for split, paths in part_paths(store, snapshot).items():
         for path in paths:
             table = store.read_table(path, ["example_id", "source_call_ids"])
@@ -106,3 +106,11 @@ def _releases(store: Store) -> list[tuple[str, Release]]:
             # Damaged, and so never served; the others are still told.
             continue
     return found
+
+
+def _assignment_of(store: Store, snapshot: str) -> dict[str, str | None]:
+    """example_id -> task_id; empty where no tasks were ever looked for in the snapshot."""
+    if not store.exists(assignment_path(snapshot)):
+        return {}
+    table = store.read_table(assignment_path(snapshot))
+    return dict(zip(table["example_id"].to_pylist(), table["task_id"].to_pylist(), strict=True))

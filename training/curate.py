@@ -67,7 +67,8 @@ class CurateConfig(Config):
     """Lowest outcome (reward, score or correct) to learn from: where any call of a session has a lower one, the session
     leaves train. None keeps all. The other splits stay as served."""
     keep_faces_person: bool = False
-    """Whether calls whose answer goes straight to a person are kept too."""
+    """Whether specialists learn from answers that go straight to a person. Without it such calls leave every split, but
+    those that only their answer tells from the others, which leave train alone: serving cannot know them beforehand."""
     max_prompt_chars: int = Field(100_000, gt=0)
     """Longest prompt, messages and tools together; longer ones enter no split and are listed in quarantine/."""
     conflicts: Conflicts = "keep"

@@ -127,19 +127,12 @@ def save_discovery(store: Store, snapshot_id: str, discovery: Discovery) -> str:
         store.write_json(f"{TASKS_FOLDER}/{task.task_id}.json", task.model_dump(mode="json"))
     columns = {"example_id": list(discovery.assignment), "task_id": list(discovery.assignment.values())}
     schema = pa.schema([("example_id", pa.string()), ("task_id", pa.string())])
-    store.write_table(_assignment_path(snapshot_id), pa.table(columns, schema=schema))
+    store.write_table(assignment_path(snapshot_id), pa.table(columns, schema=schema))
     return folder
 
 
-def load_assignment(store: Store, snapshot_id: str) -> dict[str, str | None]:
-    """example_id -> task_id of one snapshot; empty where no tasks were ever looked for in it."""
-    if not store.exists(_assignment_path(snapshot_id)):
-        return {}
-    table = store.read_table(_assignment_path(snapshot_id))
-    return dict(zip(table["example_id"].to_pylist(), table["task_id"].to_pylist(), strict=True))
-
-
-def _assignment_path(snapshot_id: str) -> str:
+def assignment_path(snapshot_id: str) -> str:
+    """Where a snapshot's examples have their tasks: columns example_id and task_id."""
     return f"{TASKS_FOLDER}/assignment-{snapshot_id}.parquet"
 
 

@@ -20,7 +20,7 @@ from training.leakage import ANSWER_FIELDS, MIN_SHARED_CHARS
 from training.near_duplicates import Shingler
 from training.quality import answer_class, find_faults, find_flags
 from training.splits import position_of
-from training.validity import find_problem
+from training.validity import FACES_PERSON, find_problem
 
 _MAX_CACHED_MESSAGES = 20_000
 _GIVEN_ROLES = ("user", "tool", "function")
@@ -70,6 +70,8 @@ class FactReader:
         rest = {field: request[field] for field in ANSWER_FIELDS[1:] if request.get(field) is not None}
         answer = self._hash(_dump(_without_ids(message)))
         kind, fault = find_faults(message, request)
+        if call.faces_person and not self._keep_faces_person:
+            fault = fault or FACES_PERSON
         last_text = " ".join(last_user_text(request).split())
         flags = sorted({flag for _, text in described for flag in text.split("\n") if flag})
         return {

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from cluster.answers import to_text
 from cluster.errors import InputError
+from cluster.faces import ends_turn
 from cluster.prompts import ROLE_TOKENS
 from cluster.records import AgentCall
 
@@ -20,6 +21,7 @@ BY_SPECIALIST = "answered by a specialist"
 AUDIT_MISSING = "audit missing"
 """Drawn into the reference stream and answered by a specialist; the LLM's answer to it was lost."""
 NO_ANSWER = "no answer"
+FACES_PERSON = "answer faces a person"
 TOO_DEEP = "nested too deeply"
 MALFORMED_REQUEST = "malformed request"
 MALFORMED_ANSWER = "malformed answer"
@@ -77,8 +79,10 @@ def _find_reason(call: AgentCall, keep_faces_person: bool) -> str | None:
         return NO_ANSWER
     if call.message is not None and call.finish_reason in ("length", "content_filter"):
         return "answer cut off"
-    if call.faces_person and not keep_faces_person:
-        return "answer faces a person"
+    # Where only the answer tells that a turn has ended, serving asks the specialist and may keep a tool call that the
+    # LLM would not have made: such a call stays among the held-out ones, and leaves train alone (training/facts.py).
+    if call.faces_person and not keep_faces_person and not ends_turn(call.request, call.message):
+        return FACES_PERSON
     return None
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cluster.access import ApiKeys
+from cluster.access import API_KEY_ENV, KEYS_FILE, ApiKeys
 from cluster.calls import read_calls
 from cluster.errors import ConfigError
 from cluster.quarantine import read_quarantine
@@ -370,3 +370,25 @@ def test_the_commit_comes_from_the_checkout_or_from_whoever_packed_the_code(tmp_
     subprocess.run(["git", "-C", str(tmp_path), *author, "commit", "-qm", "a", "--allow-empty"], check=True)
     assert len(provenance.describe(load_recipe([]))["git_sha"]) == 40
     assert provenance.describe(load_recipe([]))["git_sha"] != "f" * 40
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        (["promote", "0" * 64], "admin"),
+        (["rollback"], "admin"),
+        (["convert", "recipe=local"], "curator"),
+        (["forget", "--client", "x"], "admin"),
+        (["compact"], "curator"),
+        (["keys", "rotate"], "admin"),
+        (["keys", "retire"], "admin"),
+        (["calls", "show", "c"], "curator"),
+    ],
+)
+def test_a_viewers_key_opens_none_of_these(tmp_path, monkeypatch, capsys, words, needed):
+    store = tmp_path / "store"
+    key = ApiKeys(tmp_path / "store.keys" / KEYS_FILE).create("somebody", "viewer")
+    monkeypatch.setenv(API_KEY_ENV, key)
+    assert main([*words, f"store={store}"]) == 2
+    assert f"needs role {needed}" in capsys.readouterr().err
+    assert not store.exists() or not list(store.iterdir())

@@ -21,7 +21,7 @@ from training.curate import BIASED, CurateConfig, curate
 from training.leakage import LEAKED, SHARED_TEXT
 from training.snapshot import AuditCounts, Snapshot, load_snapshot, load_split, read_rows
 from training.splits import SPLITS, SplitConfig, split_of
-from training.validity import AUDIT_MISSING, MALFORMED_ANSWER, MALFORMED_REQUEST, TOO_DEEP
+from training.validity import AUDIT_MISSING, FACES_PERSON, MALFORMED_ANSWER, MALFORMED_REQUEST, TOO_DEEP
 
 KEY = b"k" * 32
 SHARES = SplitConfig(test_by="hash")
@@ -189,6 +189,23 @@ def test_parts_that_are_not_text_are_well_formed(tmp_path):
 def test_calls_that_face_a_person_are_kept_on_request(tmp_path):
     calls = [make_call(0, faces_person=True)]
     assert curate_calls(tmp_path, calls, keep_faces_person=True)[1].counts.dropped == {}
+
+
+def test_an_answer_that_ends_a_turn_leaves_train_alone(tmp_path):
+    """Serving learns only from the answer that the turn has ended: held out, such a call speaks for what it may keep."""
+    request = ask(tools=[{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}])
+    turns = {"request": request, "response": answer("Your bag is on its way."), "faces_person": True}
+    calls = [
+        make_call(i, session_id=SESSION_IN[split], **{**turns, "ts": 1.7e9 + 60 * i}) for i, split in enumerate(SPLITS)
+    ]
+    store, snapshot = curate_calls(tmp_path, calls)
+    assert snapshot.counts.dropped == {FACES_PERSON: 1}
+    assert {split: len(ids_of(store, snapshot, split)) for split in SPLITS} == {
+        "train": 0,
+        "validation": 1,
+        "calibration": 1,
+        "test": 1,
+    }
 
 
 def test_a_bad_outcome_keeps_its_session_out_of_train_alone(tmp_path):
