@@ -148,8 +148,8 @@ def _convert(options: argparse.Namespace) -> None:
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(options.words)
-    require_role(recipe.store, "admin" if options.promote else "curator")
     plan = plan_conversion(recipe)
+    require_role(recipe.store, "admin" if options.promote else "curator")
     _check_output("--report", options.report)
     if options.dry_run:
         print(json.dumps(show_plan(recipe, plan), indent=1))
