@@ -45,7 +45,7 @@ _WORD_BEFORE = re.compile(
     r"(?:San|Santa|Santo|Sao|Los|Las|El|La|Saint|St|New|Port|Fort|Lake|Mount|Mt|Prince|Princess)$"
 )
 
-_SAYS_NAME = re.compile(r"\bmy names?\b|\bname(?:'s| is| was)\b")
+_IS_EXPLICIT = re.compile(r"\bmy names?\b|\bname(?:'s| is| was)\b|\b(?:mrs?|ms|miss|dr|doctor|prof)\b", re.I)
 """After these, a word of the language is a name as well."""
 
 # Each with a word that must be in the text for the pattern to be tried. Those of _LOWER are tried on the text in lower
@@ -198,7 +198,7 @@ def _find_introduced(text: str) -> Iterator[Finding]:
             if cue in low:
                 for match in pattern.finditer(subject):
                     words = _leading_names(text[match.start(1) : match.end(1)].split())
-                    if not _is_all_common(words) or _SAYS_NAME.search(match[0]):
+                    if not _is_all_common(words) or _IS_EXPLICIT.search(match[0]):
                         yield from full_name(words, is_certain=True)
     if any(cue in low for cue in _PAID_CUES):
         for match in _PAID.finditer(low):
