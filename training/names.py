@@ -89,11 +89,12 @@ _AS_WRITTEN = (
     ("behalf of", re.compile(rf"\bbehalf of ({_CAPITALS})")),
 )
 _PAID = re.compile(
-    r"\b(?:pay|paid|owe|owed|(?:transfer|transfers|transferred|sen[dt]|payments?|money|order|debit|wire|wired|made|resend"
-    r"|recipient|transaction|transactions|amount|dollars|euros|pounds|[\d.]+ ?[$\u00a3\u20ac]?)(?: (?:it|that|this|them|"
-    r"some|should|go|will|[\d.]+ ?[$\u00a3\u20ac]?|[$\u00a3\u20ac][\d.]+)){0,3},? (?:to|from|for))"
+    r"\b(?:(?:transfer|transfers|transferred|sen[dt]|payments?|money|order|debit|wire|wired|made|resend"
+    r"|pay|paid|recipient|transaction|transactions|amount|dollars|euros|pounds|[\d.]+ ?[$\u00a3\u20ac]?)(?: (?:it|that|this|them|"
+    r"some|should|go|will|[\d.]+ ?[$\u00a3\u20ac]?|[$\u00a3\u20ac][\d.]+)){0,3},? (?:to|from))"
     rf" ({_NAMES})"
 )
+_PAID_ONE = re.compile(rf"\b(?:pay|paid|owe|owed) ({_NAMES})")
 _PAID_CUES = tuple(
     "transfer send sent pay paid owe money order debit wire recipient transaction amount dollar euro pound $ \u00a3 \u20ac".split()
 )
@@ -105,9 +106,10 @@ _ADDRESSED = re.compile(
     r"\b(?:I'm|I am|am|[Tt]his is|[Ii]t's|[Ii]t is|[Tt]hank you,?|[Tt]hanks,?|Hi,?|Hello,?|Hey,?|Dear|[Nn]amed|[Cc]alled"
     rf"|[Pp]assengers?:?|[Pp]atient:?|[Gg]uests?:?|[Nn]ame:?\*{{0,2}}:?|with) +({_CAPITALS})"
 )
+_SAID_BY = re.compile(rf"\b(?:says|said|explains|explained|adds|added|replies|replied|wrote) ({_CAPITALS})")
 _SIGNED = re.compile(rf"(?:[Rr]egards|[Ss]incerely|[Cc]heers|[Tt]hanks|[Bb]est),?\s{{1,4}}({_CAPITALS})\s*$")
-_NO_PERSON_BEFORE = re.compile(r"(?:\b[Ii]n |\b[Nn]ear |\b[Vv]isit |['\"\u2018\u201c])$")
-"""Before a last name alone: a place, or the title of a work."""
+_NO_PERSON_BEFORE = re.compile(r"(?:\b[Ii]n |\b[Nn]ear |\b[Vv]isit(?:ing)? |['\"\u2018\u201c])$")
+"""Before a name alone: then it is a place, or a last name in the title of a work."""
 _WORKS = re.compile(
     r"\b(?:[Mm]ovies?|[Ff]ilms?|[Cc]ast|[Aa]ctors?|[Aa]ctress|[Dd]irector|directed|starring|[Ss]ongs?|[Aa]lbums?|[Tt]racks?"
     r"|[Ss]ingers?|[Mm]usicians?|[Mm]usic|[Dd]ramas?|[Cc]omed(?:y|ies)|[Tt]hrillers?|[Nn]ovels?|[Pp]aintings?"
@@ -115,7 +117,8 @@ _WORKS = re.compile(
     r"|fan)\b"
 )
 _CREDITED = re.compile(
-    r"\b(?:[Ww]ith|[Bb]y|featur(?:ing|es?)|starring|stars?|actors?|actress|[Dd]irectors?|artists?|singers?|like|cast|has"
+    r"\b(?:[Ww]ith|(?:directed|acted|written|produced|performed|composed|sung|made|published|songs?|movies?|films?|music|albums?"
+    r"|tracks?|something|anything|sculptures?|paintings?|art|novels?|books?|[A-Z]\w+) by|featur(?:ing|es?)|starring|stars?|actors?|actress|[Dd]irectors?|artists?|singers?|like|cast|has"
     r"|have|having|include|includes|including|sculptor|musician|where|that|player|footballer|athlete|named|stats of|stats for|record of|rating of|rank of|sculptures? of"
     r"|concert of|presidency of|big|[Vv]s\.?)[ '\"]{1,2}$"
 )
@@ -204,6 +207,9 @@ def _find_introduced(text: str) -> Iterator[Finding]:
         for match in _PAID.finditer(low):
             words = text[match.start(1) : match.end(1)].split()
             yield from full_name(_leading_names(words, is_money=True), is_certain=True)
+        for match in _PAID_ONE.finditer(low):
+            words = _leading_names(text[match.start(1) : match.end(1)].split(), is_money=True)
+            yield from full_name(words, is_certain=any(_plain_form(word) in all_names() for word in words))
     if low[1:] != text[1:]:
         yield from _find_addressed(text, low)
 
@@ -221,6 +227,9 @@ def _find_addressed(text: str, low: str) -> Iterator[Finding]:
         words = _leading_names(match[1].split())
         is_pair = len(words) >= 2 and all(_plain_form(word) not in common_words() for word in words)
         yield from full_name(words, is_certain=is_pair and any(_plain_form(word) in all_names() for word in words))
+    for match in _SAID_BY.finditer(text):
+        words = _leading_names(match[1].split())
+        yield from full_name(words, is_certain=all(_plain_form(word) in all_names() for word in words))
     if any(cue in low for cue in ("regards", "sincerely", "cheers", "thanks", "best")):
         for match in _SIGNED.finditer(text):
             words = _leading_names(match[1].split())
@@ -257,7 +266,11 @@ def _leading_names(words: list[str], *, is_money: bool = False) -> list[str]:
             break
         if word.islower() and (form in common_words() or form in places()) and not (kept and form in last_names()):
             break
-        if is_money and (_is_all_common([word]) or (not word.islower() and form not in all_names())):
+        if is_money and (
+            _is_all_common([word])
+            or (word.islower() and "-" in word)
+            or (not word.islower() and form not in all_names())
+        ):
             break
         kept.append(word)
     if is_money and kept and (_plain_form(kept[0]) in places() or len(kept[0]) < 3):
@@ -326,9 +339,12 @@ def _judge_single(word: str, text: str, start: int) -> Iterator[Finding]:
         return
     if word.isupper() or start and _WORD_BEFORE.search(text, max(0, start - 12), start - 1):
         return
+    before = _NO_PERSON_BEFORE.search(text, max(0, start - 10), start)
+    if before is not None and before[0].endswith(" "):
+        return
     if form in first_names() and (len(form) > 3 or text[start + len(word) : start + len(word) + 1] != "-"):
         yield from words_as(word, "FIRST_NAME")
-    elif form in last_names() and len(form) > 2 and not _NO_PERSON_BEFORE.search(text, max(0, start - 8), start):
+    elif form in last_names() and len(form) > 2 and before is None:
         yield from words_as(word, "LAST_NAME")
 
 
