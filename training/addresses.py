@@ -57,10 +57,11 @@ _NAME_FIRST_HINTS = tuple(
 )
 _UNNUMBERED = re.compile(
     rf"\b(?!(?:Google|Wall|Hard|Test|Flash|Silk|Sesame|Abbey|Disk|Tape|One|Pen|USB|The|A|An|This|That|My|Your|On|In|At"
-    rf"|Main\.)\b){_WORD}{_GAP}(?:{_WORD}{_GAP})?(?:Street|Avenue|Road|Lane|Drive|Boulevard|Blvd|Ave|Rd)\b"
+    rf"|Main\.)\b){_WORD}{_GAP}(?:{_WORD}{_GAP})?(?:Street|Avenue|Road|Lane|Drive|Boulevard|Blvd|Ave|Rd)\b(?!-)"
+    rf"|\b{_WORD}{_GAP}(?:St|Ave|Rd|Blvd)\.(?![ ][A-Z])"
     rf"|(?<=\b(?:on|at) ){_WORD} (?=(?:street|avenue|road|lane|boulevard)\b)"
 )
-_UNNUMBERED_HINTS = "Street Avenue Road Lane Drive Boulevard Blvd Ave Rd street avenue road lane boulevard".split()
+_UNNUMBERED_HINTS = "Street Avenue Road Lane Drive Boulevard Blvd Ave Rd St. street avenue road lane boulevard".split()
 _UNIT_WORDS = (
     r"Apt|Apartment|Suite|Ste|Unit|Flat|Floor|Fl|Room|Rm|Bldg|Building|Block|App(?:artement|t)?|Piso|Wohnung|Etage"
 )

@@ -26,7 +26,7 @@ _SSN = re.compile(r"\d{3}([- .])\d{2}\1\d{4}")
 _PHONE_SHAPE = re.compile(r"\(?[2-9]\d{2}\)?[ .-]{1,2}\d{3}[ .-]\d{4}|[2-9]\d{2}[ .-]\d{4}")
 _TRUNK = re.compile(r"0\d{1,4}[ )/.-]")
 _PHONE_CONTEXT = re.compile(
-    r"phone|\bcall|\btel\b|mobile|\bcell|\bfax\b|\btext(?:ed)? me|reach|\bsms\b|contact|dial|number is|whatsapp|ring me",
+    r"phone|\bcall|\btel\b|mobile|\bcell|\bfax\b|\btext(?:ed)? me|reach|\bsms\b|contact|dial|(?:my|his|her|their|our) number is|whatsapp|ring me",
     re.I,
 )
 _SSN_CONTEXT = re.compile(r"\bssn\b|social security|social insurance|tax ?id", re.I)
@@ -41,7 +41,8 @@ def find_identifiers(text: str) -> Iterator[Finding]:
     """Identifying numbers in plain text of at most some thousand characters."""
     if "@" in text:
         for match in _EMAIL.finditer(text):
-            yield Finding(match[0].lstrip("'"), "EMAIL_ADDRESS")
+            if not match[0].startswith("git@"):
+                yield Finding(match[0].lstrip("'"), "EMAIL_ADDRESS")
     if _DIGIT.search(text) is None:
         return
     for match in _RUN.finditer(text):

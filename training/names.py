@@ -39,61 +39,64 @@ _PARTICLES = frozenset("van von der den de da del di la le bin ibn al el dos du"
 RUN = re.compile(
     rf"(?<![\w@/-]){_CAPITAL}(?: (?:[A-Z]\.|(?:van|von|de|da|del|der|bin|al) )? ?{_CAPITAL}){{0,5}}(?![\w@/])"
 )
+_DIGIT = re.compile("[0-9]")
 _NAMED_ID = re.compile(r"(?<![^\W_])([a-z]{2,20})[_.]([a-z]{2,20})_?(\d{2,})(?![\w@])")
 _WORD_BEFORE = re.compile(
     r"(?:San|Santa|Santo|Sao|Los|Las|El|La|Saint|St|New|Port|Fort|Lake|Mount|Mt|Prince|Princess)$"
 )
 
-_CERTAIN_CUES = (
-    # (a word that must be in the lower-case text, the pattern, kind)
-    ("first name", re.compile(rf"\bfirst name(?: is|'s|:)? ({_NAME})", re.I), "FIRST_NAME"),
-    ("given name", re.compile(rf"\bgiven name(?: is|'s|:)? ({_NAME})", re.I), "FIRST_NAME"),
-    ("name", re.compile(rf"\b(?:last|family|maiden|middle) name(?: is|'s|:| of)? ({_NAME})", re.I), "LAST_NAME"),
-    ("surname", re.compile(rf"\bsurname(?: is|'s|:| of)? ({_NAME})", re.I), "LAST_NAME"),
-)
-_SAYS_NAME = re.compile(r"\bmy names?\b|\bname(?:'s| is| was)\b", re.I)
+_IS_EXPLICIT = re.compile(r"\bmy names?\b|\bname(?:'s| is| was)\b|\b(?:mrs?|ms|miss|dr|doctor|prof)\b", re.I)
 """After these, a word of the language is a name as well."""
-_FULL_CUES = (
+
+# Each with a word that must be in the text for the pattern to be tried. Those of _LOWER are tried on the text in lower
+# case, which is several times as fast as to ignore case.
+_ONE_NAME: tuple[tuple[str, re.Pattern[str], Kind], ...] = (
+    ("first name", re.compile(rf"\bfirst name(?: is|'s|:)? ({_NAME})"), "FIRST_NAME"),
+    ("given name", re.compile(rf"\bgiven name(?: is|'s|:)? ({_NAME})"), "FIRST_NAME"),
+    ("name", re.compile(rf"\b(?:last|family|maiden|middle) name(?: is|'s|:| of)? ({_NAME})"), "LAST_NAME"),
+    ("surname", re.compile(rf"\bsurname(?: is|'s|:| of)? ({_NAME})"), "LAST_NAME"),
+)
+_LOWER = (
     (
         "name",
         re.compile(
             r"\b(?:(?:my|full|his|her|their|our|the|partner's|wife's|husband's|son's|daughter's|guest's|passenger's"
             r"|patient's) name(?: is| was|'s| to be|s|:)?:?|(?:under|in|on|by|with|for|of|same|is) (?:the |my |a )?"
-            rf"(?:same )?name(?: of| is|:)?|names? (?:is|are|of)|name on (?:it|file) is) ({_NAMES})",
-            re.I,
+            rf"(?:same )?name(?: of| is|:)?|names? (?:is|are|of)|name on (?:it|file) is) ({_NAMES})"
         ),
     ),
-    ("name", re.compile(rf"(?:^|[.!?,] )({_NAMES}) is (?:the|my) name\b", re.I)),
-    ("mr", re.compile(rf"\bMrs?\.? ({_NAMES})", re.I)),
+    ("name", re.compile(rf"(?:^|[.!?,] )({_NAMES}) is (?:the|my) name\b")),
+    ("mr", re.compile(rf"\bmrs?\.? ({_NAMES})")),
+    (
+        "under",
+        re.compile(
+            r"\b(?:reservation|booking|table|booked|reserved|listed|made|be|is|it|it's|people|one|two|\d+) "
+            rf"under ({_NAMES})"
+        ),
+    ),
+    ("me ", re.compile(rf"\bcalls? me ({_NAMES})")),
+    ("go by", re.compile(rf"\bgo by ({_NAMES})")),
+    ("speaking", re.compile(rf"(?:^|it's |this is |[.,!] )({_NAMES}) speaking\b")),
+    (" here", re.compile(rf"^(?:hi,? |hello,? |hey,? )?({_NAMES}) here\b")),
+    ("standing order to", re.compile(rf"\bstanding order to ({_NAMES})")),
+)
+_AS_WRITTEN = (
     ("ms", re.compile(rf"\bMs\.? ({_CAPITALS})")),
     ("miss", re.compile(rf"\bMiss ({_CAPITALS})")),
     ("dr", re.compile(rf"\b(?:Dr|DR)\.? ({_CAPITALS})")),
     ("doctor", re.compile(rf"\b[Dd]octor ({_CAPITALS})")),
     ("prof", re.compile(rf"\b[Pp]rof(?:essor|\.)? ({_CAPITALS})")),
-    (
-        "under",
-        re.compile(
-            rf"\b(?:reservation|booking|table|booked|reserved|listed|made|be|is|it|it's|people|one|two|\d+) "
-            rf"under ({_NAMES})",
-            re.I,
-        ),
-    ),
-    ("call", re.compile(rf"\b(?:call|calls) me ({_NAMES})", re.I)),
-    ("go by", re.compile(rf"\bgo by ({_NAMES})", re.I)),
-    ("speaking", re.compile(rf"(?:^|it's |this is |[.,!] ){_INITIAL}({_NAMES}) speaking\b", re.I)),
-    (" here", re.compile(rf"^(?:hi,? |hello,? |hey,? )?({_NAMES}) here\b", re.I)),
     ("behalf of", re.compile(rf"\bbehalf of ({_CAPITALS})")),
-    ("standing order to", re.compile(rf"\bstanding order to ({_NAMES})", re.I)),
 )
 _PAID = re.compile(
-    r"\b(?:pay|paid|owe|owed|(?:transfer|transfers|transferred|sen[dt]|payments?|money|order|debit|wire|wired|made|resend"
-    r"|recipient|transaction|transactions|amount|dollars|euros|pounds|[\d.]+ ?[$\u00a3\u20ac]?)(?: (?:it|that|this|them|"
-    r"some|should|go|will|[\d.]+ ?[$\u00a3\u20ac]?|[$\u00a3\u20ac][\d.]+)){0,3},? (?:to|from|for))"
-    rf" ({_NAMES})",
-    re.I,
+    r"\b(?:(?:transfer|transfers|transferred|sen[dt]|payments?|money|order|debit|wire|wired|made|resend"
+    r"|pay|paid|recipient|transaction|transactions|amount|dollars|euros|pounds|[\d.]+ ?[$\u00a3\u20ac]?)(?: (?:it|that|this|them|"
+    r"some|should|go|will|[\d.]+ ?[$\u00a3\u20ac]?|[$\u00a3\u20ac][\d.]+)){0,3},? (?:to|from))"
+    rf" ({_NAMES})"
 )
+_PAID_ONE = re.compile(rf"\b(?:pay|paid|owe|owed) ({_NAMES})")
 _PAID_CUES = tuple(
-    "transfer send sent pay paid owe money order debit wire recipient transaction amount dollar euro pound $ £ €".split()
+    "transfer send sent pay paid owe money order debit wire recipient transaction amount dollar euro pound $ \u00a3 \u20ac".split()
 )
 _BOOKED = re.compile(
     rf"\b(?:table|reservation|booking|booked|book|reserved|reserve|appointment|check-in|lunch|dinner)\b[^.?!]{{0,60}}?"
@@ -103,9 +106,10 @@ _ADDRESSED = re.compile(
     r"\b(?:I'm|I am|am|[Tt]his is|[Ii]t's|[Ii]t is|[Tt]hank you,?|[Tt]hanks,?|Hi,?|Hello,?|Hey,?|Dear|[Nn]amed|[Cc]alled"
     rf"|[Pp]assengers?:?|[Pp]atient:?|[Gg]uests?:?|[Nn]ame:?\*{{0,2}}:?|with) +({_CAPITALS})"
 )
+_SAID_BY = re.compile(rf"\b(?:says|said|explains|explained|adds|added|replies|replied|wrote) ({_CAPITALS})")
 _SIGNED = re.compile(rf"(?:[Rr]egards|[Ss]incerely|[Cc]heers|[Tt]hanks|[Bb]est),?\s{{1,4}}({_CAPITALS})\s*$")
-_NO_PERSON_BEFORE = re.compile(r"(?:\b[Ii]n |\b[Nn]ear |\b[Vv]isit |['\"\u2018\u201c])$")
-"""Before a last name alone: a place, or the title of a work."""
+_NO_PERSON_BEFORE = re.compile(r"(?:\b[Ii]n |\b[Nn]ear |\b[Vv]isit(?:ing)? |['\"\u2018\u201c])$")
+"""Before a name alone: then it is a place, or a last name in the title of a work."""
 _WORKS = re.compile(
     r"\b(?:[Mm]ovies?|[Ff]ilms?|[Cc]ast|[Aa]ctors?|[Aa]ctress|[Dd]irector|directed|starring|[Ss]ongs?|[Aa]lbums?|[Tt]racks?"
     r"|[Ss]ingers?|[Mm]usicians?|[Mm]usic|[Dd]ramas?|[Cc]omed(?:y|ies)|[Tt]hrillers?|[Nn]ovels?|[Pp]aintings?"
@@ -113,7 +117,8 @@ _WORKS = re.compile(
     r"|fan)\b"
 )
 _CREDITED = re.compile(
-    r"\b(?:[Ww]ith|[Bb]y|featur(?:ing|es?)|starring|stars?|actors?|actress|[Dd]irectors?|artists?|singers?|like|cast|has"
+    r"\b(?:[Ww]ith|(?:directed|acted|written|produced|performed|composed|sung|made|published|songs?|movies?|films?|music|albums?"
+    r"|tracks?|something|anything|sculptures?|paintings?|art|novels?|books?|[A-Z]\w+) by|featur(?:ing|es?)|starring|stars?|actors?|actress|[Dd]irectors?|artists?|singers?|like|cast|has"
     r"|have|having|include|includes|including|sculptor|musician|where|that|player|footballer|athlete|named|stats of|stats for|record of|rating of|rank of|sculptures? of"
     r"|concert of|presidency of|big|[Vv]s\.?)[ '\"]{1,2}$"
 )
@@ -128,7 +133,7 @@ def find_names(text: str) -> Iterator[Finding]:
         if not _known_words().isdisjoint(map(_plain_form, match[0].split())) and not _is_credited(text, match.start()):
             yield from _judge_run(match[0], text, match.start())
     yield from _find_lower_pairs(text)
-    if "_" in text or "." in text:
+    if "_" in text or ("." in text and _DIGIT.search(text) is not None):
         for match in _NAMED_ID.finditer(text):
             if match[1] in first_names() and match[2] in last_names():
                 yield from words_as(match[1], "FIRST_NAME")
@@ -184,21 +189,33 @@ def _plain_form(word: str) -> str:
 
 
 def _find_introduced(text: str) -> Iterator[Finding]:
-    low = text.lower()
-    for cue, pattern, kind in _CERTAIN_CUES:
+    low = _lower(text)
+    for cue, pattern, kind in _ONE_NAME:
         if cue in low:
-            for match in pattern.finditer(text):
-                if _is_expected(match[1], is_strict=match[1].islower()):
-                    yield from words_as(match[1], kind)
-    for cue, pattern in _FULL_CUES:
-        if cue in low:
-            for match in pattern.finditer(text):
-                words = _leading_names(match[1].split())
-                if _SAYS_NAME.search(match[0]) or not _is_all_common(words):
-                    yield from full_name(words, is_certain=True)
+            for match in pattern.finditer(low):
+                word = text[match.start(1) : match.end(1)]
+                if _is_expected(word):
+                    yield from words_as(word, kind)
+    for patterns, subject in ((_LOWER, low), (_AS_WRITTEN, text)):
+        for cue, pattern in patterns:
+            if cue in low:
+                for match in pattern.finditer(subject):
+                    words = _leading_names(text[match.start(1) : match.end(1)].split())
+                    if not _is_all_common(words) or _IS_EXPLICIT.search(match[0]):
+                        yield from full_name(words, is_certain=True)
     if any(cue in low for cue in _PAID_CUES):
-        for match in _PAID.finditer(text):
-            yield from full_name(_leading_names(match[1].split(), is_money=True), is_certain=True)
+        for match in _PAID.finditer(low):
+            words = text[match.start(1) : match.end(1)].split()
+            yield from full_name(_leading_names(words, is_money=True), is_certain=True)
+        for match in _PAID_ONE.finditer(low):
+            words = _leading_names(text[match.start(1) : match.end(1)].split(), is_money=True)
+            yield from full_name(words, is_certain=any(_plain_form(word) in all_names() for word in words))
+    if low[1:] != text[1:]:
+        yield from _find_addressed(text, low)
+
+
+def _find_addressed(text: str, low: str) -> Iterator[Finding]:
+    """Capitalised names after a word that a name often follows."""
     if "book" in low or "reserv" in low or "table" in low:
         for match in _BOOKED.finditer(text):
             words = _leading_names(match[1].split())
@@ -210,16 +227,27 @@ def _find_introduced(text: str) -> Iterator[Finding]:
         words = _leading_names(match[1].split())
         is_pair = len(words) >= 2 and all(_plain_form(word) not in common_words() for word in words)
         yield from full_name(words, is_certain=is_pair and any(_plain_form(word) in all_names() for word in words))
+    for match in _SAID_BY.finditer(text):
+        words = _leading_names(match[1].split())
+        yield from full_name(words, is_certain=all(_plain_form(word) in all_names() for word in words))
     if any(cue in low for cue in ("regards", "sincerely", "cheers", "thanks", "best")):
         for match in _SIGNED.finditer(text):
             words = _leading_names(match[1].split())
             yield from full_name(words, is_certain=any(_plain_form(word) in all_names() for word in words))
 
 
-def _is_expected(word: str, *, is_strict: bool) -> bool:
+def _lower(text: str) -> str:
+    """Lower case of equal length, so that positions stay."""
+    low = text.lower()
+    if len(low) == len(text):
+        return low
+    return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+
+def _is_expected(word: str) -> bool:
     """Whether a word in a name's place can be one: in lower case, words that are no names are many."""
     form = _plain_form(word)
-    return form not in PLAIN_WORDS and not (is_strict and (form in common_words() or form in places()))
+    return form not in PLAIN_WORDS and not (word.islower() and (form in common_words() or form in places()))
 
 
 def _leading_names(words: list[str], *, is_money: bool = False) -> list[str]:
@@ -238,7 +266,11 @@ def _leading_names(words: list[str], *, is_money: bool = False) -> list[str]:
             break
         if word.islower() and (form in common_words() or form in places()) and not (kept and form in last_names()):
             break
-        if is_money and (_is_all_common([word]) or (not word.islower() and form not in all_names())):
+        if is_money and (
+            _is_all_common([word])
+            or (word.islower() and "-" in word)
+            or (not word.islower() and form not in all_names())
+        ):
             break
         kept.append(word)
     if is_money and kept and (_plain_form(kept[0]) in places() or len(kept[0]) < 3):
@@ -307,9 +339,12 @@ def _judge_single(word: str, text: str, start: int) -> Iterator[Finding]:
         return
     if word.isupper() or start and _WORD_BEFORE.search(text, max(0, start - 12), start - 1):
         return
+    before = _NO_PERSON_BEFORE.search(text, max(0, start - 10), start)
+    if before is not None and before[0].endswith(" "):
+        return
     if form in first_names() and (len(form) > 3 or text[start + len(word) : start + len(word) + 1] != "-"):
         yield from words_as(word, "FIRST_NAME")
-    elif form in last_names() and len(form) > 2 and not _NO_PERSON_BEFORE.search(text, max(0, start - 8), start):
+    elif form in last_names() and len(form) > 2 and before is None:
         yield from words_as(word, "LAST_NAME")
 
 

@@ -34,7 +34,7 @@ def find_values(text: str, *, is_message: bool) -> Iterator[Finding]:
         for find in (find_identifiers, find_addresses, find_birth_dates, find_names):
             for finding in find(plain):
                 yield finding if plain is piece else finding._replace(value=_as_written(finding.value, plain, piece))
-        if is_message and len(text) <= MAX_NAME_MESSAGE_CHARS:
+        if is_message and len(text) <= MAX_NAME_MESSAGE_CHARS and text.count(" ") <= 4:
             yield from find_whole_name(plain)
         if '":' in piece or '" :' in piece:
             for match in _FIELD.finditer(piece):

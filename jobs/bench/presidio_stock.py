@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 
-class PresidioSpan(NamedTuple):
+class Found(NamedTuple):
     """What Presidio found, as offsets; `kind` is Presidio's own name of the type."""
 
     start: int
@@ -14,7 +14,7 @@ class PresidioSpan(NamedTuple):
     kind: str
 
 
-def build_stock_presidio() -> Callable[[str], list[PresidioSpan]]:
+def build_stock_presidio() -> Callable[[str], list[Found]]:
     """Presidio's AnalyzerEngine with its defaults as a function of one text. Loading takes seconds.
 
     Only what would reach for the network is changed: domains are checked against the public-suffix list inside
@@ -41,7 +41,7 @@ def build_stock_presidio() -> Callable[[str], list[PresidioSpan]]:
         registry=registry, nlp_engine=nlp_engine.NoOpNlpEngine([{"lang_code": "en", "model_name": ""}])
     )
 
-    def recognise(text: str) -> list[PresidioSpan]:
-        return [PresidioSpan(r.start, r.end, r.entity_type) for r in engine.analyze(text, "en")]
+    def recognise(text: str) -> list[Found]:
+        return [Found(r.start, r.end, r.entity_type) for r in engine.analyze(text, "en")]
 
     return recognise

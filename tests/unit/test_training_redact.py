@@ -1,5 +1,6 @@
 """training/redact.py, recognisers.py, surrogates.py: values go, shape stays, tool calls parse, copies stay copies."""
 
+import datetime
 import json
 import re
 import string
@@ -261,3 +262,36 @@ def test_case_is_kept(like, expected):
 )
 def test_a_json_key_says_what_its_value_is(key, value, expected):
     assert [finding.value for finding in find_keyed(key, value)] == expected
+
+
+@given(days=st.lists(st.dates(min_value=datetime.date(1920, 1, 1)), min_size=2, unique=True), scope=st.text(max_size=4))
+def test_dates_of_birth_stay_dates_in_their_order_and_become_others(days, scope):
+    days = sorted(days)
+    made = SurrogateMaker(KEY, scope).make(Finding(day.isoformat(), "DATE_OF_BIRTH") for day in days[:5])
+    moved = [datetime.date.fromisoformat(made[day.isoformat()]) for day in days[:5]]
+    assert moved == sorted(moved) and all(a != b for a, b in zip(days, moved, strict=False))
+
+
+@pytest.mark.parametrize("value", ["04/05/1990", "5.4.1990", "April 5, 1990", "5th of May 1990", "1990/04/05"])
+def test_written_dates_keep_their_form(value):
+    made = SurrogateMaker(KEY, "s").make([Finding(value, "DATE_OF_BIRTH")])[value]
+    assert made != value and re.sub(r"\d+", "0", made) == re.sub(r"\d+", "0", value)
+    assert all(1 <= int(number) <= 20 or 1985 < int(number) < 1995 for number in re.findall(r"\d+", made))
+
+
+def test_an_id_in_an_address_and_a_street_without_its_number_follow_the_others():
+    findings = [
+        Finding("mia_li_3668", "ID_NUMBER"),
+        Finding("mia_li_3668@mail.com", "EMAIL_ADDRESS"),
+        Finding("178 Lakeview Drive", "STREET_ADDRESS"),
+        Finding("Lakeview Drive", "STREET_ADDRESS"),
+    ]
+    made = SurrogateMaker(KEY, "s").make(findings)
+    assert made["mia_li_3668@mail.com"].partition("@")[0] == made["mia_li_3668"]
+    assert made["178 Lakeview Drive"].partition(" ")[2] == made["Lakeview Drive"] != "Lakeview Drive"
+
+
+@given(text=st.text("Omar Davis fox li ", max_size=60), name=st.sampled_from(["Omar", "Davis"]))
+def test_no_surrogate_is_said_in_the_session(text, name):
+    made = SurrogateMaker(KEY, "s").make([Finding(name, "LAST_NAME"), Finding("12345", "ZIP_CODE")], text)
+    assert not any(surrogate in text.casefold() for surrogate in made.values())
