@@ -11,7 +11,8 @@ from cluster.store import Store
 from training.candidates import BaseCandidate, Scope, estimate_prompt_tokens, p99
 from training.catalog import Needs, find_entry
 from training.finetune import FinetuneConfig
-from training.probe import Rung, score_for_halving, spread
+from training.probe import Rung, spread
+from training.probe_loop import score_for_halving
 from training.scratch import PretrainConfig
 from training.selection import SelectConfig, choose, decide, select_base
 
@@ -55,18 +56,18 @@ def select(tmp_path, config: SelectConfig, scope: Scope):
 
 def test_the_smallest_within_the_tolerance_of_the_best_is_chosen():
     small, middle, large = measured("a", 1, 0.5, 0.80), measured("b", 2, 0.5, 0.88), measured("c", 3, 0.5, 0.90)
-    assert choose([large, middle, small], 0.02) == middle
-    assert choose([large, middle, small], 0.10) == small
-    assert choose([large, middle, small], 0.0) == large
+    assert choose([large, middle, small], 0.02).candidate == middle
+    assert choose([large, middle, small], 0.10).candidate == small
+    assert choose([large, middle, small], 0.0).candidate == large
 
 
 def test_equal_sizes_give_the_better_and_then_the_earlier_one():
-    assert choose([measured("a", 1, 0.8), measured("b", 1, 0.81)], 0.02).name == "b"
-    assert choose([measured("a", 1, 0.8), measured("b", 1, 0.8)], 0.02).name == "a"
+    assert choose([measured("a", 1, 0.8), measured("b", 1, 0.81)], 0.02).candidate.name == "b"
+    assert choose([measured("a", 1, 0.8), measured("b", 1, 0.8)], 0.02).candidate.name == "a"
 
 
 def test_a_candidate_that_halving_stopped_is_not_compared_at_other_steps():
-    assert choose([measured("a", 1, 0.9), measured("b", 2, 0.1, 0.7)], 0.02).name == "b"
+    assert choose([measured("a", 1, 0.9), measured("b", 2, 0.1, 0.7)], 0.02).candidate.name == "b"
 
 
 def test_no_right_answer_from_anyone_chooses_nothing():
@@ -117,11 +118,12 @@ CANDIDATES = st.lists(
 @given(CANDIDATES, st.floats(0, 0.9))
 def test_the_chosen_one_is_good_enough_and_no_smaller_one_is(pairs, tolerance):
     candidates = [measured(str(k), size, score) for k, (size, score) in enumerate(pairs)]
-    chosen = choose(candidates, tolerance)
+    choice = choose(candidates, tolerance)
     best = max(score for _, score in pairs)
     if best == 0.0:
-        assert chosen is None
+        assert choice is None
         return
+    chosen = choice.candidate
     assert chosen.rungs[-1].score >= best - tolerance - 1e-9
     smaller = [one for one in candidates if one.parameters < chosen.parameters]
     assert all(one.rungs[-1].score < best - tolerance for one in smaller)
