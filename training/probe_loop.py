@@ -54,12 +54,9 @@ def probe_trial(config: dict[str, Any]) -> None:
 
 def probe_loop(settings: dict[str, Any]) -> None:
     """Run on every worker of the trial's trainer; reports {step, halving_score, rungs, few_shot} after each rung."""
-    import ray.train
     import torch
 
-    context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    rank, num_workers, report = _join_workers(settings)
     torch.set_num_threads(settings["num_threads"])
     torch.manual_seed(settings["seed"])
     learner = _build_learner(settings, num_workers)
@@ -74,10 +71,7 @@ def probe_loop(settings: dict[str, Any]) -> None:
             rungs.append(_score_rung(_score_tasks(learner, settings["validation_paths"], settings), settings) | rung)
             halving_score = score_for_halving(rungs[-1]["score"], settings["size_penalty"], settings["target"])
             few = _shares(few_shot, settings["num_scored"]) if settings["few_shot_paths"] else None
-            report = {"step": step, "halving_score": halving_score, "rungs": list(rungs), "few_shot": few}
-            ray.train.report(report)
-            if settings["num_workers"] == 1:
-                ray.tune.report(report)
+            report({"step": step, "halving_score": halving_score, "rungs": list(rungs), "few_shot": few})
         if step < settings["num_steps"]:
             batch = rows.batch(step)
             num_tokens += batch["input_ids"].numel() * num_workers
@@ -129,6 +123,19 @@ class _Learner(NamedTuple):
     """The optimiser's parameter groups."""
     update: Callable[[Any], None]
     """Takes the loss."""
+
+
+def _join_workers(settings: dict[str, Any]) -> tuple[int, int, Callable[[dict[str, Any]], None]]:
+    """Rank, number of workers, and how to report. In the trial's own process Tune forbids what Train has for its workers."""
+    if settings["num_workers"] == 1:
+        from ray import tune
+
+        return 0, 1, tune.report
+    import ray.train
+
+    context = ray.train.get_context()
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    return context.get_world_rank(), context.get_world_size(), ray.train.report
 
 
 def _build_learner(settings: dict[str, Any], num_workers: int) -> _Learner:

@@ -1,0 +1,219 @@
+"""How good the choice of a base is, and what halving saves: selection against the full grid on six tasks of shared data.
+
+Each task is one label set or slot set in a fixed call site; its bases are the catalog's four to train from scratch,
+probed with few and with many examples. The selection sees validation examples and stops probes early. The full grid
+trains every probe to the end and is scored on test examples that the selection never sees; the same seeds make both train
+alike. Regret of a task is the best base's test score minus the chosen base's, both with most examples; the rule itself
+gives up to `tolerance` away for a smaller base. Saving is 1 - training operations spent by halving / by the grid.
+
+    python -m jobs.bench.selection
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from cluster.access import Pseudonyms
+from cluster.errors import InputError
+from cluster.prompts import split_units
+from cluster.records import AgentCall, AnswerKind, Example, TaskSpec
+from training.candidates import Scope, examine
+from training.catalog import Needs, find_entry
+from training.finetune import FinetuneConfig
+from training.formats import LogReader
+from training.probe import Contender, Measuring, ProbePlan, ProbeResult, measure, plan_probes, train_flops
+from training.scratch import PretrainConfig
+from training.selection import SelectConfig, decide, record_results
+
+BASES = ("scratch-micro", "scratch-tiny", "scratch-small", "scratch-medium")
+SETS: dict[str, AnswerKind] = {
+    "clinc150": "json",
+    "snips": "tool_call",
+    "restaurant8k": "json",
+    "banking77": "json",
+    "nlupp": "json",
+}
+"""File of nlu/ -> kind of answer; nlupp holds two call sites."""
+_NUM_TRAIN, _NUM_VALIDATION, _NUM_TEST = 1600, 96, 192
+_FEW, _MANY = 400, _NUM_TRAIN
+_STEPS, _QUICK_STEPS = 160, 8
+_WINDOW = 1024
+_MACHINE_GIB = 4.0
+_PRETRAIN = PretrainConfig(num_steps=_STEPS, batch_size=16, learning_rate=3e-3)
+_PUBLIC_KEY = b"selection benchmark: public data"
+
+
+class SelectionTask(NamedTuple):
+    """One task with its examples; no example is in two splits."""
+
+    spec: TaskSpec
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+def measure_selection(
+    say: Callable[[str], object], tasks: Sequence[SelectionTask] | None = None, quick: bool = False
+) -> dict[str, Any]:
+    """Select a base for each task and compare with the full grid, on the connected Ray cluster.
+
+    Args:
+        tasks: None takes those of the shared data.
+        quick: two tasks, few steps: shows that it runs, and measures nothing.
+
+    Returns:
+        {selection_regret: mean over tasks, selection_regret_max, halving_saving, tasks: {name: facts}}.
+
+    Raises:
+        InputError: no tasks are given and the shared data is not there.
+    """
+    tasks = load_tasks() if tasks is None else tasks
+    facts = {}
+    for task in tasks[:2] if quick else tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            facts[task.spec.name] = _compare(task, pathlib.Path(folder), _QUICK_STEPS if quick else _STEPS)
+        say(f"selection {task.spec.name}: {facts[task.spec.name]}")
+    spent, grid = (sum(one[key] for one in facts.values()) for key in ("halving_flops", "grid_flops"))
+    regrets = [one["regret"] for one in facts.values()]
+    return {
+        "selection_regret": sum(regrets) / len(regrets),
+        "selection_regret_max": max(regrets),
+        "halving_saving": 1 - spent / grid,
+        "tasks": facts,
+    }
+
+
+def load_tasks(folder: pathlib.Path | None = None) -> list[SelectionTask]:
+    """The six tasks of the shared data: one for each system prompt of the sets.
+
+    Args:
+        folder: holds nlu/; None takes UNDERSTUDY_DATA, else ../shared/data beside this repository.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    default = pathlib.Path(__file__).parents[2] / "../shared/data"
+    folder = folder or pathlib.Path(os.environ.get("UNDERSTUDY_DATA", default))
+    tasks = []
+    for name, kind in SETS.items():
+        by_prompt: dict[str, list[AgentCall]] = {}
+        for call in LogReader(Pseudonyms(_PUBLIC_KEY), 0.0).read(folder / f"nlu/{name}.calls.jsonl.gz"):
+            if isinstance(call, AgentCall):
+                by_prompt.setdefault(str(call.request["messages"][0]["content"]), []).append(call)
+        for number, (prompt, own) in enumerate(by_prompt.items(), 1):
+            tasks.append(_task(name if len(by_prompt) == 1 else f"{name}-{number}", kind, prompt, own))
+    return tasks
+
+
+def _task(name: str, kind: AnswerKind, prompt: str, calls: list[AgentCall]) -> SelectionTask:
+    drawn = random.Random(0).sample(calls, min(len(calls), _NUM_TRAIN + _NUM_VALIDATION + _NUM_TEST))
+    examples = [_example(call) for call in drawn]
+    test, validation, train = (
+        examples[:_NUM_TEST],
+        examples[_NUM_TEST : _NUM_TEST + _NUM_VALIDATION],
+        examples[_NUM_TEST + _NUM_VALIDATION :],
+    )
+    spec = TaskSpec(
+        task_id=name,
+        name=name,
+        signature=name,
+        kind=kind,
+        reference="gold",
+        num_calls=len(calls),
+        share_calls=1.0,
+        share_cost=1.0,
+        num_examples={"train": len(train)},
+        static_lines=tuple(unit.strip() for unit, _ in split_units(prompt) if unit.strip()),
+    )
+    return SelectionTask(spec, train, validation, test)
+
+
+def _example(call: AgentCall) -> Example:
+    assert call.message is not None
+    return Example(
+        example_id=call.call_id,
+        split="train",
+        session_id=call.session_id,
+        ts=call.ts,
+        request=call.request,
+        target=call.message,
+        reference="gold",
+        source_call_ids=(call.call_id,),
+    )
+
+
+def _compare(task: SelectionTask, folder: pathlib.Path, steps: int) -> dict[str, Any]:
+    """Select on validation examples with halving, train the whole grid, score that on test examples."""
+    config = SelectConfig(candidates=BASES, probe_steps=steps, example_counts=(_FEW, _MANY), shots=0)
+    plans, measuring = _prepare(task, task.validation, config, folder / "halving")
+    results = measure(plans, measuring)
+    grid_plans, grid_measuring = _prepare(task, task.test, config, folder / "grid")
+    grid = measure(grid_plans, grid_measuring, halving=False)
+    selection = decide(config, _needs(task), record_results(plans, results), "")
+    scores: dict[str, float] = {}
+    for plan, result in zip(grid_plans, grid, strict=True):
+        scores.setdefault(plan.contender.name, result.rungs[-1].score)  # the first has most examples
+    return {
+        "chosen": selection.base,
+        "regret": max(scores.values()) - scores[selection.base],
+        "test_scores": scores,
+        "halving_flops": _flops(plans, results),
+        "grid_flops": _flops(grid_plans, grid),
+        "stopped": sum(result.rungs[-1].num_steps < steps for result in results),
+        "probes": len(plans),
+    }
+
+
+def _prepare(
+    task: SelectionTask, held_out: list[Example], config: SelectConfig, folder: pathlib.Path
+) -> tuple[list[ProbePlan], Measuring]:
+    task_id = task.spec.task_id
+    by_split = {"train": {task_id: task.train}, "validation": {task_id: held_out}}
+    scope = Scope([task.spec], by_split, _WINDOW, _WINDOW * 3 // 4, machine_gib=_MACHINE_GIB)
+    found = [examine(name, find_entry(name), _needs(task), scope, len(held_out)) for name in BASES]
+    contenders = [one for one in found if isinstance(one, Contender)]
+    assert len(contenders) == len(BASES), f"{task_id}: a base does not fit"
+    finetune = FinetuneConfig(cpus_per_worker=1.0)
+    measuring = Measuring(config, _PRETRAIN, finetune, {task_id: len(held_out)}, scope.epsilon, folder)
+    return plan_probes(contenders, measuring), measuring
+
+
+def _needs(task: SelectionTask) -> Needs:
+    return Needs(
+        p99_prompt_tokens=0,
+        needs_tool_use=task.spec.kind == "tool_call",
+        allowed_licenses=None,
+        memory_gib=1.0,
+        max_model_tokens=_WINDOW,
+    )
+
+
+def _flops(plans: Sequence[ProbePlan], results: Sequence[ProbeResult]) -> float:
+    return sum(
+        train_flops(plan.contender, result.rungs[-1].num_tokens) for plan, result in zip(plans, results, strict=True)
+    )
+
+
+def main() -> int:
+    """Run by hand; prints one line a task and the numbers as JSON."""
+    from cluster.session import connect
+
+    connect()
+    try:
+        found = measure_selection(lambda line: print(line, file=sys.stderr), quick="--quick" in sys.argv)
+    except InputError as error:
+        print(f"selection: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
