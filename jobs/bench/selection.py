@@ -1,7 +1,8 @@
 """How good the choice of a base is, and what halving saves: selection against the full grid on six tasks of shared data.
 
-Each task is one label set or slot set in a fixed call site; its bases are the catalog's four to train from scratch,
-probed with few and with many examples. The selection sees validation examples and stops probes early. The full grid
+The tasks are the first four domains of clinc150 (15 intents each), the slots of restaurant8k and the intents of snips: what
+a base of this size can begin to learn in so few steps; all else of the shared data stays near 0 for all bases alike. The
+bases are the catalog's four to train from scratch, probed with few and with many examples. The selection sees validation examples and stops probes early. The full grid
 trains every probe to the end and is scored on test examples that the selection never sees; the same seeds make both train
 alike. Regret of a task is the best base's test score minus the chosen base's, both with most examples; the rule itself
 gives up to `tolerance` away for a smaller base. Saving is 1 - training operations spent by halving / by the grid.
@@ -33,17 +34,10 @@ from training.scratch import PretrainConfig
 from training.selection import SelectConfig, decide, record_results
 
 BASES = ("scratch-micro", "scratch-tiny", "scratch-small", "scratch-medium")
-SETS: dict[str, AnswerKind] = {
-    "clinc150": "json",
-    "snips": "tool_call",
-    "restaurant8k": "json",
-    "banking77": "json",
-    "nlupp": "json",
-}
-"""File of nlu/ -> kind of answer; nlupp holds two call sites."""
-_NUM_TRAIN, _NUM_VALIDATION, _NUM_TEST = 1600, 96, 192
-_FEW, _MANY = 400, _NUM_TRAIN
-_STEPS, _QUICK_STEPS = 160, 8
+_NUM_DOMAINS = 4
+_MOST_TRAIN, _NUM_VALIDATION, _NUM_TEST = 1200, 96, 160
+_FEW, _MANY = 120, _MOST_TRAIN
+_STEPS, _QUICK_STEPS = 96, 8
 _WINDOW = 1024
 _MACHINE_GIB = 4.0
 _PRETRAIN = PretrainConfig(num_steps=_STEPS, batch_size=16, learning_rate=3e-3)
@@ -91,7 +85,7 @@ def measure_selection(
 
 
 def load_tasks(folder: pathlib.Path | None = None) -> list[SelectionTask]:
-    """The six tasks of the shared data: one for each system prompt of the sets.
+    """The six tasks of the shared data.
 
     Args:
         folder: holds nlu/; None takes UNDERSTUDY_DATA, else ../shared/data beside this repository.
@@ -101,27 +95,35 @@ def load_tasks(folder: pathlib.Path | None = None) -> list[SelectionTask]:
     """
     default = pathlib.Path(__file__).parents[2] / "../shared/data"
     folder = folder or pathlib.Path(os.environ.get("UNDERSTUDY_DATA", default))
-    tasks = []
-    for name, kind in SETS.items():
-        by_prompt: dict[str, list[AgentCall]] = {}
-        for call in LogReader(Pseudonyms(_PUBLIC_KEY), 0.0).read(folder / f"nlu/{name}.calls.jsonl.gz"):
-            if isinstance(call, AgentCall):
-                by_prompt.setdefault(str(call.request["messages"][0]["content"]), []).append(call)
-        for number, (prompt, own) in enumerate(by_prompt.items(), 1):
-            tasks.append(_task(name if len(by_prompt) == 1 else f"{name}-{number}", kind, prompt, own))
-    return tasks
+    by_domain: dict[str, list[AgentCall]] = {}
+    for call in _read(folder, "clinc150"):
+        by_domain.setdefault(call.label or "none", []).append(call)
+    domains = sorted(by_domain.keys() - {"none"})[:_NUM_DOMAINS]
+    tasks = [_task(f"clinc150 {name}", "json", by_domain[name]) for name in domains]
+    tasks.append(_task("restaurant8k slots", "json", _read(folder, "restaurant8k")))
+    intents = [_answering(call, call.label or "") for call in _read(folder, "snips")]
+    return [*tasks, _task("snips intents", "label", intents)]
 
 
-def _task(name: str, kind: AnswerKind, prompt: str, calls: list[AgentCall]) -> SelectionTask:
-    drawn = random.Random(0).sample(calls, min(len(calls), _NUM_TRAIN + _NUM_VALIDATION + _NUM_TEST))
+def _read(folder: pathlib.Path, name: str) -> list[AgentCall]:
+    found = LogReader(Pseudonyms(_PUBLIC_KEY), 0.0).read(folder / f"nlu/{name}.calls.jsonl.gz")
+    return [call for call in found if isinstance(call, AgentCall)]
+
+
+def _answering(call: AgentCall, content: str) -> AgentCall:
+    """The call as if its answer were `content`, without tools."""
+    request = {key: value for key, value in call.request.items() if key != "tools"}
+    answer = {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}]}
+    return call.model_copy(update={"request": request, "response": answer})
+
+
+def _task(name: str, kind: AnswerKind, calls: list[AgentCall]) -> SelectionTask:
+    drawn = random.Random(0).sample(calls, min(len(calls), _MOST_TRAIN + _NUM_VALIDATION + _NUM_TEST))
     examples = [_example(call) for call in drawn]
-    test, validation, train = (
-        examples[:_NUM_TEST],
-        examples[_NUM_TEST : _NUM_TEST + _NUM_VALIDATION],
-        examples[_NUM_TEST + _NUM_VALIDATION :],
-    )
+    train_from = _NUM_TEST + _NUM_VALIDATION
+    prompt = str(calls[0].request["messages"][0]["content"])
     spec = TaskSpec(
-        task_id=name,
+        task_id=name.replace(" ", "-"),
         name=name,
         signature=name,
         kind=kind,
@@ -129,10 +131,10 @@ def _task(name: str, kind: AnswerKind, prompt: str, calls: list[AgentCall]) -> S
         num_calls=len(calls),
         share_calls=1.0,
         share_cost=1.0,
-        num_examples={"train": len(train)},
+        num_examples={"train": len(examples) - train_from},
         static_lines=tuple(unit.strip() for unit, _ in split_units(prompt) if unit.strip()),
     )
-    return SelectionTask(spec, train, validation, test)
+    return SelectionTask(spec, examples[train_from:], examples[_NUM_TEST:train_from], examples[:_NUM_TEST])
 
 
 def _example(call: AgentCall) -> Example:
