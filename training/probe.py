@@ -321,7 +321,7 @@ def _trial_settings(
         "num_threads": max(1, int(finetune.cpus_per_worker)),
         "num_steps": config.probe_steps,
         "rungs": [quarters * config.probe_steps // _RUNGS[-1] for quarters in _RUNGS],
-        "num_scored": dict(measuring.num_scored),
+        "num_scored": {task_id: measuring.num_scored[task_id] for task_id in contender.data},
         "target": config.target,
         "epsilon": measuring.epsilon,
         "storage": str(measuring.folder.resolve() / "runs"),

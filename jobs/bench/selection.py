@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cluster.access import Pseudonyms
-from cluster.errors import InputError
+from cluster.errors import InputError, TrainingError
 from cluster.prompts import split_units
 from cluster.records import AgentCall, AnswerKind, Example, TaskSpec
 from training.candidates import Scope, examine
@@ -37,7 +37,7 @@ BASES = ("scratch-micro", "scratch-tiny", "scratch-small", "scratch-medium")
 _NUM_DOMAINS = 4
 _MOST_TRAIN, _NUM_VALIDATION, _NUM_TEST = 1200, 96, 160
 _FEW, _MANY = 120, _MOST_TRAIN
-_STEPS, _QUICK_STEPS = 96, 8
+_STEPS, _QUICK_STEPS = 64, 8
 _WINDOW = 1024
 _MACHINE_GIB = 4.0
 _PRETRAIN = PretrainConfig(num_steps=_STEPS, batch_size=16, learning_rate=3e-3)
@@ -67,13 +67,17 @@ def measure_selection(
 
     Raises:
         InputError: no tasks are given and the shared data is not there.
+        TrainingError: a probe failed.
     """
-    tasks = load_tasks() if tasks is None else tasks
+    tasks = list(load_tasks() if tasks is None else tasks)[: 2 if quick else None]
+    steps = _QUICK_STEPS if quick else _STEPS
+    config = SelectConfig(candidates=BASES, probe_steps=steps, example_counts=(_FEW, _MANY), shots=0)
     facts = {}
-    for task in tasks[:2] if quick else tasks:
-        with tempfile.TemporaryDirectory() as folder:
-            facts[task.spec.name] = _compare(task, pathlib.Path(folder), _QUICK_STEPS if quick else _STEPS)
-        say(f"selection {task.spec.name}: {facts[task.spec.name]}")
+    with tempfile.TemporaryDirectory() as folder:
+        grids = _measure_grids(tasks, config, pathlib.Path(folder) / "grid")
+        for number, task in enumerate(tasks):
+            facts[task.spec.name] = _compare(task, config, grids[number], pathlib.Path(folder) / f"halving-{number}")
+            say(f"selection {task.spec.name}: {facts[task.spec.name]}")
     spent, grid = (sum(one[key] for one in facts.values()) for key in ("halving_flops", "grid_flops"))
     regrets = [one["regret"] for one in facts.values()]
     return {
@@ -151,24 +155,46 @@ def _example(call: AgentCall) -> Example:
     )
 
 
-def _compare(task: SelectionTask, folder: pathlib.Path, steps: int) -> dict[str, Any]:
-    """Select on validation examples with halving, train the whole grid, score that on test examples."""
-    config = SelectConfig(candidates=BASES, probe_steps=steps, example_counts=(_FEW, _MANY), shots=0)
-    plans, measuring = _prepare(task, task.validation, config, folder / "halving")
-    results = measure(plans, measuring)
-    grid_plans, grid_measuring = _prepare(task, task.test, config, folder / "grid")
-    grid = measure(grid_plans, grid_measuring, halving=False)
+def _measure_grids(
+    tasks: Sequence[SelectionTask], config: SelectConfig, folder: pathlib.Path
+) -> list[list[tuple[ProbePlan, ProbeResult]]]:
+    """Every probe of every task to the end, scored on test examples; one list a task. One run, to start workers once."""
+    prepared = [_prepare(task, task.test, config, folder) for task in tasks]
+    plans = [
+        plan._replace(contender=plan.contender._replace(name=f"{number}/{plan.contender.name}"))
+        for number, (own, _) in enumerate(prepared)
+        for plan in own
+    ]
+    num_scored = {task_id: n for _, measuring in prepared for task_id, n in measuring.num_scored.items()}
+    results = iter(_run(plans, prepared[0][1]._replace(num_scored=num_scored), halving=False))
+    return [[(plan, next(results)) for plan in own] for own, _ in prepared]
+
+
+def _run(plans: Sequence[ProbePlan], measuring: Measuring, *, halving: bool) -> list[ProbeResult]:
+    """Raises TrainingError where a probe failed: a mean over the others would not be of the tasks it names."""
+    results = measure(plans, measuring, halving=halving)
+    if errors := [result.error for result in results if result.error]:
+        raise TrainingError(f"selection benchmark: {len(errors)} of {len(results)} probes failed: {errors[0]}")
+    return results
+
+
+def _compare(
+    task: SelectionTask, config: SelectConfig, grid: list[tuple[ProbePlan, ProbeResult]], folder: pathlib.Path
+) -> dict[str, Any]:
+    """Select on validation examples with halving, and look up in the grid what that gave away."""
+    plans, measuring = _prepare(task, task.validation, config, folder)
+    results = _run(plans, measuring, halving=True)
     selection = decide(config, _needs(task), record_results(plans, results), "")
     scores: dict[str, float] = {}
-    for plan, result in zip(grid_plans, grid, strict=True):
+    for plan, result in grid:
         scores.setdefault(plan.contender.name, result.rungs[-1].score)  # the first has most examples
     return {
         "chosen": selection.base,
         "regret": max(scores.values()) - scores[selection.base],
         "test_scores": scores,
         "halving_flops": _flops(plans, results),
-        "grid_flops": _flops(grid_plans, grid),
-        "stopped": sum(result.rungs[-1].num_steps < steps for result in results),
+        "grid_flops": _flops(*zip(*grid, strict=True)),
+        "stopped": sum(result.rungs[-1].num_steps < config.probe_steps for result in results),
         "probes": len(plans),
     }
 
@@ -210,9 +236,9 @@ def main() -> int:
     connect()
     try:
         found = measure_selection(lambda line: print(line, file=sys.stderr), quick="--quick" in sys.argv)
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         print(f"selection: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     print(json.dumps(found, indent=1))
     return 0
 
