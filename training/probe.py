@@ -189,7 +189,7 @@ def describe_budget(plans: Sequence[ProbePlan], measuring: Measuring) -> str:
     curve = f"; then at most {counts - 1} more for the chosen base's learning curve" if counts > 1 else ""
     return (
         f"{len(plans)} probes of {len({plan.contender.name for plan in plans})} bases, at most {steps} steps each: "
-        f"{len(plans) * steps} steps, about {flops:.2g} floating point operations; halving spends about half{curve}"
+        f"{len(plans) * steps} steps, about {flops:.2g} floating point operations; halving ends those behind after a quarter or a half{curve}"
     )
 
 
@@ -213,11 +213,13 @@ def measure(plans: Sequence[ProbePlan], measuring: Measuring, *, halving: bool =
             time_attr="step", max_t=steps, grace_period=steps // _RUNGS[-1], reduction_factor=_REDUCTION
         )
     is_alone = finetune.num_workers == 1
-    resources = {"cpu": finetune.cpus_per_worker, "gpu": min(1, finetune.gpus_per_worker)} if is_alone else {"cpu": 0}
+    # A trial whose workers are processes of their own only waits; Tune takes none that asks for nothing: one byte.
+    waiting = {"cpu": 0, "memory": 1}
+    own = {"cpu": finetune.cpus_per_worker, "gpu": min(1, finetune.gpus_per_worker)}
     name = "tune" if halving else "tune-all"
     storage = str(measuring.folder.resolve())
     tuner = tune.Tuner(
-        tune.with_resources(probe_trial, resources),
+        tune.with_resources(probe_trial, own if is_alone else waiting),
         param_space={"trial": tune.grid_search(_write_trials(plans, measuring, name))},
         tune_config=tune.TuneConfig(
             metric="halving_score",

@@ -109,7 +109,7 @@ def test_the_smallest_good_enough_candidate_is_chosen_and_the_others_are_recorde
     assert again == chosen and not (tmp_path / "elsewhere").exists(), "it was measured twice"
 
 
-def test_a_grid_of_ranks_and_examples_is_halved_and_foretells_the_full_training(
+def test_a_grid_of_ranks_and_examples_foretells_the_full_training(
     ray_cluster: None, folders: Folders, scope: Scope, tmp_path: pathlib.Path
 ) -> None:
     sizes = {"ranks": (2, 4), "example_counts": (6, 12), "probe_steps": 8, "probe_examples": 12}
@@ -126,7 +126,6 @@ def test_a_grid_of_ranks_and_examples_is_halved_and_foretells_the_full_training(
     assert chosen.forecast is not None and chosen.forecast.unit == "examples"
     assert [point.size for point in chosen.forecast.tasks[0].points] == [6.0, 12.0]
     assert "agreement" in said[1] and "cost unknown" in said[1]
-    assert any(probe.rungs[-1].num_steps < 8 for one in chosen.candidates for probe in one.probes), "nothing was halved"
 
 
 def test_a_probe_may_take_several_workers(
