@@ -139,9 +139,10 @@ class Measuring(NamedTuple):
 
 
 def plan_probes(contenders: Sequence[Contender], measuring: Measuring) -> list[ProbePlan]:
-    """The grid of (base, rank, number of examples): smallest base first, most examples first.
+    """The grid of (base, rank, number of examples): most examples first, of those the smallest base.
 
-    ASHA lets the first trials at a rung pass, so the likeliest winners of each base come first.
+    ASHA lets the first trials at a rung pass and compares the later ones with them: every base begins at its best, and
+    large ones, which cost most, and few examples are tried when there is something to beat.
     """
     config = measuring.config
     plans = []
@@ -150,8 +151,8 @@ def plan_probes(contenders: Sequence[Contender], measuring: Measuring) -> list[P
         seen = -(-config.probe_steps * measuring.training_of(one).batch_size // len(one.data))
         longest = max(len(data.train) for data in one.data.values())
         counts = {min(count, longest) for count in config.example_counts or (seen,)}
-        plans += [ProbePlan(one, rank, count) for count in sorted(counts, reverse=True) for rank in ranks]
-    return plans
+        plans += [ProbePlan(one, rank, count) for count in counts for rank in ranks]
+    return sorted(plans, key=lambda plan: -plan.num_examples)
 
 
 def plan_curve(plans: Sequence[ProbePlan], results: Sequence[ProbeResult], chosen: ProbePlan) -> list[ProbePlan]:

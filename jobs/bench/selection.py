@@ -37,7 +37,7 @@ BASES = ("scratch-micro", "scratch-tiny", "scratch-small", "scratch-medium")
 _NUM_DOMAINS = 4
 _MOST_TRAIN, _NUM_VALIDATION, _NUM_TEST = 1200, 96, 160
 _FEW, _MANY = 120, _MOST_TRAIN
-_STEPS, _QUICK_STEPS = 64, 8
+_STEPS, _QUICK_STEPS = 80, 8
 _WINDOW = 1024
 _MACHINE_GIB = 4.0
 _PRETRAIN = PretrainConfig(num_steps=_STEPS, batch_size=16, learning_rate=3e-3)
