@@ -151,13 +151,15 @@ def _endless_warmups(recipe: Recipe) -> list[str]:
 def _misfits_of_engine(recipe: Recipe) -> list[str]:
     """Adapters that the engine has no room for, and an engine for longer texts than its base takes."""
     problems = []
-    rank, most = recipe.finetune.lora_rank, recipe.specialists.max_lora_rank
-    if rank > most:
-        least = min(one for one in LORA_RANKS if one >= rank)
-        problems.append(
-            f"finetune.lora_rank={rank}: above specialists.max_lora_rank={most}; allowed: at most that; "
-            f"next: finetune.lora_rank={most}, or specialists.max_lora_rank={least}"
-        )
+    most = recipe.specialists.max_lora_rank
+    ranks = [("finetune.lora_rank", recipe.finetune.lora_rank), *(("select.ranks", one) for one in recipe.select.ranks)]
+    for name, rank in ranks:
+        if rank > most:
+            least = min((one for one in LORA_RANKS if one >= rank), default=max(LORA_RANKS))
+            problems.append(
+                f"{name}={rank}: above specialists.max_lora_rank={most}; allowed: at most that; "
+                f"next: {name}={most}, or specialists.max_lora_rank={least}"
+            )
     tokens, window = recipe.specialists.max_model_tokens, _window_of_base(recipe.select)
     if window is not None and tokens > window:
         problems.append(

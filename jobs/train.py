@@ -22,7 +22,7 @@ from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise
 from training.evaluation import Candidate
 from training.finetune import finetune
 from training.fleet import run_fleet
-from training.probe import model_memory_gib
+from training.probe import at_rank, model_memory_gib
 from training.scratch import pretrain, texts_of, train_tokenizer
 from training.selection import Selection, select_base
 
@@ -57,10 +57,11 @@ def train(
         refused: task_id -> reason; tasks that cannot be learned are added.
         lap: called with the name of each stage that is over.
     """
-    chosen = select_base(store, snapshot, recipe.select, scope, recipe.pretrain, recipe.finetune, work)
+    chosen = select_base(store, snapshot, recipe.select, scope, recipe.pretrain, recipe.finetune, work, say)
     for one in chosen.candidates:
         say(f"select {one.name}: {one.status}: {one.reason}")
     lap("select")
+    recipe = recipe.model_copy(update={"finetune": at_rank(recipe.finetune, chosen.lora_rank)})
     base, tokenizer, data = _prepare_base(recipe, store, work, snapshot, chosen, scope, refused, say)
     lap("base")
     plans = _plan_runs(recipe, store, work, scope.tasks, data, base)
@@ -91,7 +92,8 @@ class _Plan(Record):
 def scope_of(recipe: Recipe, tasks: list[TaskSpec], by_split: dict[Split, dict[str, list[Example]]]) -> Scope:
     """What the base and the adapters are made for: tasks, redacted examples, the engine's window and the memory."""
     max_tokens = recipe.specialists.max_model_tokens
-    return Scope(tasks, by_split, max_tokens, max_tokens * 3 // 4, model_memory_gib(recipe.finetune))
+    memory_gib = model_memory_gib(recipe.finetune)
+    return Scope(tasks, by_split, max_tokens, max_tokens * 3 // 4, memory_gib, recipe.gate.epsilon)
 
 
 def _prepare_base(

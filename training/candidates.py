@@ -10,12 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from cluster.answers import to_text
 from cluster.errors import BaseUnavailableError, ConfigError, InputError
 from cluster.prompts import prompt_texts, shown_text, text_of
 from cluster.records import Example, Record, Split, TaskSpec
 from training.bases import OpenBase, describe_base, open_base
 from training.catalog import BaseModelFacts, Needs, ScratchModel, filter_candidates, num_parameters
-from training.dataset import TaskData, tokenise_tasks
+from training.dataset import TaskData, build_task_data, tokenise_tasks
 from training.probe import Contender, Rung, spread
 from training.scratch import texts_of, train_tokenizer
 
@@ -24,6 +25,9 @@ _CHARACTERS_PER_TOKEN = 4
 _MAX_SAMPLE = 2000
 """Train prompts per task that are measured in tokens; evenly spread over the split."""
 _ANY_LENGTH = 2**31
+_INSTRUCTING = ("system", "developer")
+_MOST = 0.99
+"""Share of prompts that must still fit with examples shown."""
 
 
 class Scope(NamedTuple):
@@ -38,6 +42,30 @@ class Scope(NamedTuple):
     """Longer prompts go to the LLM whatever the base."""
     machine_gib: float
     """Memory of the device that trains one model."""
+    epsilon: float = 0.05
+    """Share of accepted answers that the gate lets disagree with the reference."""
+
+
+class FewShot(Record):
+    """The untrained candidate with train examples in its prompt."""
+
+    score: float
+    """Mean of `task_scores`."""
+    task_scores: dict[str, float]
+    num_shots: dict[str, int]
+    """task_id -> examples shown; as many as leave room for (nearly) every prompt."""
+
+
+class ProbeRun(Record):
+    """What one probe of a candidate measured."""
+
+    lora_rank: int | None
+    """None: trained whole."""
+    num_examples: int
+    """Train examples per task at most."""
+    rungs: tuple[Rung, ...]
+    """Zero-shot first."""
+    error: str | None = None
 
 
 class BaseCandidate(Record):
@@ -49,21 +77,31 @@ class BaseCandidate(Record):
     parameters: int | None = None
     p99_prompt_tokens: int | None = None
     """Of train prompts; None where it was not reached."""
+    p99_call_tokens: int | None = None
+    """Of train prompts with their answers."""
     is_p99_estimated: bool = False
     """Counted as characters / 4, because its tokenizer was not there."""
     rungs: tuple[Rung, ...] = ()
-    """Zero-shot first. Scores compare at the same number of steps."""
+    """Of its best probe among those that went on longest; zero-shot first. Scores compare at the same number of steps."""
+    probes: tuple[ProbeRun, ...] = ()
+    few_shot: FewShot | None = None
+    """None: not measured, as for a scratch base, which knows nothing before it is trained."""
 
 
 def examine(
-    name: str, entry: BaseModelFacts | None, needs: Needs, scope: Scope, num_validation: int
+    name: str, entry: BaseModelFacts | None, needs: Needs, scope: Scope, num_validation: int, num_shots: int = 0
 ) -> Contender | BaseCandidate:
-    """Filter by what is known, open, count prompts in the candidate's own tokens, filter again."""
+    """Filter by what is known, open, count prompts in the candidate's own tokens, filter again.
+
+    Args:
+        num_shots: train examples to show in the prompts of the few-shot arm; 0 makes none.
+    """
     is_scratch = isinstance(entry, ScratchModel)
     facts = {"name": name, "parameters": num_parameters(entry) if entry else None}
     if entry is not None and not is_scratch and (missed := missed_needs(entry, needs)):
         # Before anything is fetched, so its prompt length is the estimate.
-        estimate = {"p99_prompt_tokens": needs.p99_prompt_tokens, "is_p99_estimated": True}
+        estimate = {"p99_prompt_tokens": needs.p99_prompt_tokens, "p99_call_tokens": needs.p99_call_tokens}
+        estimate |= {"is_p99_estimated": True}
         return BaseCandidate(**facts, **estimate, status="rejected", reason=missed)
     opened: OpenBase | None = None
     try:
@@ -78,14 +116,16 @@ def examine(
         data = tokenise_sample(name, scope, tokenizer, is_scratch=is_scratch, num_validation=num_validation)
     except ConfigError as error:
         return BaseCandidate(**facts, status="rejected", reason=str(error))
-    facts |= {"parameters": num_parameters(entry), "p99_prompt_tokens": measured_p99(data)}
-    if missed := missed_needs(entry, needs.model_copy(update={"p99_prompt_tokens": measured_p99(data)})):
+    lengths = measured_p99(data)
+    facts |= {"parameters": num_parameters(entry), **lengths}
+    if missed := missed_needs(entry, needs.model_copy(update=lengths)):
         return BaseCandidate(**facts, status="rejected", reason=missed)
     fitting = {task_id: _fitting(one, scope.max_prompt_tokens) for task_id, one in data.items()}
     if not any(one.train for one in fitting.values()):
         reason = f"no train prompt is as short as {scope.max_prompt_tokens} tokens, the most a specialist is asked"
         return BaseCandidate(**facts, status="rejected", reason=reason)
-    return Contender(name, entry, opened.location if opened else "", tokenizer, fitting, measured_p99(data))
+    contender = Contender(name, entry, opened.location if opened else "", tokenizer, fitting, **lengths)
+    return contender if is_scratch or not num_shots else _with_shots(contender, scope, num_validation, num_shots)
 
 
 def tokenise_sample(
@@ -113,21 +153,30 @@ def tokenise_sample(
         ) from None
 
 
-def estimated_p99(scope: Scope, *, is_scratch: bool) -> int:
-    """99th percentile of all tasks' train prompts, from their characters."""
-    lengths = []
+def estimated_p99(scope: Scope, *, is_scratch: bool) -> dict[str, int]:
+    """99th percentiles over all tasks' train examples of the prompt and of the whole call, from their characters.
+
+    Returns:
+        {p99_prompt_tokens, p99_call_tokens}, as `Needs` has them.
+    """
+    prompts, calls = [], []
     for task in scope.tasks:
         for example in scope.by_split["train"][task.task_id]:
             try:
-                lengths.append(estimate_prompt_tokens(example.request, task.static_lines if is_scratch else None))
+                answer = -(-len(to_text(example.target)) // _CHARACTERS_PER_TOKEN)
+                prompt = estimate_prompt_tokens(example.request, task.static_lines if is_scratch else None)
             except InputError:
                 continue  # a part that is not text: no specialist is asked it
-    return p99(lengths)
+            prompts.append(prompt)
+            calls.append(prompt + answer)
+    return {"p99_prompt_tokens": p99(prompts), "p99_call_tokens": p99(calls)}
 
 
-def measured_p99(data: Mapping[str, TaskData]) -> int:
-    """99th percentile of the train prompts in a candidate's own tokens."""
-    return p99([row["num_prompt"] for one in data.values() for row in one.train])
+def measured_p99(data: Mapping[str, TaskData]) -> dict[str, int]:
+    """The same in a candidate's own tokens."""
+    rows = [row for one in data.values() for row in one.train]
+    prompts, calls = [row["num_prompt"] for row in rows], [len(row["input_ids"]) for row in rows]
+    return {"p99_prompt_tokens": p99(prompts), "p99_call_tokens": p99(calls)}
 
 
 def missed_needs(entry: BaseModelFacts, needs: Needs) -> str:
@@ -161,6 +210,41 @@ def _scratch_tokenizer(entry: ScratchModel, scope: Scope) -> Any:
     samples = [(task, spread(scope.by_split["train"][task.task_id], _MAX_SAMPLE)) for task in scope.tasks]
     texts = [text for task, sample in samples for text in texts_of(sample, task.static_lines)]
     return train_tokenizer(texts, entry.vocab_size)
+
+
+def _with_shots(contender: Contender, scope: Scope, num_validation: int, num_shots: int) -> Contender:
+    """Add the validation rows of the few-shot arm: of every task the most examples that leave room for its prompts."""
+    import jinja2
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    shown: dict[str, int] = {}
+    for task_id, data in contender.data.items():
+        held_out = spread(scope.by_split["validation"][task_id], num_validation)
+        prompt_format = data.prompt_format.model_copy(update={"max_prompt_tokens": scope.max_prompt_tokens})
+        for count in range(num_shots, 0, -1):
+            shots = spread(scope.by_split["train"][task_id], count)
+            examples = [show_shots(example, shots) for example in held_out]
+            try:
+                fitting = build_task_data([], examples, prompt_format, contender.tokenizer).validation
+            except jinja2.TemplateError:
+                break  # a template that refuses answers amid the chat: no few-shot arm for this task
+            if fitting and len(fitting) >= _MOST * len(data.validation):
+                rows[task_id], shown[task_id] = fitting, len(shots)
+                break
+    return contender._replace(few_shot=rows, num_shots=shown)
+
+
+def show_shots(example: Example, shots: Sequence[Example]) -> Example:
+    """The example with others and their answers as turns before it, behind its own instructions."""
+    messages = example.request["messages"]
+    start = next((k for k, message in enumerate(messages) if message["role"] not in _INSTRUCTING), len(messages))
+    turns = []
+    for shot in shots:
+        said = [message for message in shot.request["messages"] if message["role"] not in _INSTRUCTING]
+        turns += [*said, {"role": "assistant", **shot.target}]
+    return example.model_copy(
+        update={"request": {**example.request, "messages": [*messages[:start], *turns, *messages[start:]]}}
+    )
 
 
 def _fitting(data: TaskData, max_prompt_tokens: int) -> TaskData:

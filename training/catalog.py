@@ -30,6 +30,7 @@ ValueT = TypeVar("ValueT")
 SourceUrl = Annotated[str, Field(pattern=r"^https://\S+$")]
 NonEmpty = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Released = Annotated[str, Field(pattern=r"^\d{4}-\d{2}(-\d{2})?$")]
 
 
 class Fact(Record, Generic[ValueT]):
@@ -58,6 +59,8 @@ class HubModel(Record):
     kind: Literal["hub"]
     name: NonEmpty
     hub_id: str = Field(pattern=f"^{HUB_ID.pattern}$")
+    released: Fact[Released] | None
+    """Day, or month where no more is said."""
     parameters: Fact[PositiveInt] | None
     """Weights counted once where the embedding is tied."""
     license: Fact[NonEmpty] | None
@@ -162,6 +165,8 @@ class Needs(Record):
     """What a task asks of its base model."""
 
     p99_prompt_tokens: int = Field(ge=0)
+    p99_call_tokens: int = Field(default=0, ge=0)
+    """99th percentile of prompt and answer together."""
     needs_tool_use: bool
     allowed_licenses: tuple[str, ...] | None
     """Compared without case; None allows any licence, an unknown one too."""
@@ -216,6 +221,18 @@ def filter_candidates(entries: Iterable[BaseModelFacts], needs: Needs) -> tuple[
         else:
             kept.append(entry)
     return kept, rejected
+
+
+def missed_policy(entry: BaseModelFacts, needs_tool_use: bool, allowed_licenses: tuple[str, ...] | None) -> list[str]:
+    """Why an entry may not be used whatever its size; a scratch entry always may.
+
+    Args:
+        allowed_licenses: as in `Needs`.
+    """
+    if isinstance(entry, ScratchModel):
+        return []
+    reasons = [_missed_tool_use(entry, needs_tool_use), _missed_license(entry, allowed_licenses)]
+    return [reason for reason in reasons if reason]
 
 
 def find_entry(name: str) -> HubModel | ScratchModel | None:
@@ -284,10 +301,8 @@ def _value(fact: Fact[ValueT] | ValueT | None) -> ValueT | None:
 
 
 def _missed_needs(entry: BaseModelFacts, needs: Needs) -> list[str]:
-    reasons = [_missed_context(entry, needs), _missed_memory(entry, needs.memory_gib)]
-    if not isinstance(entry, ScratchModel):
-        reasons += [_missed_tool_use(entry, needs.needs_tool_use), _missed_license(entry, needs.allowed_licenses)]
-    return [reason for reason in reasons if reason]
+    sizes = [_missed_context(entry, needs), _missed_memory(entry, needs.memory_gib)]
+    return [reason for reason in sizes if reason] + missed_policy(entry, needs.needs_tool_use, needs.allowed_licenses)
 
 
 def _missed_context(entry: BaseModelFacts, needs: Needs) -> str:
@@ -296,6 +311,8 @@ def _missed_context(entry: BaseModelFacts, needs: Needs) -> str:
         return "unknown context window"
     if needs.p99_prompt_tokens > num_tokens:
         return f"prompt p99 {needs.p99_prompt_tokens} tokens > context window {num_tokens}"
+    if needs.p99_call_tokens > num_tokens:
+        return f"prompt and answer p99 {needs.p99_call_tokens} tokens > context window {num_tokens}"
     if needs.max_model_tokens > num_tokens:
         return f"specialists.max_model_tokens {needs.max_model_tokens} > context window {num_tokens}"
     return ""

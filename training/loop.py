@@ -37,7 +37,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["num_threads"])
     torch.manual_seed(settings["seed"])
     model = build_model(settings)
-    engine = _build_engine(model, settings)
+    engine = build_engine(model, settings)
     rows = Rows(settings["train_path"], settings, context.get_world_rank(), context.get_world_size())
     held_out = Rows(settings["validation_path"], settings, 0, 1) if settings["validation_path"] else None
     step, curve = _resume(engine)
@@ -146,7 +146,7 @@ def build_model(settings: dict[str, Any]) -> Any:
     return get_peft_model(model, lora)
 
 
-def _build_engine(model: Any, settings: dict[str, Any]) -> Any:
+def build_engine(model: Any, settings: dict[str, Any]) -> Any:
     import deepspeed
     import deepspeed.ops
     import torch

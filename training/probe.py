@@ -1,46 +1,65 @@
-"""Measures candidates for a base: a zero-shot score and a short fine-tune each, on Ray Tune with successive halving (S4).
+"""Measures candidates for a base by short fine-tunes of (base, LoRA rank, number of examples) with successive halving (S4).
 
-One Tune trial per candidate. It trains one model on all tasks' train rows mixed (LoRA on a pretrained base, all weights
-of a scratch one) and stops after a quarter and a half of the steps to score itself; ASHA ends the trials that are
-behind there. A score is the share of validation examples that greedy decoding would answer exactly as the reference,
-averaged over tasks. It is read off one forward pass: greedy decoding gives the reference's tokens if and only if each of
-them is the likeliest after the ones before it. An answer that says the same in other tokens counts as wrong, so scores
-compare candidates and promise nothing; the gate does that, on calls that no probe sees.
+One Ray Tune trial per probe, each a Ray Train run (training/probe_loop.py). A probe trains one model on all tasks' train
+rows mixed (LoRA on a pretrained base, all weights of a scratch one) and scores itself untrained and after a quarter, a
+half and all of its steps; ASHA ends the trials that are behind there. An answer that says the same as the reference in
+other tokens counts as wrong, so scores compare candidates and promise nothing; the gate does that, on calls that no
+probe sees.
 """
 
 from __future__ import annotations
 
 import os
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import Config
 from cluster.records import Record
 from training.catalog import BaseModelFacts, ScratchModel, num_parameters
 from training.dataset import TaskData, save_dataset
 from training.finetune import FinetuneConfig
-from training.loop import Rows, answer_loss, build_model, rate_factor
+from training.probe_loop import probe_trial
 from training.scratch import PretrainConfig, init_model
 
 ItemT = TypeVar("ItemT")
 _REDUCTION = 2
 _RUNGS = (0, 1, 2, 4)
 """Quarters of the steps after which a trial reports; 0 is the zero-shot score."""
+_FLOPS_PER_WEIGHT = {"full": 6, "lora": 4}
+"""And token: forward 2, backward 4; LoRA needs no gradient of the frozen weights (Kaplan et al. 2020, arXiv 2001.08361)."""
 
 
 class ProbeConfig(Config):
-    """How much a probe may spend on each candidate."""
+    """How much probes may spend, and what they vary."""
 
+    target: float | None = Field(default=None, gt=0, le=1)
+    """Share of answers equal to the reference: the smallest candidate that reaches it is chosen. None, or reached by
+    none: the smallest within `tolerance` of the best."""
     tolerance: float = Field(default=0.02, ge=0, lt=1)
     """The smallest candidate whose score is at most this much below the best one's is chosen."""
+    ranks: tuple[int, ...] = ()
+    """LoRA ranks to probe; the chosen one replaces finetune.lora_rank, its alpha in proportion. Empty probes that rank
+    alone. Scratch candidates are trained whole and have none."""
+    example_counts: tuple[int, ...] = ()
+    """Train examples per task to probe with, such as 50, 200, 800: where the score goes with more is foretold from two
+    on. Empty probes with as many as the steps see once."""
     probe_steps: int = Field(default=60, ge=4, multiple_of=4)
-    """Optimiser steps of the candidates that are never stopped; the others get a quarter or a half of them."""
+    """Optimiser steps of the probes that are never stopped; the others get a quarter or a half of them."""
     probe_examples: int = Field(default=64, ge=1)
     """Validation examples per task that are scored; with few, scores within `tolerance` are chance."""
+    shots: int = Field(default=4, ge=0, le=64)
+    """Train examples shown in the prompt of the untrained few-shot arm, fewer where they do not fit; 0 leaves it out."""
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> ProbeConfig:
+        for name in ("ranks", "example_counts"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or any(value < 1 for value in values):
+                raise ValueError(f"{name} must be different positive numbers; got {', '.join(map(str, values))}")
+        return self
 
 
 class Contender(NamedTuple):
@@ -54,10 +73,28 @@ class Contender(NamedTuple):
     data: Mapping[str, TaskData]
     """task_id -> a sample of its rows in this tokenizer's tokens."""
     p99_prompt_tokens: int
+    p99_call_tokens: int = 0
+    few_shot: Mapping[str, Sequence[dict[str, Any]]] = {}
+    """task_id -> validation rows whose prompt shows `num_shots` train examples; empty for a scratch base."""
+    num_shots: Mapping[str, int] = {}
+
+    @property
+    def is_scratch(self) -> bool:
+        return isinstance(self.entry, ScratchModel)
+
+
+class ProbePlan(NamedTuple):
+    """One probe to run."""
+
+    contender: Contender
+    lora_rank: int | None
+    """None: a scratch base, trained whole."""
+    num_examples: int
+    """Train examples per task at most; what a task lacks it lacks."""
 
 
 class Rung(Record):
-    """One measurement of one candidate."""
+    """One measurement of one probe."""
 
     num_steps: int
     """Optimiser steps before it; 0: untrained."""
@@ -65,105 +102,137 @@ class Rung(Record):
     """Mean of `task_scores`."""
     task_scores: dict[str, float]
     """task_id -> share of the sampled validation examples answered exactly as the reference."""
+    task_coverage: dict[str, float] = {}
+    """task_id -> largest share of them, most confident first, that is wrong no more often than the gate allows."""
+    num_tokens: int = 0
+    """Trained on before it, padding included."""
     seconds: float
     """Since the model was loaded."""
 
 
 class ProbeResult(NamedTuple):
-    """All rungs a candidate reached, or why its trial failed."""
+    """What a probe measured, or why its trial failed."""
 
     rungs: tuple[Rung, ...]
     error: str | None
+    few_shot: dict[str, float] | None = None
+    """task_id -> score of the untrained base with examples in the prompt, where this probe was asked for it."""
 
 
-def measure(
-    contenders: Sequence[Contender],
-    config: ProbeConfig,
-    pretrain: PretrainConfig,
-    finetune: FinetuneConfig,
-    num_scored: Mapping[str, int],
-    folder: pathlib.Path,
-) -> dict[str, ProbeResult]:
-    """Probe every contender on the connected Ray cluster, smallest first.
+class Measuring(NamedTuple):
+    """What all probes of a selection share."""
+
+    config: ProbeConfig
+    pretrain: PretrainConfig
+    """Learning rate and batch of scratch candidates."""
+    finetune: FinetuneConfig
+    """Those of the others, the adapter's shape, and what each trial may use of the cluster."""
+    num_scored: Mapping[str, int]
+    """task_id -> validation examples sampled; those whose prompt does not fit count as wrong."""
+    epsilon: float
+    """Share of wrong answers that the gate allows."""
+    folder: pathlib.Path
+    """For datasets and Tune's own files; shared by all nodes of the cluster."""
+
+    def training_of(self, contender: Contender) -> FinetuneConfig:
+        return self.pretrain if contender.is_scratch else self.finetune
+
+
+def plan_probes(contenders: Sequence[Contender], measuring: Measuring) -> list[ProbePlan]:
+    """The grid of (base, rank, number of examples): most examples first, of those the smallest base.
+
+    ASHA lets the first trials at a rung pass and compares the later ones with them: every base begins at its best, and
+    large ones, which cost most, and few examples are tried when there is something to beat.
+    """
+    config = measuring.config
+    plans = []
+    for one in sorted(contenders, key=lambda contender: num_parameters(contender.entry) or 0):
+        ranks = (None,) if one.is_scratch else config.ranks or (measuring.finetune.lora_rank,)
+        seen = -(-config.probe_steps * measuring.training_of(one).batch_size // len(one.data))
+        longest = max(len(data.train) for data in one.data.values())
+        counts = {min(count, longest) for count in config.example_counts or (seen,)}
+        plans += [ProbePlan(one, rank, count) for count in counts for rank in ranks]
+    return sorted(plans, key=lambda plan: -plan.num_examples)
+
+
+def plan_curve(plans: Sequence[ProbePlan], results: Sequence[ProbeResult], chosen: ProbePlan) -> list[ProbePlan]:
+    """Probes of the chosen base and rank that halving stopped: its learning curve needs all numbers of examples."""
+    last = max((result.rungs[-1].num_steps for result in results if result.rungs), default=0)
+    same = (chosen.contender.name, chosen.lora_rank)
+    return [
+        plan
+        for plan, result in zip(plans, results, strict=True)
+        if (plan.contender.name, plan.lora_rank) == same and result.rungs and result.rungs[-1].num_steps < last
+    ]
+
+
+def at_rank(finetune: FinetuneConfig, lora_rank: int | None) -> FinetuneConfig:
+    """The same training at another LoRA rank; its update keeps the scale alpha / rank. None changes nothing."""
+    if lora_rank is None:
+        return finetune
+    alpha = finetune.lora_alpha * lora_rank / finetune.lora_rank
+    return finetune.model_copy(update={"lora_rank": lora_rank, "lora_alpha": alpha})
+
+
+def train_flops(contender: Contender, num_tokens: int) -> float:
+    """Floating point operations of training on so many tokens."""
+    return (
+        _FLOPS_PER_WEIGHT["full" if contender.is_scratch else "lora"]
+        * (num_parameters(contender.entry) or 0)
+        * num_tokens
+    )
+
+
+def describe_budget(plans: Sequence[ProbePlan], measuring: Measuring) -> str:
+    """What a measurement will spend, said before it."""
+    steps, counts = measuring.config.probe_steps, len(measuring.config.example_counts)
+    flops = sum(train_flops(plan.contender, steps * _tokens_per_step(plan, measuring)) for plan in plans)
+    curve = f"; then at most {counts - 1} more for the chosen base's learning curve" if counts > 1 else ""
+    return (
+        f"{len(plans)} probes of {len({plan.contender.name for plan in plans})} bases, at most {steps} steps each: "
+        f"{len(plans) * steps} steps, about {flops:.2g} floating point operations; halving ends those behind after a quarter or a half{curve}"
+    )
+
+
+def measure(plans: Sequence[ProbePlan], measuring: Measuring, *, halving: bool = True) -> list[ProbeResult]:
+    """Run the probes on the connected Ray cluster; results in the order of `plans`.
 
     Args:
-        pretrain: learning rate and batch of scratch contenders.
-        finetune: those of the others, the adapter's shape, and what each trial may use of the cluster.
-        num_scored: task_id -> validation examples sampled; those whose prompt does not fit count as wrong.
-        folder: for datasets and Tune's own files; shared by all nodes of the cluster.
+        halving: False runs every probe to the end.
     """
     # Tune's switches for its console tables and for the log formats that cannot hold a list of rungs.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
-    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-    ordered = sorted(contenders, key=lambda contender: num_parameters(contender.entry) or 0)
-    trials = []
-    for number, contender in enumerate(ordered):
-        own = folder.resolve() / f"{number}-{pathlib.Path(contender.name).name}"
-        settings = _trial_settings(contender, config, pretrain, finetune, own)
-        penalty = config.tolerance * number / max(1, len(ordered) - 1)
-        trials.append({**settings, "num_scored": dict(num_scored), "size_penalty": penalty})
-    resources = {"cpu": finetune.cpus_per_worker, "gpu": min(1, finetune.gpus_per_worker)}
-    quarter = config.probe_steps // _RUNGS[-1]
-    scheduler = ASHAScheduler(
-        time_attr="step", max_t=config.probe_steps, grace_period=quarter, reduction_factor=_REDUCTION
-    )
+    steps, finetune = measuring.config.probe_steps, measuring.finetune
+    scheduler = FIFOScheduler()
+    if halving:
+        scheduler = ASHAScheduler(
+            time_attr="step", max_t=steps, grace_period=steps // _RUNGS[-1], reduction_factor=_REDUCTION
+        )
+    is_alone = finetune.num_workers == 1
+    # A trial whose workers are processes of their own only waits; Tune takes none that asks for nothing: one byte.
+    waiting = {"cpu": 0, "memory": 1}
+    own = {"cpu": finetune.cpus_per_worker, "gpu": min(1, finetune.gpus_per_worker)}
+    name = "tune" if halving else "tune-all"
+    storage = str(measuring.folder.resolve())
     tuner = tune.Tuner(
-        tune.with_resources(probe_trial, resources),
-        param_space={"trial": tune.grid_search(trials)},
+        tune.with_resources(probe_trial, own if is_alone else waiting),
+        param_space={"trial": tune.grid_search(_write_trials(plans, measuring, name))},
         tune_config=tune.TuneConfig(
             metric="halving_score",
             mode="max",
             scheduler=scheduler,
-            reuse_actors=True,
+            reuse_actors=is_alone,
+            max_concurrent_trials=None if is_alone else _num_side_by_side(finetune),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(
-            name="tune", storage_path=str(folder.resolve()), callbacks=[JsonLoggerCallback()], verbose=0
-        ),
+        run_config=tune.RunConfig(name=name, storage_path=storage, callbacks=[JsonLoggerCallback()], verbose=0),
     )
-    return {contender.name: _result_of(result) for contender, result in zip(ordered, tuner.fit(), strict=True)}
-
-
-def probe_trial(config: dict[str, Any]) -> None:
-    """Run as a Ray Tune trial; reports after each rung.
-
-    Args:
-        config: {"trial": settings}, see `_trial_settings`.
-    """
-    import torch
-    from ray import tune
-
-    settings = config["trial"]
-    torch.set_num_threads(settings["num_threads"])
-    torch.manual_seed(settings["seed"])
-    device = torch.device("cuda" if settings["use_gpu"] else "cpu")
-    model = build_model(settings).to(device)
-    rows = Rows(settings["train_path"], settings, 0, 1)
-    held_out = {task_id: Rows(path, settings, 0, 1) for task_id, path in settings["validation_paths"].items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings["learning_rate"])
-    rungs, began = [], time.monotonic()
-    for step in range(settings["num_steps"] + 1):
-        if step in settings["rungs"]:
-            scores = _score_tasks(model, held_out, settings, device)
-            score = sum(scores.values()) / len(scores)
-            seconds = round(time.monotonic() - began, 2)
-            rungs.append({"num_steps": step, "score": score, "task_scores": scores, "seconds": seconds})
-            halving_score = score_for_halving(score, settings["size_penalty"])
-            tune.report({"step": step, "halving_score": halving_score, "rungs": list(rungs)})
-        if step < settings["num_steps"]:
-            _train_step(model, optimizer, rows.batch(step), settings, step, device)
-
-
-def score_for_halving(score: float, size_penalty: float) -> float:
-    """What halving ranks by: of two candidates within the tolerance it keeps the smaller one.
-
-    Size does not count among candidates that have not answered anything yet: ties go on.
-    """
-    return max(0.0, score - size_penalty)
+    return [_result_of(result) for result in tuner.fit()]
 
 
 def model_memory_gib(finetune: FinetuneConfig) -> float:
@@ -197,91 +266,83 @@ def spread(items: Sequence[ItemT], limit: int) -> list[ItemT]:
     return [items[k * len(items) // kept] for k in range(kept)]
 
 
-def is_exact(logits: Any, labels: Any) -> Any:
-    """Which answers greedy decoding would give token by token.
+def _num_side_by_side(finetune: FinetuneConfig) -> int:
+    """Trials whose workers the cluster can hold at once; their own processes only wait."""
+    import ray
 
-    Args:
-        logits: [B, T, V]; at each place for the token that `labels` has there.
-        labels: [B, T]; -100 where there is no answer token.
+    held = ray.cluster_resources()
+    fits = [held.get("CPU", 0) // (finetune.num_workers * finetune.cpus_per_worker)]
+    if finetune.gpus_per_worker:
+        fits.append(held.get("GPU", 0) // (finetune.num_workers * finetune.gpus_per_worker))
+    return max(1, int(min(fits)))
 
-    Returns:
-        Booleans [B].
-    """
-    return ((logits.argmax(dim=-1) == labels) | (labels == -100)).all(dim=1)
+
+def _tokens_per_step(plan: ProbePlan, measuring: Measuring) -> int:
+    lengths = [len(row["input_ids"]) for data in plan.contender.data.values() for row in data.train]
+    training = measuring.training_of(plan.contender)
+    return sum(lengths) * training.batch_size * training.num_workers // max(1, len(lengths))
+
+
+def _write_trials(plans: Sequence[ProbePlan], measuring: Measuring, run: str) -> list[dict[str, Any]]:
+    """Write every probe's datasets, and the untrained weights of scratch bases; name all that its trial needs."""
+    names = list(dict.fromkeys(plan.contender.name for plan in plans))
+    trials: list[dict[str, Any]] = []
+    asked: set[str] = set()
+    for number, plan in enumerate(plans):
+        place = names.index(plan.contender.name)
+        penalty = measuring.config.tolerance * place / max(1, len(names) - 1)
+        # Untrained, all probes of a base are the same: the first one asks with examples in the prompt.
+        few_shot = {} if plan.contender.name in asked else plan.contender.few_shot
+        asked.add(plan.contender.name)
+        base = measuring.folder.resolve() / f"base-{place}-{pathlib.Path(plan.contender.name).name}"
+        settings = _trial_settings(plan, measuring, base, few_shot)
+        trials.append({**settings, "size_penalty": penalty, "name": f"{run}-{number}"})
+    return trials
 
 
 def _trial_settings(
-    contender: Contender,
-    config: ProbeConfig,
-    pretrain: PretrainConfig,
-    finetune: FinetuneConfig,
-    folder: pathlib.Path,
+    plan: ProbePlan, measuring: Measuring, base: pathlib.Path, few_shot: Mapping[str, Sequence[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Write a contender's datasets, and its untrained weights where it is a scratch one; name all its trial needs."""
-    is_scratch = isinstance(contender.entry, ScratchModel)
-    if isinstance(contender.entry, ScratchModel):
-        init_model(contender.entry, contender.tokenizer, folder / "init", pretrain.seed)
-    training = pretrain if is_scratch else finetune
-    per_task = -(-config.probe_steps * training.batch_size // len(contender.data))
-    save_dataset([row for data in contender.data.values() for row in spread(data.train, per_task)], folder / "train")
-    validation_paths = {}
-    for task_id, data in contender.data.items():
-        if data.validation:
-            validation_paths[task_id] = str(folder / "validation" / task_id)
-            save_dataset(data.validation, folder / "validation" / task_id)
+    contender, config, finetune = plan.contender, measuring.config, measuring.finetune
+    training = measuring.training_of(contender)
+    own = base / f"{plan.num_examples}"
+    validation = {task_id: data.validation for task_id, data in contender.data.items() if data.validation}
+    if isinstance(contender.entry, ScratchModel) and not (base / "init").exists():
+        init_model(contender.entry, contender.tokenizer, base / "init", measuring.pretrain.seed)
+    if not own.exists():
+        save_dataset([row for data in contender.data.values() for row in spread(data.train, plan.num_examples)], own)
+    shared = ("num_workers", "cpus_per_worker", "gpus_per_worker")
     return {
-        **training.model_dump(mode="json"),
-        "method": "full" if is_scratch else "lora",
-        "base_path": str(folder / "init") if is_scratch else contender.location,
-        "train_path": str(folder / "train"),
-        "validation_paths": validation_paths,
+        **at_rank(training, plan.lora_rank).model_dump(mode="json"),
+        **{name: getattr(finetune, name) for name in shared},
+        "method": "full" if contender.is_scratch else "lora",
+        "base_path": str(base / "init") if contender.is_scratch else contender.location,
+        "train_path": str(own),
+        "validation_paths": _save_rows(validation, base / "validation"),
+        "few_shot_paths": _save_rows(few_shot, base / "few-shot"),
         "pad_token_id": contender.tokenizer.pad_token_id,
         "num_threads": max(1, int(finetune.cpus_per_worker)),
-        "use_gpu": finetune.gpus_per_worker > 0,
         "num_steps": config.probe_steps,
         "rungs": [quarters * config.probe_steps // _RUNGS[-1] for quarters in _RUNGS],
+        "num_scored": {task_id: measuring.num_scored[task_id] for task_id in contender.data},
+        "target": config.target,
+        "epsilon": measuring.epsilon,
+        "storage": str(measuring.folder.resolve() / "runs"),
     }
 
 
-def _train_step(model: Any, optimizer: Any, batch: Any, settings: dict[str, Any], step: int, device: Any) -> None:
-    import torch
-
-    rate = settings["learning_rate"] * rate_factor(step, settings["num_steps"], settings["num_steps"] // 10)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings["bf16"]):
-        loss = answer_loss(model, batch, device)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _score_tasks(model: Any, held_out: Mapping[str, Rows], settings: dict[str, Any], device: Any) -> dict[str, float]:
-    import torch
-
-    scores = dict.fromkeys(settings["num_scored"], 0.0)
-    model.eval()
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings["bf16"]):
-        for task_id, rows in held_out.items():
-            num_exact = sum(_num_exact(model, rows.batch(k), device) for k in range(rows.num_batches()))
-            scores[task_id] = num_exact / settings["num_scored"][task_id]
-    model.train()
-    return scores
-
-
-def _num_exact(model: Any, batch: Any, device: Any) -> int:
-    labels = batch["labels"].to(device)
-    # As in the training loss: no logits are computed before the first answer token of the batch.
-    first = int((labels != -100).any(dim=0).nonzero()[0])
-    kept = labels.shape[1] - first + 1
-    logits = model(input_ids=batch["input_ids"].to(device), logits_to_keep=kept).logits[:, :-1]
-    return int(is_exact(logits, labels[:, first:]).sum())
+def _save_rows(rows: Mapping[str, Sequence[dict[str, Any]]], folder: pathlib.Path) -> dict[str, str]:
+    """task_id -> where its rows are."""
+    for task_id, own in rows.items():
+        if not (folder / task_id).exists():
+            save_dataset(list(own), folder / task_id)
+    return {task_id: str(folder / task_id) for task_id in rows}
 
 
 def _result_of(result: Any) -> ProbeResult:
-    rungs = tuple(Rung.model_validate(rung) for rung in (result.metrics or {}).get("rungs", ()))
+    metrics = result.metrics or {}
+    rungs = tuple(Rung.model_validate(rung) for rung in metrics.get("rungs", ()))
     if result.error is None:
-        return ProbeResult(rungs, None)
+        return ProbeResult(rungs, None, metrics.get("few_shot"))
     lines = [line for line in str(result.error).splitlines() if line.strip()]
     return ProbeResult(rungs, f"probe failed: {lines[-1].strip()[:300] if lines else type(result.error).__name__}")

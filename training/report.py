@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.records import TaskSpec
 from training.evaluation import Evaluation, gain_over_base
+from training.forecast import describe
 from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_volume, number, percent
 from training.selection import Selection
 from training.snapshot import CurationCounts
@@ -220,9 +221,19 @@ def _curation_section(counts: CurationCounts | None) -> str:
 def _selection_section(selection: Selection | None) -> str:
     if selection is None:
         return ""
-    cells = [[one.name, one.status, one.reason] for one in selection.candidates]
-    rule = f"<p>{_text(selection.rule)}</p>"
-    return f"<h2>Base model</h2>{rule}" + _table("Candidates for the base model", ["Name", "Status", "Reason"], cells)
+    cells = []
+    for one in selection.candidates:
+        few_shot = percent(one.few_shot.score) if one.few_shot else "-"
+        scores = [percent(one.rungs[0].score), few_shot, percent(one.rungs[-1].score)] if one.rungs else ["-"] * 3
+        cells.append([one.name, one.status, _millions(one.parameters), *scores, one.reason])
+    header = ["Name", "Status", "Parameters", "Zero-shot", "Few-shot", "Probe", "Reason"]
+    told = [selection.rule, selection.budget, describe(selection.forecast) if selection.forecast else ""]
+    sentences = "".join(f"<p>{_text(line)}</p>" for line in told if line)
+    return f"<h2>Base model</h2>{sentences}" + _table("Candidates for the base model", header, cells)
+
+
+def _millions(parameters: int | None) -> str:
+    return "-" if parameters is None else f"{parameters / 1e6:,.1f}M"
 
 
 def _losses_section(losses: Mapping[str, Mapping]) -> str:

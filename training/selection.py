@@ -2,8 +2,9 @@
 
 `select.candidates` empty: `select.base` is a fixed, named choice and nothing is measured. Else every candidate is filtered
 by the tasks' needs and the machine, opened (a hub id and a folder by the same code), and probed (training/probe.py);
-the smallest whose score is within `select.tolerance` of the best is chosen. A candidate that does not fit or cannot be
-fetched is recorded with its reason, never left out.
+the smallest that reaches `select.target` is chosen, or that is within `select.tolerance` of the best where none does or no
+target is given. A candidate that does not fit or cannot be fetched is recorded with its reason, never left out. What the
+measurement will spend is said before it, and what the full training will reach before that (training/forecast.py).
 
 All specialists of a release are adapters on one base, because one engine serves them; so the choice and its record are
 one per snapshot, tasks/selection-SNAPSHOT.json, with every score per task.
@@ -12,7 +13,8 @@ one per snapshot, tasks/selection-SNAPSHOT.json, with every score per task.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -23,6 +25,8 @@ from cluster.store import Store, content_hash
 from training.bases import describe_base, open_base
 from training.candidates import (
     BaseCandidate,
+    FewShot,
+    ProbeRun,
     Scope,
     estimated_p99,
     examine,
@@ -32,9 +36,22 @@ from training.candidates import (
 )
 from training.catalog import Needs, ScratchModel, find_entry, load_catalog, num_parameters
 from training.finetune import FinetuneConfig
-from training.probe import Contender, ProbeConfig, ProbeResult, measure
+from training.forecast import Forecast, describe, forecast
+from training.probe import (
+    Contender,
+    Measuring,
+    ProbeConfig,
+    ProbePlan,
+    ProbeResult,
+    describe_budget,
+    measure,
+    plan_curve,
+    plan_probes,
+)
 from training.scratch import PretrainConfig
 
+_ROUNDING = 1e-9
+"""Scores are fractions in binary: 0.9 - 0.02 must not exclude 0.88."""
 SCRATCH_ARM = "scratch base (has seen the tasks)"
 _MACHINE_SHARE = 1 / 3
 """Of the machine's memory, for bf16 weights: a fine-tune holds them in float32, twice that, beside its activations."""
@@ -73,6 +90,14 @@ class Selection(Record):
     candidates: tuple[BaseCandidate, ...]
     key: str
     """Hash of all that was measured: the same selection is not measured twice."""
+    lora_rank: int | None = None
+    """Of the chosen probe; None keeps finetune.lora_rank."""
+    num_examples: int | None = None
+    """Fewest train examples per task that were probed and found good enough."""
+    budget: str = ""
+    """What the measurement was to spend."""
+    forecast: Forecast | None = None
+    """None: nothing was measured, or at one size alone."""
 
 
 def named_bases(config: SelectConfig) -> tuple[str, ...]:
@@ -99,8 +124,12 @@ def select_base(
     pretrain: PretrainConfig,
     finetune: FinetuneConfig,
     work: pathlib.Path,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Selection:
     """Choose the base and write the choice to the store. Probes run on the connected Ray cluster.
+
+    Args:
+        say: told the budget before it is spent and the forecast after.
 
     Raises:
         ConfigError: no base is named; a name is unknown; the fixed base misses a need of the whole base; no candidate is left.
@@ -116,7 +145,9 @@ def select_base(
     if not scope.tasks:
         raise InputError("select.candidates: no task has examples in every split, so none can be probed; capture more")
     entries = {name: find_entry(name) for name in names}
-    examined = [examine(name, entry, needs, scope, config.probe_examples) for name, entry in entries.items()]
+    examined = [
+        examine(name, entry, needs, scope, config.probe_examples, config.shots) for name, entry in entries.items()
+    ]
     contenders = [found for found in examined if isinstance(found, Contender)]
     out = [found for found in examined if isinstance(found, BaseCandidate)]
     if not contenders:
@@ -126,10 +157,50 @@ def select_base(
         return Selection.model_validate(stored)
     held_out = scope.by_split["validation"]
     num_scored = {task.task_id: min(len(held_out[task.task_id]), config.probe_examples) for task in scope.tasks}
-    results = measure(contenders, config, pretrain, finetune, num_scored, work / f"probe-{key[:12]}")
-    selection = decide(config, needs, [*out, *_record_results(contenders, results)], key)
+    folder = work / f"probe-{key[:12]}"
+    measuring = Measuring(config, pretrain, finetune, num_scored, scope.epsilon, folder)
+    selection = _measure_and_decide(measuring, needs, scope, contenders, out, key, say)
     store.write_json(path, selection.model_dump(mode="json"))
     return selection
+
+
+def _measure_and_decide(
+    measuring: Measuring,
+    needs: Needs,
+    scope: Scope,
+    contenders: Sequence[Contender],
+    out: Sequence[BaseCandidate],
+    key: str,
+    say: Callable[[str], object],
+) -> Selection:
+    plans = plan_probes(contenders, measuring)
+    budget = describe_budget(plans, measuring)
+    say(f"select: {budget}")
+    results = measure(plans, measuring)
+    selection = decide(measuring.config, needs, [*out, *record_results(plans, results)], key)
+    chosen = next(p for p in plans if _is_of(p, selection) and p.num_examples == selection.num_examples)
+    missing = plan_curve(plans, results, chosen)
+    again = measure(missing, measuring, halving=False) if missing else []
+    finished = {plan.num_examples: result for plan, result in zip(missing, again, strict=True)}
+    probes = [
+        _probe_run(plan, finished.get(plan.num_examples, result))
+        for plan, result in zip(plans, results, strict=True)
+        if _is_of(plan, selection)
+    ]
+    training = measuring.training_of(chosen.contender)
+    found = forecast(probes, scope, measuring.num_scored, training.num_steps)
+    if found:
+        say(f"select {selection.base}: {describe(found)}")
+    return selection.model_copy(update={"budget": budget, "forecast": found})
+
+
+class Choice(NamedTuple):
+    """The chosen candidate and what made it good enough."""
+
+    candidate: BaseCandidate
+    threshold: float
+    """Lowest score that was good enough."""
+    rule: str
 
 
 def decide(config: SelectConfig, needs: Needs, candidates: Sequence[BaseCandidate], key: str) -> Selection:
@@ -138,36 +209,46 @@ def decide(config: SelectConfig, needs: Needs, candidates: Sequence[BaseCandidat
     Raises:
         ConfigError: none could be measured, or none answered anything.
     """
-    chosen = choose([one for one in candidates if one.status == "measured"], config.tolerance)
-    if chosen is None:
+    choice = choose([one for one in candidates if one.status == "measured"], config.tolerance, config.target)
+    if choice is None:
         raise ConfigError(_nothing_left(candidates))
-    best = max(one.rungs[-1].score for one in _finished(candidates))
-    told = [_tell(one, chosen, best, config) for one in candidates]
+    chosen = choice.candidate
+    told = [_tell(one, choice) for one in candidates]
     is_scratch = isinstance(find_entry(chosen.name), ScratchModel)
+    probe = _least_probe(chosen, choice.threshold)
     return Selection(
         base=chosen.name,
         is_scratch=is_scratch,
         arm=SCRATCH_ARM if is_scratch else "untrained base",
-        rule=f"the smallest whose score after {config.probe_steps} steps is within {config.tolerance:g} of the best",
+        rule=f"after {config.probe_steps} steps: {choice.rule}",
         needs=needs,
         candidates=tuple(sorted(told, key=lambda one: config.candidates.index(one.name))),
         key=key,
+        lora_rank=probe and probe.lora_rank,
+        num_examples=probe and probe.num_examples,
     )
 
 
-def choose(measured: Sequence[BaseCandidate], tolerance: float) -> BaseCandidate | None:
-    """The smallest candidate within `tolerance` of the best, among those that halving let finish.
+def choose(measured: Sequence[BaseCandidate], tolerance: float, target: float | None = None) -> Choice | None:
+    """The smallest candidate that reaches `target`, else that is within `tolerance` of the best.
 
-    Equal sizes: the better score, then the earlier one. None: no candidate, or no right answer from any of them, which
-    tells nothing of which is better.
+    Only those that halving let finish take part. Equal sizes: the better score, then the earlier one. None: no
+    candidate, or no right answer from any of them, which tells nothing of which is better.
     """
     finished = _finished(measured)
     best = max((one.rungs[-1].score for one in finished), default=0.0)
     if best == 0.0:
         return None
-    # Scores are fractions in binary: 0.9 - 0.02 must not exclude 0.88.
-    reaching = [one for one in finished if one.rungs[-1].score >= best - tolerance - 1e-9]
-    return min(reaching, key=lambda one: (one.parameters or 0, -one.rungs[-1].score))
+    is_reached = target is not None and best >= target - _ROUNDING
+    threshold = target if target is not None and is_reached else best - tolerance
+    reaching = [one for one in finished if one.rungs[-1].score >= threshold - _ROUNDING]
+    chosen = min(reaching, key=lambda one: (one.parameters or 0, -one.rungs[-1].score))
+    rule = f"the smallest within {tolerance:g} of the best, {best:.3f}"
+    if is_reached:
+        rule = f"the smallest that reaches the target {target:g}"
+    elif target is not None:
+        rule = f"{rule}, because none reaches the target {target:g}"
+    return Choice(chosen, threshold, rule)
 
 
 def group_by_task(examples: list[Example], assignment: dict[str, str | None]) -> dict[str, list[Example]]:
@@ -182,7 +263,7 @@ def group_by_task(examples: list[Example], assignment: dict[str, str | None]) ->
 
 def _needs_of(config: SelectConfig, scope: Scope) -> Needs:
     return Needs(
-        p99_prompt_tokens=estimated_p99(scope, is_scratch=False),
+        **estimated_p99(scope, is_scratch=False),
         needs_tool_use=any(task.kind == "tool_call" for task in scope.tasks),
         allowed_licenses=config.allowed_licenses,
         memory_gib=min(config.memory_gib, scope.machine_gib * _MACHINE_SHARE),
@@ -194,24 +275,24 @@ def _fixed(name: str, needs: Needs, scope: Scope) -> Selection:
     """The recipe's base. Prompts it cannot take only cost their own tasks, so those are recorded and not refused."""
     entry = find_entry(name)
     is_scratch = isinstance(entry, ScratchModel)
-    tokens, is_estimated = estimated_p99(scope, is_scratch=is_scratch), True
+    lengths, is_estimated = estimated_p99(scope, is_scratch=is_scratch), True
     if not is_scratch:
         opened = open_base(name)
         entry = entry or describe_base(opened)
-        tokens, is_estimated = measured_p99(tokenise_sample(name, scope, opened.tokenizer, is_scratch=False)), False
-    base_needs = needs.model_copy(update={"p99_prompt_tokens": 0, "needs_tool_use": False})
+        lengths, is_estimated = measured_p99(tokenise_sample(name, scope, opened.tokenizer, is_scratch=False)), False
+    base_needs = needs.model_copy(update={**dict.fromkeys(lengths, 0), "needs_tool_use": False})
     if missed := missed_needs(entry, base_needs):
         raise ConfigError(
             f"select.base={name!r}: {missed}; allowed: a base that fits, or other select.allowed_licenses, "
             f"select.memory_gib, specialists.max_model_tokens"
         )
-    missed = missed_needs(entry, needs.model_copy(update={"p99_prompt_tokens": tokens}))
+    missed = missed_needs(entry, needs.model_copy(update=lengths))
     candidate = BaseCandidate(
         name=name,
         status="chosen",
         reason="named by the recipe; nothing was measured" + (f"; misses: {missed}" if missed else ""),
         parameters=num_parameters(entry),
-        p99_prompt_tokens=tokens,
+        **lengths,
         is_p99_estimated=is_estimated,
     )
     return Selection(
@@ -235,22 +316,55 @@ def _key(
 ) -> str:
     """Names a measurement by all that shapes it, the candidates that could not take part among it."""
     configs = [one.model_dump(mode="json") for one in (config, pretrain, finetune, *out, *scope.tasks)]
-    rows = {one.name: [[data.train, data.validation] for data in one.data.values()] for one in contenders}
-    return content_hash([configs, rows, rendering_version()])
+    rows = {
+        one.name: [*([data.train, data.validation] for data in one.data.values()), dict(one.few_shot)]
+        for one in contenders
+    }
+    return content_hash([configs, rows, rendering_version(), scope.epsilon])
 
 
-def _record_results(contenders: Sequence[Contender], results: Mapping[str, ProbeResult]) -> list[BaseCandidate]:
-    return [
-        BaseCandidate(
-            name=contender.name,
-            status="measured" if results[contender.name].error is None else "unavailable",
-            reason=results[contender.name].error or "",
-            parameters=num_parameters(contender.entry),
-            p99_prompt_tokens=contender.p99_prompt_tokens,
-            rungs=results[contender.name].rungs,
+def record_results(plans: Sequence[ProbePlan], results: Sequence[ProbeResult]) -> list[BaseCandidate]:
+    """One candidate for each base: measured where any of its probes was."""
+    records = []
+    for contender in {plan.contender.name: plan.contender for plan in plans}.values():
+        own = [(p, r) for p, r in zip(plans, results, strict=True) if p.contender.name == contender.name]
+        probes = tuple(_probe_run(plan, result) for plan, result in own)
+        good = [probe for probe in probes if probe.error is None and probe.rungs]
+        best = max(good, key=lambda probe: (probe.rungs[-1].num_steps, probe.rungs[-1].score), default=None)
+        scores = next((result.few_shot for _, result in own if result.few_shot), None)
+        few_shot = scores and FewShot(
+            score=sum(scores.values()) / len(scores), task_scores=scores, num_shots=dict(contender.num_shots)
         )
-        for contender in contenders
-    ]
+        records.append(
+            BaseCandidate(
+                name=contender.name,
+                status="measured" if best else "unavailable",
+                reason="" if best else next((probe.error for probe in probes if probe.error), "probe measured nothing"),
+                parameters=num_parameters(contender.entry),
+                p99_prompt_tokens=contender.p99_prompt_tokens,
+                p99_call_tokens=contender.p99_call_tokens,
+                rungs=best.rungs if best else (),
+                probes=probes,
+                few_shot=few_shot or None,
+            )
+        )
+    return records
+
+
+def _probe_run(plan: ProbePlan, result: ProbeResult) -> ProbeRun:
+    return ProbeRun(lora_rank=plan.lora_rank, num_examples=plan.num_examples, rungs=result.rungs, error=result.error)
+
+
+def _is_of(plan: ProbePlan, selection: Selection) -> bool:
+    return plan.contender.name == selection.base and plan.lora_rank == selection.lora_rank
+
+
+def _least_probe(chosen: BaseCandidate, threshold: float) -> ProbeRun | None:
+    """The chosen candidate's cheapest good probe: lowest rank, then fewest examples. None: its probes are not told apart."""
+    last = chosen.rungs[-1].num_steps
+    finished = [probe for probe in chosen.probes if probe.rungs and probe.rungs[-1].num_steps == last]
+    good = [probe for probe in finished if probe.rungs[-1].score >= threshold - _ROUNDING]
+    return min(good, key=lambda probe: (probe.lora_rank or 0, probe.num_examples), default=None)
 
 
 def _finished(candidates: Sequence[BaseCandidate]) -> list[BaseCandidate]:
@@ -260,21 +374,20 @@ def _finished(candidates: Sequence[BaseCandidate]) -> list[BaseCandidate]:
     return [one for one in measured if one.rungs[-1].num_steps == last]
 
 
-def _tell(one: BaseCandidate, chosen: BaseCandidate, best: float, config: SelectConfig) -> BaseCandidate:
+def _tell(one: BaseCandidate, choice: Choice) -> BaseCandidate:
     """Word what a measured candidate's scores mean; the others have their reasons."""
     if one.status != "measured":
         return one
     last = one.rungs[-1]
     found = f"score {last.score:.3f} after {last.num_steps} steps"
-    if one.name == chosen.name:
-        reason = f"{found}; the smallest within {config.tolerance:g} of the best, {best:.3f}"
-        return one.model_copy(update={"status": "chosen", "reason": reason})
-    if last.num_steps < chosen.rungs[-1].num_steps:
+    if one.name == choice.candidate.name:
+        return one.model_copy(update={"status": "chosen", "reason": f"{found}; {choice.rule}"})
+    if last.num_steps < choice.candidate.rungs[-1].num_steps:
         reason = f"{found}; stopped there, behind the others"
-    elif last.score >= best - config.tolerance - 1e-9:
+    elif last.score >= choice.threshold - _ROUNDING:
         reason = f"{found}; good enough, but not smaller than the chosen one"
     else:
-        reason = f"{found}; more than {config.tolerance:g} below the best, {best:.3f}"
+        reason = f"{found}; below {choice.threshold:.3f}, which is needed"
     return one.model_copy(update={"reason": reason})
 
 

@@ -101,10 +101,41 @@ def test_the_smallest_good_enough_candidate_is_chosen_and_the_others_are_recorde
     able = found[folders.able]
     assert [rung.num_steps for rung in able.rungs] == [0, 2, 4, 8]
     assert able.rungs[0].score == able.rungs[-1].score == 1.0 == able.rungs[-1].task_scores[TASK]
+    assert able.few_shot is not None and able.few_shot.num_shots == {TASK: 4} and able.few_shot.score > 0
+    assert found["scratch-tiny"].few_shot is None
     assert found[folders.large].rungs[0].score == found["scratch-tiny"].rungs[0].score == 0.0
     assert store.read_json("tasks/selection-one.json") == chosen.model_dump(mode="json")
     again = select_base(store, "one", config, scope, PretrainConfig(), FINETUNE, tmp_path / "elsewhere")
     assert again == chosen and not (tmp_path / "elsewhere").exists(), "it was measured twice"
+
+
+def test_a_grid_of_ranks_and_examples_foretells_the_full_training(
+    ray_cluster: None, folders: Folders, scope: Scope, tmp_path: pathlib.Path
+) -> None:
+    sizes = {"ranks": (2, 4), "example_counts": (6, 12), "probe_steps": 8, "probe_examples": 12}
+    config = validate(SelectConfig, {"candidates": (folders.able, "scratch-micro"), "target": 0.9, "shots": 0, **sizes})
+    said: list[str] = []
+    store = Store(str(tmp_path / "store"))
+    chosen = select_base(store, "one", config, scope, PretrainConfig(), FINETUNE, tmp_path / "work", said.append)
+
+    assert (chosen.base, chosen.lora_rank) == (folders.able, 2)
+    assert chosen.rule == "after 8 steps: the smallest that reaches the target 0.9"
+    able, micro = chosen.candidates
+    assert len(able.probes) == 4 and [probe.lora_rank for probe in micro.probes] == [None, None]
+    assert said[0] == f"select: {chosen.budget}" and said[0].startswith("select: 6 probes of 2 bases, at most 8 steps")
+    assert chosen.forecast is not None and chosen.forecast.unit == "examples"
+    assert [point.size for point in chosen.forecast.tasks[0].points] == [6.0, 12.0]
+    assert "agreement" in said[1] and "cost unknown" in said[1]
+
+
+def test_a_probe_may_take_several_workers(
+    ray_cluster: None, folders: Folders, scope: Scope, tmp_path: pathlib.Path
+) -> None:
+    config = validate(SelectConfig, {"candidates": (folders.able,), "probe_steps": 4, "probe_examples": 12})
+    finetune = FINETUNE.model_copy(update={"num_workers": 2, "zero_stage": 2})
+    store = Store(str(tmp_path / "store"))
+    chosen = select_base(store, "one", config, scope, PretrainConfig(), finetune, tmp_path / "work")
+    assert [(rung.num_steps, rung.score) for rung in chosen.candidates[0].rungs] == [(k, 1.0) for k in (0, 1, 2, 4)]
 
 
 def test_a_conversion_on_a_base_from_a_folder_trains_its_chat_format_and_publishes_it(

@@ -22,7 +22,7 @@ from training.catalog import (
     resolve_base,
 )
 
-FACTS = ("parameters", "license", "context_window_tokens", "has_chat_template", "has_tool_use")
+FACTS = ("released", "parameters", "license", "context_window_tokens", "has_chat_template", "has_tool_use")
 EASY = Needs(p99_prompt_tokens=0, needs_tool_use=False, allowed_licenses=None, memory_gib=1000.0, max_model_tokens=0)
 
 
@@ -32,6 +32,7 @@ def make_hub(**changes: object) -> HubModel:
         "kind": "hub",
         "name": "some-model",
         "hub_id": "org/some-model",
+        "released": {"value": "2026-01", **cited},
         "parameters": {"value": 2**30, **cited},
         "license": {"value": "Apache-2.0", **cited},
         "context_window_tokens": {"value": 4096, **cited},
@@ -64,12 +65,22 @@ def test_every_looked_up_fact_of_the_shipped_file_has_an_address_and_a_date_or_i
     facts = [entry[name] for entry in hub for name in FACTS] + [s for entry in hub for s in entry["published_scores"]]
     for fact in facts:
         assert fact is None or (fact["source"].startswith("https://") and len(fact["read_on"]) == len("2026-11-23"))
-    assert sum(fact is not None for fact in facts) > 0.9 * len(facts)
+    assert sum(fact is not None for fact in facts) > 0.85 * len(facts)
 
 
 def test_shipped_file_has_at_least_ten_hub_models_from_a_tenth_of_a_billion_to_eight_billion_parameters():
     hub = [entry for entry in load_catalog().entries if isinstance(entry, HubModel) and entry.parameters]
     assert sum(0.1e9 <= entry.parameters.value <= 8e9 for entry in hub) >= 10
+
+
+def test_shipped_file_has_at_least_twenty_models_of_2025_and_2026_by_a_cited_date():
+    dates = [entry.released.value for entry in load_catalog().entries if isinstance(entry, HubModel) and entry.released]
+    assert sum(date[:4] in ("2025", "2026") for date in dates) >= 20
+
+
+def test_shipped_file_has_four_sizes_to_train_from_scratch():
+    sizes = [entry.parameters for entry in load_catalog().entries if isinstance(entry, ScratchModel)]
+    assert len(sizes) == 4 and all(large > 2 * small for small, large in zip(sizes, sizes[1:], strict=False))
 
 
 def test_shipped_hub_ids_are_unique_and_names_are_their_lower_case_tails():
@@ -78,7 +89,10 @@ def test_shipped_hub_ids_are_unique_and_names_are_their_lower_case_tails():
     assert [entry.name for entry in hub] == [entry.hub_id.split("/")[1].lower() for entry in hub]
 
 
-@pytest.mark.parametrize(("name", "millions"), [("scratch-tiny", 0.7), ("scratch-small", 2.0), ("scratch-medium", 5.0)])
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("scratch-micro", 0.24), ("scratch-tiny", 0.7), ("scratch-small", 2.0), ("scratch-medium", 5.0)],
+)
 def test_shipped_scratch_models_have_about_the_stated_size(name, millions):
     entry = load_catalog().get(name)
     assert isinstance(entry, ScratchModel)

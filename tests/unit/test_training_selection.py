@@ -8,12 +8,22 @@ from cluster.config import validate
 from cluster.errors import ConfigError
 from cluster.records import Example, TaskSpec
 from cluster.store import Store
-from training.candidates import BaseCandidate, Scope, estimate_prompt_tokens, p99
-from training.catalog import Needs, find_entry
+from training.candidates import (
+    BaseCandidate,
+    FewShot,
+    Scope,
+    estimate_prompt_tokens,
+    estimated_p99,
+    missed_needs,
+    p99,
+    show_shots,
+)
+from training.catalog import FoundModel, Needs, find_entry
 from training.finetune import FinetuneConfig
-from training.probe import Rung, score_for_halving, spread
+from training.probe import Contender, ProbePlan, ProbeResult, Rung, spread
+from training.probe_loop import score_for_halving
 from training.scratch import PretrainConfig
-from training.selection import SelectConfig, choose, decide, select_base
+from training.selection import SelectConfig, choose, decide, record_results, select_base
 
 NEEDS = Needs(p99_prompt_tokens=9, needs_tool_use=False, allowed_licenses=None, memory_gib=1.0, max_model_tokens=64)
 NAMES = ("scratch-tiny", "scratch-small", "scratch-medium")
@@ -55,18 +65,95 @@ def select(tmp_path, config: SelectConfig, scope: Scope):
 
 def test_the_smallest_within_the_tolerance_of_the_best_is_chosen():
     small, middle, large = measured("a", 1, 0.5, 0.80), measured("b", 2, 0.5, 0.88), measured("c", 3, 0.5, 0.90)
-    assert choose([large, middle, small], 0.02) == middle
-    assert choose([large, middle, small], 0.10) == small
-    assert choose([large, middle, small], 0.0) == large
+    assert choose([large, middle, small], 0.02).candidate == middle
+    assert choose([large, middle, small], 0.10).candidate == small
+    assert choose([large, middle, small], 0.0).candidate == large
+
+
+def test_the_smallest_that_reaches_the_target_is_chosen_though_others_are_better():
+    small, middle, large = measured("a", 1, 0.70), measured("b", 2, 0.88), measured("c", 3, 0.99)
+    choice = choose([large, middle, small], 0.02, 0.85)
+    assert choice.candidate == middle and choice.rule == "the smallest that reaches the target 0.85"
+
+
+def test_a_target_that_none_reaches_falls_back_and_says_so():
+    choice = choose([measured("a", 1, 0.70), measured("b", 2, 0.71)], 0.02, 0.95)
+    assert choice.candidate.name == "a"
+    assert choice.rule == "the smallest within 0.02 of the best, 0.710, because none reaches the target 0.95"
+
+
+def make_plan(name: str, rank: int | None, count: int) -> ProbePlan:
+    entry = FoundModel(name=name, parameters=10, context_window_tokens=64, has_tool_use=False)
+    contender = Contender(name, entry, "/base", None, {}, 9, 12, {}, {"t": 3})
+    return ProbePlan(contender, rank, count)
+
+
+def make_result(*scores: float, error: str | None = None, few_shot: float | None = None) -> ProbeResult:
+    rungs = tuple(Rung(num_steps=k, score=s, task_scores={"t": s}, seconds=1.0) for k, s in enumerate(scores))
+    return ProbeResult(rungs, error, None if few_shot is None else {"t": few_shot})
+
+
+def test_a_base_is_as_good_as_its_best_probe_and_keeps_all_of_them():
+    plans = [make_plan("base", 16, 200), make_plan("base", 4, 200), make_plan("base", 4, 50)]
+    results = [make_result(0.1, 0.9, few_shot=0.3), make_result(0.1, 0.91), make_result(0.1)]
+    (found,) = record_results(plans, results)
+    assert found.status == "measured" and found.rungs == results[1].rungs
+    assert [(p.lora_rank, p.num_examples, p.rungs[-1].score) for p in found.probes] == [
+        (16, 200, 0.9),
+        (4, 200, 0.91),
+        (4, 50, 0.1),
+    ]
+    assert found.few_shot == FewShot(score=0.3, task_scores={"t": 0.3}, num_shots={"t": 3})
+    assert (found.p99_prompt_tokens, found.p99_call_tokens) == (9, 12)
+
+
+def test_one_failed_probe_does_not_lose_a_base_and_all_failed_do():
+    plans = [make_plan("base", 4, 200), make_plan("base", 16, 200)]
+    (found,) = record_results(plans, [make_result(error="probe failed: x"), make_result(0.1, 0.5)])
+    assert found.status == "measured" and found.probes[0].error == "probe failed: x"
+    (lost,) = record_results(plans, [make_result(error="probe failed: x")] * 2)
+    assert (lost.status, lost.reason) == ("unavailable", "probe failed: x")
+
+
+def test_the_lowest_rank_and_then_the_fewest_examples_that_are_good_enough_are_chosen():
+    plans = [make_plan("scratch-tiny", rank, count) for rank in (4, 16) for count in (200, 50)]
+    results = [make_result(0.1, score) for score in (0.90, 0.89, 0.91, 0.90)]
+    selection = decide(config_for("scratch-tiny"), NEEDS, record_results(plans, results), "key")
+    assert (selection.lora_rank, selection.num_examples) == (4, 50)
+
+
+def test_shots_stand_behind_the_instructions_and_before_the_question():
+    shown = show_shots(make_example("question"), [make_example("first"), make_example("second")])
+    said = [(message["role"], message["content"]) for message in shown.request["messages"]]
+    assert said == [
+        ("system", "Be brief."),
+        ("user", "first"),
+        ("assistant", "{}"),
+        ("user", "second"),
+        ("assistant", "{}"),
+        ("user", "question"),
+    ]
+    assert (
+        make_example("question").request["messages"] == shown.request["messages"][:1] + shown.request["messages"][-1:]
+    )
+
+
+def test_prompt_and_answer_together_must_fit_the_window():
+    scope = make_scope("word " * 20)
+    lengths = estimated_p99(scope, is_scratch=False)
+    assert lengths == {"p99_prompt_tokens": 28, "p99_call_tokens": 29}
+    needs = NEEDS.model_copy(update={**lengths, "max_model_tokens": 0})
+    entry = FoundModel(name="f", parameters=10, context_window_tokens=28, has_tool_use=False)
+    assert missed_needs(entry, needs) == "prompt and answer p99 29 tokens > context window 28"
 
 
 def test_equal_sizes_give_the_better_and_then_the_earlier_one():
-    assert choose([measured("a", 1, 0.8), measured("b", 1, 0.81)], 0.02).name == "b"
-    assert choose([measured("a", 1, 0.8), measured("b", 1, 0.8)], 0.02).name == "a"
+    assert choose([measured("a", 1, 0.8), measured("b", 1, 0.81)], 0.02).candidate.name == "b"
+    assert choose([measured("a", 1, 0.8), measured("b", 1, 0.8)], 0.02).candidate.name == "a"
 
 
 def test_a_candidate_that_halving_stopped_is_not_compared_at_other_steps():
-    assert choose([measured("a", 1, 0.9), measured("b", 2, 0.1, 0.7)], 0.02).name == "b"
+    assert choose([measured("a", 1, 0.9), measured("b", 2, 0.1, 0.7)], 0.02).candidate.name == "b"
 
 
 def test_no_right_answer_from_anyone_chooses_nothing():
@@ -117,11 +204,12 @@ CANDIDATES = st.lists(
 @given(CANDIDATES, st.floats(0, 0.9))
 def test_the_chosen_one_is_good_enough_and_no_smaller_one_is(pairs, tolerance):
     candidates = [measured(str(k), size, score) for k, (size, score) in enumerate(pairs)]
-    chosen = choose(candidates, tolerance)
+    choice = choose(candidates, tolerance)
     best = max(score for _, score in pairs)
     if best == 0.0:
-        assert chosen is None
+        assert choice is None
         return
+    chosen = choice.candidate
     assert chosen.rungs[-1].score >= best - tolerance - 1e-9
     smaller = [one for one in candidates if one.parameters < chosen.parameters]
     assert all(one.rungs[-1].score < best - tolerance for one in smaller)
