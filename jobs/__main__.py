@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cluster.access import Role
 from cluster.errors import ConfigError, InputError, UnderstudyError
-from jobs import bench_verb, calls_verb, ingest_verb, upkeep_verb
+from jobs import bench_verb, calls_verb, catalog, ingest_verb, upkeep_verb
 
 if TYPE_CHECKING:
     from cluster.store import Store
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     ingest_verb.add_verb(verbs)
     calls_verb.add_verb(verbs)
     upkeep_verb.add_verbs(verbs, words)
+    catalog.add_verb(verbs)
     bench_verb.add_verb(verbs)
     stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
     stages += ("gateway.max_temperature", "faces", "limits")
