@@ -72,12 +72,12 @@ class Outcomes:
         Of several, the latest word on each of score, label and text counts. Feedback on a call of another client's
         counts only where a curator gave it. None where nothing is known.
         """
-        outcome = dict(call.outcome or {})
+        outcome = call.outcome
         for row in (*self._by_session.get(call.session_id, ()), *self._by_call.get(call.call_id, ())):
             if row.is_curated or row.client_id == call.client_id:
                 given = ((name, getattr(row, name)) for name in OUTCOME_FIELDS)
-                outcome |= {name: value for name, value in given if value is not None}
-        return outcome or None
+                outcome = {**(outcome or {}), **{name: value for name, value in given if value is not None}}
+        return outcome
 
 
 def read_outcomes(store: Store) -> Outcomes:
