@@ -17,6 +17,7 @@ from training.discover import NO_TOPIC, SPLITS, DiscoverConfig, discover, save_d
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("find_flight", "cancel")]
 WORDS = "apple river stone cloud paper green window music garden silver winter planet bridge copper forest".split()
 SUMMARY = "Summarise the following article in one sentence.\nKeep every name and date.\nArticle: {}"
+SYSTEM = "You help the editors of a magazine with whatever text they send to you."
 REVIEW = "Is the sentiment of this product review good or bad?\nAnswer with a single word.\nReview: {}"
 
 
@@ -53,9 +54,11 @@ def sentence(index: int) -> str:
     return " ".join(random.Random(index).sample(WORDS, 5))
 
 
-def make_varied(num: int = 120) -> list[Example]:
-    summaries = [make_example(i, "", SUMMARY.format(sentence(i)), f"It is about {sentence(-i)}.") for i in range(num)]
-    labels = [make_example(i + num, "", REVIEW.format(sentence(i)), ["good", "bad"][i % 3 % 2]) for i in range(num)]
+def make_varied(num: int = 120, system: str = SYSTEM) -> list[Example]:
+    summaries = [
+        make_example(i, system, SUMMARY.format(sentence(i)), f"It is about {sentence(-i)}.") for i in range(num)
+    ]
+    labels = [make_example(i + num, system, REVIEW.format(sentence(i)), ["good", "bad"][i % 3 % 2]) for i in range(num)]
     return summaries + labels
 
 
@@ -187,8 +190,16 @@ def test_varied_signature_is_split_by_template() -> None:
     assert sum(found.assignment[e.example_id] is not None for e in examples) >= 0.9 * len(examples)
 
 
+def test_without_a_system_prompt_the_template_in_the_user_message_is_the_site() -> None:
+    found = find(make_varied(system=""))
+    assert sorted((task.kind, task.num_calls, task.topics) for task in found.tasks) == [
+        ("label", 120, ()),
+        ("text", 120, ()),
+    ]
+
+
 def test_call_unlike_every_topic_is_unassigned() -> None:
-    stray = make_example(999, "", "Wie spaet ist es gerade in Hamburg und regnet es dort noch?", "Um drei.")
+    stray = make_example(999, SYSTEM, "Wie spaet ist es gerade in Hamburg und regnet es dort noch?", "Um drei.")
     found = find([*make_varied(), stray])
     assert found.assignment[stray.example_id] is None
     assert found.unassigned[NO_TOPIC] >= 1
@@ -254,8 +265,8 @@ def test_config_is_bounded() -> None:
 def test_topic_whose_routed_calls_are_too_few_is_unassigned() -> None:
     examples = make_varied()
     summaries, reviews = examples[:120], [e.model_copy(update={"split": "train"}) for e in examples[120:140]]
-    found = find(summaries + reviews, radius_quantile=0.9)
+    found = find(summaries + reviews, radius_quantile=0.5)
     assert [task.kind for task in found.tasks] == ["text"]
-    assert found.unassigned["topic with 18 calls, fewer than discover.min_calls=20"] == 18
+    assert any(re.fullmatch(r"topic with \d+ calls, fewer than discover.min_calls=20", r) for r in found.unassigned)
     assert {found.assignment[e.example_id] for e in reviews} == {None}
     assert any(found.route_model.task_of(e.request).reason.endswith("has no task") for e in reviews)
