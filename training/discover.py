@@ -34,7 +34,7 @@ from training.merging import (
     split_site,
     template_hashes,
 )
-from training.naming import Nameable, find_static_lines, name_tasks
+from training.naming import Nameable, find_static_lines, find_template, name_tasks
 
 __all__ = ["FITTED", "NO_TOPIC", "SPLITS", "DiscoverConfig", "Discovery", "discover", "save_discovery"]
 
@@ -138,7 +138,7 @@ def save_discovery(store: Store, snapshot_id: str, discovery: Discovery) -> str:
         events = {"snapshot": snapshot_id, "events": [event.model_dump(mode="json") for event in discovery.events]}
         store.write_json(f"{EVENTS_FOLDER}/{snapshot_id}-{content_hash(events)[:_NUM_ID_CHARS]}.json", events)
     identities = {task_id: value.model_dump(mode="json") for task_id, value in discovery.identities.items()}
-    store.write_json(IDENTITY_FILE, {"route_model": folder, "tasks": identities})
+    store.write_json(IDENTITY_FILE, {"snapshot": snapshot_id, "route_model": folder, "tasks": identities})
     return folder
 
 
@@ -152,6 +152,7 @@ def _identity_of(group: Group) -> Identity:
         kind=group.kind,
         variants=group.variants,
         lines=template_hashes(group.examples),
+        template=find_template(group.examples, find_static_lines(group.examples)),
     )
 
 

@@ -32,7 +32,7 @@ class TaskEvent(Record):
 
 
 class Identity(Record):
-    """What a task is recognised by in a later run; holds hashes of its template, never its words."""
+    """What a task is recognised by in a later run, and its template for people to read."""
 
     surface: str
     """Hash of tools and response format."""
@@ -40,6 +40,8 @@ class Identity(Record):
     variants: tuple[str, ...]
     lines: dict[str, int]
     """Hash of each template line -> its characters."""
+    template: tuple[str, ...] = ()
+    """Lines that every redacted train prompt repeats, in order, with `<*>` where others stand between them."""
 
 
 class Matching(Record):

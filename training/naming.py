@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cluster.answers import json_value
 from cluster.prompts import split_units
 from cluster.records import AnswerKind, Example
-from cluster.signature import message_text, system_text, tool_names, variable_text
+from cluster.signature import WILDCARD, message_text, system_text, tool_names, variable_text
 
 _PROMPT_ROLES = ("system", "developer", "user")
 _MIN_STATIC_REQUESTS = 10
@@ -68,6 +68,18 @@ def find_static_lines(examples: list[Example]) -> tuple[str, ...]:
         counts.update(list(dict.fromkeys(lines)))
     static = (line for (_, line), n in counts.items() if line and n >= _MIN_STATIC_SHARE * len(requests))
     return tuple(dict.fromkeys(static))
+
+
+def find_template(examples: list[Example], static_lines: Sequence[str]) -> tuple[str, ...]:
+    """The static lines as they stand in the first train request, with a wildcard for what varies between them."""
+    request = next((e.request for e in examples if e.split == "train"), None)
+    if request is None or not static_lines:
+        return ()
+    static = set(static_lines)
+    said = [m for m in request["messages"] if m["role"] in _PROMPT_ROLES]
+    units = [unit.strip() for m in said for unit, _ in split_units(message_text(m)) if unit.strip()]
+    shown = [unit if unit in static else WILDCARD for unit in units]
+    return tuple(line for line, before in zip(shown, ["", *shown], strict=False) if (line, before) != (WILDCARD,) * 2)
 
 
 def json_keys(example: Example) -> tuple[str, ...]:

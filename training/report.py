@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.records import TaskSpec
 from training.evaluation import Evaluation, gain_over_base
-from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_volume, number, percent
+from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_map, draw_volume, number, percent
 from training.selection import Selection
 
 _SUMMARY_LABELS = {
@@ -75,6 +75,7 @@ def write_report(
         "<h2>Tasks</h2>",
         _task_table(rows),
         draw_volume(rows),
+        draw_map(rows),
         *(_task_section(row) for row in rows if row.evaluation),
         _selection_section(selection),
         _losses_section({names.get(task_id, task_id): metrics for task_id, metrics in losses.items()}),

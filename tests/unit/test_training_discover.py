@@ -265,8 +265,8 @@ def test_config_is_bounded() -> None:
 def test_topic_whose_routed_calls_are_too_few_is_unassigned() -> None:
     examples = make_varied()
     summaries, reviews = examples[:120], [e.model_copy(update={"split": "train"}) for e in examples[120:140]]
-    found = find(summaries + reviews, radius_quantile=0.5)
+    found = find(summaries + reviews, min_calls=24)
     assert [task.kind for task in found.tasks] == ["text"]
-    assert any(re.fullmatch(r"topic with \d+ calls, fewer than discover.min_calls=20", r) for r in found.unassigned)
+    assert any(re.fullmatch(r"topic with \d+ calls, fewer than discover.min_calls=24", r) for r in found.unassigned)
     assert {found.assignment[e.example_id] for e in reviews} == {None}
     assert any(found.route_model.task_of(e.request).reason.endswith("has no task") for e in reviews)

@@ -1,0 +1,1 @@
+"""Benchmarks: one file per benchmark, each reproduces numbers the README states."""
