@@ -22,6 +22,7 @@ from cluster.signature import WILDCARD, abstract_text, message_text, signature_o
 _MAX_GENERIC_WORDS = 8
 """A system prompt of at most so many words says nothing of the task."""
 _MIN_ANCHOR_WORDS = 6
+_MAX_ANCHOR_LINES = 3
 _MIN_LINE_WORDS = 5
 _MAX_ANCHOR_CHARS = 200_000
 _MIN_ANCHORED_SHARE = 0.5
@@ -137,7 +138,7 @@ def _anchors(text: str) -> list[str]:
 def _block(lines: list[str]) -> str:
     """The first lines that together have enough words to be no chance; empty where there are too few."""
     taken, num_words = [], 0
-    for line in lines:
+    for line in lines[:_MAX_ANCHOR_LINES]:
         taken.append(line)
         num_words += len(_WORD.findall(line))
         if num_words >= _MIN_ANCHOR_WORDS:
