@@ -22,7 +22,7 @@ from cluster.signature import abstract_text, message_text, surface_of, system_te
 from training.encoders import HASHED, fit_encoder
 from training.identity import similarity
 from training.naming import json_keys
-from training.topics import cap_per_client, find_topics, fit_radii, nearest
+from training.topics import cap_per_client, find_topics, fit_radii, nearest, rows_of_shared_topics
 
 NO_TOPIC = "varied signature, outside every topic"
 MIXED_TOPIC = "topic whose answers have several forms"
@@ -192,16 +192,23 @@ def fit_topics(
     """Topics of one site, the group key of each (None: mixed answers), and the kind of answer of each key.
 
     Centroids come from train alone and radii from validation, so that a radius is calibrated on calls it has not seen.
+    A topic that is mostly one client's is fitted away, so that it moves neither the encoder nor another's centroid.
     """
     texts = [variable_text(e.request) for e in fitted]
-    kept = cap_per_client([getattr(e, "client_id", "") for e in fitted], texts, config.max_client_share)
-    kept = [kept[i] for i in np.random.default_rng(0).permutation(len(kept))[: config.max_clustered]]
-    encoder = fit_encoder(config.encoder, [texts[i] for i in kept], config.num_dimensions)
-    vectors = encoder.encode_all([texts[i] for i in kept])
-    is_train = np.array([fitted[i].split == "train" for i in kept])
-    if not is_train.any():
-        is_train[:] = True
-    centroids = find_topics(vectors[is_train])
+    clients = [getattr(e, "client_id", "") for e in fitted]
+    kept = cap_per_client(clients, texts, config.max_client_share)
+    kept = sorted(kept, key=lambda i: _hash(texts[i]))[: config.max_clustered]
+    while True:
+        encoder = fit_encoder(config.encoder, [texts[i] for i in kept], config.num_dimensions)
+        vectors = encoder.encode_all([texts[i] for i in kept])
+        is_train = np.array([fitted[i].split == "train" for i in kept])
+        if not is_train.any():
+            is_train[:] = True
+        centroids = find_topics(vectors[is_train])
+        shared = rows_of_shared_topics(nearest(vectors, centroids), [clients[i] for i in kept])
+        if len(shared) == len(kept) or not shared:
+            break
+        kept = [kept[row] for row in shared]
     radii = fit_radii(vectors[is_train], vectors[~is_train], centroids, config.radius_quantile)
     labels = nearest(encoder.encode_all(texts), centroids)
     keys: list[str | None] = []

@@ -2,12 +2,13 @@
 
 Spherical k-means (Dhillon and Modha 2001) with the number of topics chosen by stability: two halves of the texts are
 clustered apart, and the number wins at which they agree best about texts (adjusted mutual information, Vinh et al.
-2010), discounted by 1/k because two coarse halves agree easily. Density clustering (HDBSCAN with its defaults) leaves
+2010), discounted by 1/k^2 because two coarse halves agree easily. Density clustering (HDBSCAN with its defaults) leaves
 most short utterances as noise; `understudy bench discover` measures both. Knows nothing of tasks or answers.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ _MAX_TOPICS = 512
 _MIN_TOPIC_TEXTS = 4
 _MAX_HALF = 3000
 _MAX_COMPARED = 3000
+_NUM_REPEATS = 3
 _MAX_ROUNDS = 20
 _MIN_STABILITY = 0.3
 """Discounted agreement below which the texts have no topics of their own and are one."""
@@ -33,20 +35,25 @@ def find_topics(vectors: np.ndarray) -> np.ndarray:
 
 def choose_num_topics(vectors: np.ndarray) -> int:
     """The finest number of topics at which two halves of the texts agree about as well as at any; 1 where none is stable."""
-    from sklearn.metrics import adjusted_mutual_info_score
-
-    order = np.random.default_rng(0).permutation(len(vectors))
-    middle = len(order) // 2
-    halves = [vectors[order[:middle][:_MAX_HALF]], vectors[order[middle:][:_MAX_HALF]]]
-    compared = vectors[order[:_MAX_COMPARED]]
     stability = {}
     for num in _candidates(len(vectors)):
-        labels = [nearest(compared, fit_centroids(half, num, seed)) for seed, half in enumerate(halves)]
-        stability[num] = adjusted_mutual_info_score(*labels) * (1 - 1 / num)
+        agreed = [_agreement_of_halves(vectors, num, repeat) for repeat in range(_NUM_REPEATS)]
+        stability[num] = float(np.mean(agreed)) * (1 - 1 / num**2)
     best = max(stability.values(), default=0.0)
     if best < _MIN_STABILITY:
         return 1
     return max(num for num, value in stability.items() if value >= _STABLE_SHARE * best)
+
+
+def _agreement_of_halves(vectors: np.ndarray, num_topics: int, repeat: int) -> float:
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    order = np.random.default_rng(repeat).permutation(len(vectors))
+    middle = len(order) // 2
+    halves = [vectors[order[:middle][:_MAX_HALF]], vectors[order[middle:][:_MAX_HALF]]]
+    compared = vectors[order[:_MAX_COMPARED]]
+    fits = [fit_centroids(half, num_topics, 2 * repeat + number) for number, half in enumerate(halves)]
+    return float(adjusted_mutual_info_score(*(nearest(compared, centroids) for centroids in fits)))
 
 
 def _candidates(num_texts: int) -> list[int]:
@@ -132,3 +139,14 @@ def cap_per_client(clients: Sequence[str], texts: Sequence[str], max_share: floa
         if taken[clients[i]] <= limit:
             kept.append(i)
     return kept
+
+
+def rows_of_shared_topics(labels: np.ndarray, clients: Sequence[str]) -> list[int]:
+    """Rows whose topic is not mostly one client's; all rows where fewer than three clients call."""
+    if len(set(clients)) <= 2:
+        return list(range(len(clients)))
+    per_topic: dict[int, Counter[str]] = defaultdict(Counter)
+    for topic, client in zip(labels.tolist(), clients, strict=True):
+        per_topic[topic][client] += 1
+    own = {topic for topic, counts in per_topic.items() if 2 * max(counts.values()) > counts.total()}
+    return [row for row, topic in enumerate(labels.tolist()) if topic not in own]
