@@ -4,10 +4,13 @@ Sites are compared with the labels of the call sites of every source, topics wit
 beside scikit-learn's KMeans with the true number of classes and HDBSCAN with its defaults on the same vectors (the
 pipeline that BERTopic runs, without its UMAP step, which is not installed here). Noise counts as one cluster for all.
 Needs no Ray. Reads files of the normalised format; labels are used to score alone.
+
+    python -m jobs.bench.discover --calls FILE... [--fit FILE...] [--encoder NAME] [--json PATH]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 import time
@@ -328,3 +331,21 @@ def _relative_distance(topics: TopicMap, vectors: np.ndarray) -> list[float]:
     distances = 1.0 - vectors @ topics.centroids.T
     rows = distances.argmin(axis=1)
     return (distances[np.arange(len(rows)), rows] / np.maximum(topics.radii[rows], 1e-6)).tolist()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line and print the result as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench.discover", description="Measure discovery and routing.")
+    parser.add_argument("--calls", nargs="+", type=pathlib.Path, required=True, help="call logs that are scored")
+    parser.add_argument("--fit", nargs="+", type=pathlib.Path, default=[], help="call logs that are fitted on")
+    parser.add_argument("--encoder", default=HASHED, help="hashed, a hub id, or a folder with a sentence encoder")
+    parser.add_argument("--json", type=pathlib.Path, help="write the numbers here")
+    options = parser.parse_args(arguments)
+    text = json.dumps(bench_discover(options.calls, options.fit, encoder=options.encoder), indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
