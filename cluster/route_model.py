@@ -2,7 +2,7 @@
 
 Fitted by training/discover.py, read by the router; needs numpy alone and sees prompts only, never answers. A text is
 encoded as hashed word, character and template-line features, TF-IDF weighted and projected by a truncated SVD
-("hashed-ngram-svd"; Weinberger et al. 2009, Deerwester et al. 1990). A call farther than a topic's calibrated
+("hashed-ngram-svd-2"; Weinberger et al. 2009, Deerwester et al. 1990). A call farther than a topic's calibrated
 radius is of no task.
 """
 
@@ -16,22 +16,24 @@ import re
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from cluster.errors import StoreError
+from cluster.neural_encoder import neural_encoder
 from cluster.records import Record
-from cluster.signature import abstract_text, signature_of, template_lines, variable_text
+from cluster.signature import abstract_text, template_lines, variable_text
+from cluster.sites import SiteMap
 from cluster.store import Store, content_hash
 
-ENCODER = "hashed-ngram-svd"
+ENCODER = "hashed-ngram-svd-2"
 NUM_BUCKETS = 2**15
 _MAX_HALF = 2000
 _WORD = re.compile(r"<\*>|\w+")
 _CHAR_ORDERS = (3, 4, 5)
-# A template line is one feature against the dozens its words give, and says more about the task than they do.
-_WEIGHTS = {"word": 1.0, "pair": 1.0, "chars": 0.3, "line": 4.0}
+# Characters weigh most: on short utterances they tell intents apart better than words (k-means, five labelled sets).
+_WEIGHTS = {"word": 0.5, "pair": 0.2, "chars": 1.0, "line": 1.0}
 _MAX_FILE_BYTES = 64 * 2**20
 _MODEL_FILE = "route_model.json"
 
@@ -45,8 +47,21 @@ class RouteGuess(Record):
     """Cosine distance in [0, 2] to the nearest topic; None where the signature alone decided."""
 
 
+class Encoder(Protocol):
+    """Text -> unit vector [D], or the zero vector."""
+
+    name: str
+    """Where it comes from: `hashed-ngram-svd-2`, a hub id or a folder; stored with the model."""
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def encode_all(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
 class TextEncoder:
     """Text -> unit vector [D]; the zero vector where no feature was seen in fitting."""
+
+    name = ENCODER
 
     def __init__(self, components: np.ndarray) -> None:
         """`components` is float32 [NUM_BUCKETS, D], with the inverse document frequencies multiplied in."""
@@ -59,12 +74,16 @@ class TextEncoder:
         norm = float(np.linalg.norm(vector))
         return vector / norm if norm > 1e-6 else np.zeros_like(vector)
 
+    def encode_all(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors [N, D]."""
+        return np.stack([self.encode(text) for text in texts])
+
 
 class TopicMap:
     """The topics of one varied signature: which task a text is nearest to, and whether it is near enough."""
 
     def __init__(
-        self, encoder: TextEncoder, centroids: np.ndarray, radii: np.ndarray, task_ids: Sequence[str | None]
+        self, encoder: Encoder, centroids: np.ndarray, radii: np.ndarray, task_ids: Sequence[str | None]
     ) -> None:
         """Rows are topics: unit `centroids` [T, D], `radii` [T] as cosine distances, the task of each (None: no task)."""
         assert len(centroids) == len(radii) == len(task_ids) > 0, (centroids.shape, radii.shape, len(task_ids))
@@ -89,20 +108,20 @@ class TopicMap:
 
 
 class RouteModel:
-    """Signature -> task, or signature -> topics -> task. Immutable; safe to share between threads."""
+    """Call site -> task, or call site -> topics -> task. Immutable; safe to share between threads."""
 
-    def __init__(self, tasks: Mapping[str, str], topics: Mapping[str, TopicMap]) -> None:
-        """`tasks` maps signatures that are one task to its id; `topics` holds the varied signatures."""
+    def __init__(self, tasks: Mapping[str, str], topics: Mapping[str, TopicMap], sites: SiteMap | None = None) -> None:
+        """`tasks` maps sites that are one task to its id, `topics` holds the varied ones; keys are `CallSite.variant`."""
         assert not tasks.keys() & topics.keys(), "a signature is one task or varied, not both"
-        self.tasks, self.topics = dict(tasks), dict(topics)
+        self.tasks, self.topics, self.sites = dict(tasks), dict(topics), sites or SiteMap()
 
     def task_of(self, request: dict[str, Any]) -> RouteGuess:
         """Cost: about 0.05 ms for a signature that is one task; encodes the last user message where it is varied."""
-        signature = signature_of(request)
-        task_id = self.tasks.get(signature)
+        variant = self.sites.site_of(request).variant
+        task_id = self.tasks.get(variant)
         if task_id is not None:
             return RouteGuess(task_id=task_id, reason="signature")
-        topics = self.topics.get(signature)
+        topics = self.topics.get(variant)
         if topics is None:
             return RouteGuess(task_id=None, reason="unknown signature")
         return topics.task_of(variable_text(request))
@@ -133,23 +152,27 @@ class RouteModel:
             )
         files = {name: _read_checked(store, folder, name, facts) for name, facts in manifest["files"].items()}
         model = json.loads(files[_MODEL_FILE])
+        arrays = {n: np.load(io.BytesIO(data), allow_pickle=False) for n, data in files.items() if n.endswith(".npy")}
         topics = {}
-        for number, (signature, task_ids) in enumerate(sorted(model["topics"].items())):
-            components, centroids, radii = (
-                np.load(io.BytesIO(files[f"{kind}-{number}.npy"]), allow_pickle=False)
-                for kind in ("components", "centroids", "radii")
-            )
-            topics[signature] = TopicMap(TextEncoder(components), centroids, radii, task_ids)
-        return cls(model["tasks"], topics)
+        for number, (variant, task_ids) in enumerate(sorted(model["topics"].items())):
+            name = model["encoders"][variant]
+            is_hashed = name == ENCODER
+            encoder = TextEncoder(arrays[f"components-{number}.npy"]) if is_hashed else neural_encoder(name)
+            centroids, radii = arrays[f"centroids-{number}.npy"], arrays[f"radii-{number}.npy"]
+            topics[variant] = TopicMap(encoder, centroids, radii, task_ids)
+        return cls(model["tasks"], topics, SiteMap.from_json(model["sites"]))
 
     def _files(self) -> dict[str, bytes]:
         model = {
             "tasks": self.tasks,
-            "topics": {signature: topics.task_ids for signature, topics in self.topics.items()},
+            "topics": {variant: topics.task_ids for variant, topics in self.topics.items()},
+            "encoders": {v: t.encoder.name for v, t in self.topics.items()},
+            "sites": self.sites.to_json(),
         }
         files = {_MODEL_FILE: (json.dumps(model, indent=1, sort_keys=True) + "\n").encode()}
         for number, (_, topics) in enumerate(sorted(self.topics.items())):
-            files[f"components-{number}.npy"] = _npy(topics.encoder.components)
+            if isinstance(topics.encoder, TextEncoder):
+                files[f"components-{number}.npy"] = _npy(topics.encoder.components)
             files[f"centroids-{number}.npy"] = _npy(topics.centroids)
             files[f"radii-{number}.npy"] = _npy(topics.radii)
         return files

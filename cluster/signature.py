@@ -62,9 +62,13 @@ def signature_of(request: dict[str, Any]) -> str:
     """
     system = system_text(request)
     template = _cached(system, _read_template).sha if system else _NO_SYSTEM
+    return _sha(f"{template}\n{surface_of(request)}")
+
+
+def surface_of(request: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the tools on offer and the response format."""
     tools = request.get("tools") or request.get("functions")
-    surface = _cached(_dumps([tools, request.get("response_format")]), _read_surface)
-    return _sha(f"{template}\n{surface}")
+    return _cached(_dumps([tools, request.get("response_format")]), _read_surface)
 
 
 def abstract_line(line: str) -> str:

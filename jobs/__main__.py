@@ -63,6 +63,8 @@ class _Verb(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from jobs import tasks
+
     parser = argparse.ArgumentParser(prog="understudy", description="LLM traffic in, gated specialists out.")
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Verb)
     words = {"nargs": "*", "metavar": "key=value", "help": "recipe=NAME|PATH and overrides such as gate.epsilon=0.02"}
@@ -94,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("words", **words)
     back.set_defaults(run=_roll_back)
     _add_keys(verbs, words)
+    tasks.add_verb(verbs)
     demo = verbs.add_parser(
         "demo", help="the whole journey on this machine with a scripted LLM", sections=(*stages, "prices")
     )

@@ -32,7 +32,7 @@ from jobs.recipe import Recipe, work_folder
 from jobs.train import Trained, scope_of, train
 from jobs.validate import EngineOf, save_evaluation, validate_candidates, validation_engine
 from training.curate import curate
-from training.discover import discover, save_discovery
+from training.discover import discover, load_previous, save_discovery
 from training.evaluation import Candidate, Evaluation
 from training.gate import minimum_calls, release_delta
 from training.ledger import share_of_round
@@ -77,7 +77,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     served = {split: load_split(store, snapshot.id, split, as_served=split != "train") for split in SPLITS}
     if not served["train"]:
         raise InputError(f"store {recipe.store}: no calls to learn from; capture or `understudy ingest PATH...` first")
-    discovery = discover(served, recipe.discover)
+    discovery = discover(served, recipe.discover, load_previous(store))
     route_model = save_discovery(store, snapshot.id, discovery)
     by_split = {split: group_by_task(served[split], discovery.assignment) for split in SPLITS}
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.records import TaskSpec
+from cluster.route_model import NUM_BUCKETS, hashed_features
 from training.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -72,6 +73,39 @@ def draw_volume(rows: Sequence[Row]) -> str:
         f"{r.task.name}, {r.task.num_calls}, {r.decision}" for r in drawn
     )
     return picture(figure, alt, f"Tasks by volume and decision.{left_out}")
+
+
+def draw_map(rows: Sequence[Row]) -> str:
+    """Tasks in two dimensions by the words of their templates: near ones say like things; nothing below three tasks.
+
+    Principal components of hashed features of the static lines, tools and names; area by captured calls.
+    """
+    if len(rows) < 3:
+        return ""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    points = np.zeros((len(rows), NUM_BUCKETS), dtype=np.float32)
+    for place, row in enumerate(rows):
+        buckets, values = hashed_features("\n".join([*row.task.static_lines, *row.task.tool_names, row.task.name]))
+        points[place, buckets] = values / max(float(np.linalg.norm(values)), 1e-6)
+    points -= points.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(points, full_matrices=False)
+    places = left[:, :2] * sizes[:2]
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for decision, mark in ((MOVES, "o"), (STAYS, "s")):
+        chosen = [i for i, row in enumerate(rows) if row.decision == decision]
+        area = [30 + 600 * rows[i].task.share_calls for i in chosen]
+        axes.scatter(*places[chosen].T, s=area, marker=mark, color=_COLOURS[decision], alpha=0.7, label=decision)
+    for row, place in zip(rows[:_MAX_BARS], places, strict=False):
+        axes.annotate(str(row.number), place, textcoords="offset points", xytext=(6, 4), fontsize="small")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.margins(0.15)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    alt = "Map of tasks; " + "; ".join(f"{r.number} is {r.task.name}, {r.decision}" for r in rows[:_MAX_BARS])
+    return picture(figure, alt, "Task map: tasks whose templates say like things stand near; area by captured calls.")
 
 
 def draw_coverage(row: Row) -> str:

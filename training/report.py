@@ -15,7 +15,7 @@ from typing import Any
 from cluster.records import TaskSpec
 from training.evaluation import Evaluation, gain_over_base
 from training.forecast import describe
-from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_volume, number, percent
+from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_map, draw_volume, number, percent
 from training.selection import Selection
 from training.snapshot import CurationCounts
 
@@ -79,6 +79,7 @@ def write_report(
         "<h2>Tasks</h2>",
         _task_table(rows),
         draw_volume(rows),
+        draw_map(rows),
         _curation_section(curation),
         *(_task_section(row) for row in rows if row.evaluation),
         _selection_section(selection),

@@ -171,9 +171,9 @@ def test_arms_gain_losses_and_summary_are_shown(path):
 def test_pictures_have_alt_text_and_the_page_a_language(path):
     elements = parse(path).elements
     pictures = [attrs for tag, attrs in elements if tag == "img"]
-    assert len(pictures) == 3 and all(len(attrs["alt"]) > 30 for attrs in pictures)
-    assert "threshold 0.613: coverage 65.0%, disagreement 0.0%" in pictures[1]["alt"]
-    assert "no threshold was opened" in pictures[2]["alt"]
+    assert len(pictures) == 4 and all(len(attrs["alt"]) > 30 for attrs in pictures)
+    assert "threshold 0.613: coverage 65.0%, disagreement 0.0%" in pictures[2]["alt"]
+    assert "no threshold was opened" in pictures[3]["alt"]
     assert all(base64.b64decode(a["src"].split(",")[1]).startswith(b"\x89PNG") for a in pictures)
     assert ("html", {"lang": "en"}) in elements
 
