@@ -17,9 +17,9 @@ from cluster.records import TaskSpec
 from cluster.signature import last_user_text
 from cluster.store import Store
 from jobs.recipe import load_recipe
-from training.curate import load_split
 from training.discover import EVENTS_FOLDER, IDENTITY_FILE, TASKS_FOLDER
 from training.identity import Identity, similarity
+from training.snapshot import load_split
 
 _NUM_NEIGHBOURS = 3
 _NUM_EXAMPLES = 3

@@ -26,10 +26,10 @@ from cluster.records import AgentCall, Example, Split
 from cluster.route_model import RouteModel, TextEncoder, TopicMap
 from cluster.signature import last_user_text, signature_of, system_text
 from cluster.sites import SiteMap, fit_sites
-from training.curate import SplitConfig, split_of
 from training.discover import DiscoverConfig, Discovery, Previous, discover
 from training.encoders import HASHED, fit_encoder
 from training.formats import LogReader
+from training.splits import SplitConfig, split_of
 from training.topics import find_topics, nearest
 
 _PUBLIC_KEY = b"discovery benchmark: public data"

@@ -10,7 +10,8 @@ from cluster.records import Example
 from cluster.store import Store
 from jobs.__main__ import main
 from jobs.tasks import describe_task, list_tasks
-from training.discover import SPLITS, DiscoverConfig, discover, load_previous, save_discovery
+from training.discover import DiscoverConfig, discover, load_previous, save_discovery
+from training.splits import SPLITS
 
 SHARED = "Answer with JSON and nothing else, please.\nNever invent a number that was not said."
 

@@ -12,7 +12,8 @@ from cluster.errors import ConfigError
 from cluster.records import Example
 from cluster.route_model import RouteModel
 from cluster.store import Store
-from training.discover import NO_TOPIC, DiscoverConfig, Previous, discover, load_previous, save_discovery
+from training.discover import DiscoverConfig, Previous, discover, load_previous, save_discovery
+from training.merging import NO_TOPIC
 from training.splits import SPLITS
 
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("find_flight", "cancel")]
@@ -273,14 +274,8 @@ def test_topic_whose_routed_calls_are_too_few_is_unassigned() -> None:
     assert any(found.route_model.task_of(e.request).reason.endswith("has no task") for e in reviews)
 
 
-class Known(Example):
-    """An example whose client is known."""
-
-    client_id: str = ""
-
-
 def of_clients(examples: list[Example], clients: str) -> list[Example]:
-    return [Known(**{**e.model_dump(), "client_id": clients[i % len(clients)]}) for i, e in enumerate(examples)]
+    return [e.model_copy(update={"client_ids": (clients[i % len(clients)],)}) for i, e in enumerate(examples)]
 
 
 def make_poison(text: str) -> list[Example]:
