@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cluster.access import Role
 from cluster.errors import ConfigError, InputError, UnderstudyError
-from jobs import bench_verb, calls_verb, catalog, ingest_verb, upkeep_verb
+from jobs import bench_verb, calls_verb, catalog, ingest_verb, tasks, upkeep_verb
 
 if TYPE_CHECKING:
     from cluster.store import Store
@@ -63,14 +63,13 @@ class _Verb(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from jobs import tasks
-
     parser = argparse.ArgumentParser(prog="understudy", description="LLM traffic in, gated specialists out.")
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Verb)
     words = {"nargs": "*", "metavar": "key=value", "help": "recipe=NAME|PATH and overrides such as gate.epsilon=0.02"}
     ingest_verb.add_verb(verbs)
     calls_verb.add_verb(verbs)
     upkeep_verb.add_verbs(verbs, words)
+    tasks.add_verb(verbs)
     catalog.add_verb(verbs)
     bench_verb.add_verb(verbs)
     stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
@@ -96,7 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("words", **words)
     back.set_defaults(run=_roll_back)
     _add_keys(verbs, words)
-    tasks.add_verb(verbs)
     demo = verbs.add_parser(
         "demo", help="the whole journey on this machine with a scripted LLM", sections=(*stages, "prices")
     )

@@ -25,6 +25,13 @@ def add_verb(verbs: Any) -> None:
         "--calls", type=pathlib.Path, nargs="+", default=[], help="call logs instead of the shared ones"
     )
     curate.set_defaults(run=_curate)
+    discover = names.add_parser("discover", help="sites, topics, stability, routing and the choice of a base")
+    discover.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
+    discover.add_argument("--calls", type=pathlib.Path, nargs="+", default=[], help="call logs that are scored")
+    discover.add_argument("--fit", type=pathlib.Path, nargs="+", default=[], help="call logs that are fitted on")
+    discover.add_argument("--encoder", default="hashed", help="hashed, a hub id, or a folder with a sentence encoder")
+    discover.add_argument("--without-selection", action="store_true", help="leave out the probes, which need Ray")
+    discover.set_defaults(run=_discover)
 
 
 def _curate(options: argparse.Namespace) -> None:
@@ -32,6 +39,20 @@ def _curate(options: argparse.Namespace) -> None:
 
     _check_output(options.json)
     _show(bench_curate(options.pii, options.calls), options.json)
+
+
+def _discover(options: argparse.Namespace) -> None:
+    from jobs.bench.discover import bench_discover, shared_calls
+
+    _check_output(options.json)
+    numbers = bench_discover(options.calls or shared_calls(), options.fit, encoder=options.encoder)
+    if not options.without_selection:
+        from cluster.session import connect
+        from jobs.bench.selection import measure_selection
+
+        connect()
+        numbers |= measure_selection(print)
+    _show(numbers, options.json)
 
 
 def _check_output(path: pathlib.Path | None) -> None:

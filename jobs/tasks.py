@@ -11,7 +11,7 @@ import argparse
 import json
 from typing import Any
 
-from cluster import access
+from cluster.access import require_role
 from cluster.errors import ConfigError, InputError
 from cluster.records import TaskSpec
 from cluster.signature import last_user_text
@@ -62,7 +62,7 @@ def describe_task(store: Store, task_id: str, *, with_examples: bool = False) ->
     page["neighbours"] = _neighbours(identities, task_id)
     page["events"] = events_of(store, task_id)
     if with_examples:
-        _require_curator(store.uri)
+        require_role(store.uri, "curator")
         page["examples"] = _examples(store, saved["snapshot"], task_id)
     return page
 
@@ -91,18 +91,6 @@ def _run(options: argparse.Namespace) -> None:
         return
     tasks = list_tasks(store)
     print(json.dumps([t.model_dump(mode="json") for t in tasks], indent=1) if options.json else _show_table(tasks))
-
-
-def _require_curator(store_uri: str) -> None:
-    """Refuse whoever may not read content; a build without roles refuses everybody.
-
-    Raises:
-        ConfigError: as said.
-    """
-    require_role = getattr(access, "require_role", None)
-    if require_role is None:
-        raise ConfigError("--examples: this build knows no roles; allowed: a task's page without them")
-    require_role(store_uri, "curator")
 
 
 def _saved(store: Store) -> dict[str, Any]:

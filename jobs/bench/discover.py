@@ -4,14 +4,12 @@ Sites are compared with the labels of the call sites of every source, topics wit
 beside scikit-learn's KMeans with the true number of classes and HDBSCAN with its defaults on the same vectors (the
 pipeline that BERTopic runs, without its UMAP step, which is not installed here). Noise counts as one cluster for all.
 Needs no Ray. Reads files of the normalised format; labels are used to score alone.
-
-    python -m jobs.bench.discover --calls FILE... [--fit FILE...] [--encoder NAME] [--json PATH]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import pathlib
 import time
 from collections import Counter, defaultdict
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cluster.access import Pseudonyms
+from cluster.errors import InputError
 from cluster.quarantine import QuarantineRow
 from cluster.records import AgentCall, Example, Split
 from cluster.route_model import RouteModel, TextEncoder, TopicMap
@@ -48,6 +47,22 @@ class Call(NamedTuple):
 
     source: str
     call: AgentCall
+
+
+def shared_calls() -> list[pathlib.Path]:
+    """All call logs of the shared data (UNDERSTUDY_DATA, default ../shared/data).
+
+    Raises:
+        InputError: there are none.
+    """
+    folder = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", "../shared/data"))
+    found = [path for part in ("agents", "nlu", "fc") for path in sorted((folder / part).glob("*.jsonl.gz"))]
+    if not found:
+        raise InputError(
+            f"{folder}: no call logs; allowed: files given with --calls, or the folder of the shared data in "
+            "UNDERSTUDY_DATA; next: UNDERSTUDY_DATA=/PATH understudy bench discover"
+        )
+    return found
 
 
 def bench_discover(
@@ -331,21 +346,3 @@ def _relative_distance(topics: TopicMap, vectors: np.ndarray) -> list[float]:
     distances = 1.0 - vectors @ topics.centroids.T
     rows = distances.argmin(axis=1)
     return (distances[np.arange(len(rows)), rows] / np.maximum(topics.radii[rows], 1e-6)).tolist()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run from the command line and print the result as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench.discover", description="Measure discovery and routing.")
-    parser.add_argument("--calls", nargs="+", type=pathlib.Path, required=True, help="call logs that are scored")
-    parser.add_argument("--fit", nargs="+", type=pathlib.Path, default=[], help="call logs that are fitted on")
-    parser.add_argument("--encoder", default=HASHED, help="hashed, a hub id, or a folder with a sentence encoder")
-    parser.add_argument("--json", type=pathlib.Path, help="write the numbers here")
-    options = parser.parse_args(arguments)
-    text = json.dumps(bench_discover(options.calls, options.fit, encoder=options.encoder), indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from cluster import access
 from cluster.errors import ConfigError, InputError
 from cluster.records import Example
 from cluster.store import Store
@@ -58,7 +57,7 @@ def test_examples_need_a_curator(store, monkeypatch) -> None:
         asked.append((uri, role))
         raise ConfigError("role=viewer: this needs role curator")
 
-    monkeypatch.setattr(access, "require_role", refuse, raising=False)
+    monkeypatch.setattr("jobs.tasks.require_role", refuse)
     with pytest.raises(ConfigError, match="curator"):
         describe_task(store, task_id, with_examples=True)
     assert asked == [(store.uri, "curator")]
