@@ -24,7 +24,11 @@ DATA_ENV = "UNDERSTUDY_DATA"
 _PII = ("templates_x_tau", "restaurant8k", "nlupp_person", "tau_airline_silver")
 _NEGATIVES = ("nlu/banking77.calls.jsonl.gz", "fc/bfcl.calls.jsonl.gz")
 _AGENT_CALLS = ("agents/tau_airline.sessions.jsonl.gz",)
-_TRAFFIC = ("nlu/clinc150.calls.jsonl.gz", "nlu/snips.calls.jsonl.gz", "nlu/restaurant8k.calls.jsonl.gz", *_AGENT_CALLS)
+_TRAFFIC = (
+    *(f"nlu/{name}.calls.jsonl.gz" for name in ("banking77", "clinc150", "nlupp", "restaurant8k", "snips")),
+    "agents/metagpt.calls.jsonl.gz",
+    "agents/http_crewai.calls.jsonl.gz",
+)
 SIZES = (10_000, 200_000)
 
 

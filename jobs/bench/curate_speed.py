@@ -49,6 +49,8 @@ def measure_curate(calls: list[pathlib.Path], sizes: Sequence[int] = SIZES) -> d
         responses), peak_rss_mib_SIZE for each size in thousands, and `growth`: the numbers of every size.
     """
     originals = list(_read(calls))
+    # So that every size is made of the same mix.
+    random.Random(0).shuffle(originals)
     growth = []
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="curate-speed-") as folder:
