@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from cluster.calls import MAX_CALLS_PER_PART
+from cluster.calls import MAX_CALLS_PER_PART, load_writer
 from cluster.config import Config
 from cluster.errors import ConfigError, StoreError
 from cluster.records import AgentCall
@@ -105,6 +105,7 @@ class Capture:
     def start(self) -> None:
         """Begin to write in the background; needs a running event loop. Starting twice changes nothing."""
         if not self._tasks:
+            load_writer()
             loop = asyncio.get_running_loop()
             self._tasks = [loop.create_task(self._run_flushes()), loop.create_task(self._run_folds())]
             for task in self._tasks:

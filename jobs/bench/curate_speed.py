@@ -16,7 +16,6 @@ import os
 import pathlib
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -141,17 +140,24 @@ def _measure(folder: str, num_bytes: int, num_calls: int) -> dict[str, Any]:
 def _curate_here(folder: str) -> dict[str, Any]:
     """Runs in the fresh process."""
     Redactor(RedactConfig(), _KEY).redact_session([({"messages": []}, {"role": "assistant", "content": "x"})], "")
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = _peak_rss_mib()
     began, cpu_began = time.perf_counter(), time.process_time()
     snapshot = curate(Store(folder), CurateConfig(), _KEY)
     return {
         "cpu_s": round(time.process_time() - cpu_began, 2),
         "wall_s": round(time.perf_counter() - began, 2),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MIB, 1),
-        "loaded_rss_mib": round(loaded * 1024 / _MIB, 1),
+        "peak_rss_mib": _peak_rss_mib(),
+        "loaded_rss_mib": loaded,
         "examples": sum(snapshot.counts.num_examples.values()),
         "dropped": snapshot.counts.dropped,
     }
+
+
+def _peak_rss_mib() -> float:
+    """Of this program: getrusage's peak is also that of the process which started it (Linux, proc(5): VmHWM)."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return round(kib * 1024 / _MIB, 1)
 
 
 def main() -> None:
