@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from jobs.bench.discover import bench_discover, main
+from jobs.__main__ import main
+from jobs.bench.discover import bench_discover
 
 VERBS = {"AddToPlaylist": "add the song {} to my {} playlist", "GetWeather": "will it rain in {} near {} tomorrow"}
 PLACES = "paris rome oslo lima cairo quito delhi tokyo berlin madrid".split()
@@ -59,6 +60,9 @@ def test_other_files_may_be_fitted_on_and_the_numbers_are_written(tmp_path, caps
     out = tmp_path / "out.json"
     main(
         [
+            "bench",
+            "discover",
+            "--without-selection",
             "--calls",
             str(tmp_path / "snips.calls.jsonl"),
             "--fit",
