@@ -19,8 +19,12 @@ from typing import Any, NamedTuple
 
 from cluster.signature import WILDCARD, abstract_text, message_text, signature_of, surface_of, system_text
 
-_MAX_GENERIC_WORDS = 8
-"""A system prompt of at most so many words says nothing of the task."""
+_GENERIC_WORDS = frozenset(
+    "a act ai always an and answer answers are as assist assistant be bot chat chatbot chatgpt concise concisely friendly"
+    " general good gpt harmless help helpful honest in is kind language large llm model of polite please purpose question"
+    " questions respond smart system that the to useful user users who with you your".split()
+)
+"""A system prompt of these words alone, or none, says nothing of the task; a short one of others may say all of it."""
 _MIN_ANCHOR_WORDS = 6
 _MAX_ANCHOR_LINES = 3
 _MIN_LINE_WORDS = 5
@@ -89,7 +93,7 @@ def fit_sites(requests: Iterable[dict[str, Any]]) -> SiteMap:
 
 
 def _is_generic(system: str) -> bool:
-    return len(_WORD.findall(system)) <= _MAX_GENERIC_WORDS
+    return all(word.casefold() in _GENERIC_WORDS for word in _WORD.findall(system))
 
 
 def _roles(systems: Iterable[str]) -> set[str]:

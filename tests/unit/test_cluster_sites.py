@@ -100,3 +100,19 @@ def test_a_map_is_read_back_and_holds_hashes_alone() -> None:
 def test_the_empty_map_makes_every_signature_a_site(request_) -> None:
     signature = signature_of(request_)
     assert SiteMap().site_of(request_) == (signature, signature)
+
+
+def test_a_short_system_prompt_that_says_the_task_names_one_site_whatever_users_write() -> None:
+    """Few values in a user's sentence are no templates of the program's own."""
+    requests = [
+        {
+            "messages": [
+                {"role": "system", "content": "Say the color as JSON."},
+                {"role": "user", "content": f"Lamp {number} in room {number % 7} shines in {color} today"},
+            ]
+        }
+        for number in range(40)
+        for color in ("red", "green", "blue")
+    ]
+    sites = fit_sites(requests)
+    assert len({sites.site_of(request).site for request in requests}) == 1
