@@ -96,11 +96,11 @@ class _Tally:
 
 
 class _Measured:
-    """One recogniser over the files: by file, and over those that are gold for all types."""
+    """One recogniser over the files: by file, over all, and over those that are gold for all types."""
 
     def __init__(self) -> None:
         self.files: dict[str, _Tally] = {}
-        self.gold = _Tally()
+        self.every, self.gold = _Tally(), _Tally()
         self.num_found, self.num_right = 0, 0
         self.found_by_file: dict[str, tuple[int, int]] = {}
 
@@ -110,6 +110,7 @@ class _Measured:
         for item in texts:
             findings = recognise(item.text)
             tally.add(item, findings)
+            self.every.add(item, findings)
             found += len(findings)
             right += sum(any(f.start < s["end"] and s["start"] < f.end for s in item.spans) for f in findings)
             if is_gold:
@@ -118,6 +119,11 @@ class _Measured:
         if is_gold:
             self.num_found += found
             self.num_right += right
+
+    @property
+    def scored(self) -> _Tally:
+        """The files that are gold for all types, else all: recall needs only that what is labelled is right."""
+        return self.gold if self.gold.num else self.every
 
 
 def measure_pii(paths: list[pathlib.Path], calls: list[pathlib.Path], negatives: list[pathlib.Path]) -> dict[str, Any]:
@@ -129,8 +135,8 @@ def measure_pii(paths: list[pathlib.Path], calls: list[pathlib.Path], negatives:
         negatives: calls whose user texts hold almost no personal data.
 
     Returns:
-        pii_recall and pii_precision over `ASKED_TYPES` of the files that are gold for all types, presidio_recall and
-        presidio_precision on the same, pii_per_type, pii_files (a row for each file), pii_false_positive_rate over all
+        pii_recall and pii_precision over `ASKED_TYPES` of the files that are gold for all types (without any, recall is that
+        of all files and precision None), presidio_recall and presidio_precision on the same, pii_per_type, pii_files (a row for each file), pii_false_positive_rate over all
         negatives, pii_negatives (a row for each), tool_calls_broken, mb_per_s_core. None where nothing could be measured.
 
     Raises:
@@ -146,10 +152,10 @@ def measure_pii(paths: list[pathlib.Path], calls: list[pathlib.Path], negatives:
     rates = [_false_positives(path, redactor) for path in negatives]
     texts = list(_distinct_texts(calls)) + list(_distinct_user_texts(negatives))
     return {
-        "pii_recall": ours.gold.recall(),
+        "pii_recall": ours.scored.recall(),
         "pii_precision": _ratio(ours.num_right, ours.num_found),
-        "pii_per_type": _per_type(ours.gold, theirs.gold),
-        "presidio_recall": theirs.gold.recall(),
+        "pii_per_type": _per_type(ours.scored, theirs.scored),
+        "presidio_recall": theirs.scored.recall(),
         "presidio_precision": _ratio(theirs.num_right, theirs.num_found),
         "pii_files": [_file_row(name, ours, theirs) for name in ours.files],
         "pii_false_positive_rate": _ratio(sum(r["with_finding"] for r in rates), sum(r["texts"] for r in rates)),
