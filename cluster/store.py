@@ -135,9 +135,9 @@ class Store:
             # Else a power failure may leave the name without the bytes, and a broken file stops every reader.
             sync_path(pathlib.Path(unfinished))
             self._fs.move(unfinished, target)
-        except BaseException:
+        finally:
+            # Gone already where it has its name.
             self._delete_full(unfinished)
-            raise
 
     def sync(self, paths: Iterable[str]) -> None:
         """Return once these files with their keys and names outlive a power failure; a process's end they outlive at once.
@@ -210,21 +210,19 @@ class Store:
         """
         full = self._full(path)
         options = {}
-        if encrypted:
-            assert not self.exists(path), f"{path}: an encrypted file is never written again"
-            self._fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
-            options["encryption_properties"] = self.content_keys.encryption(encrypted, full, self._fs)
-            schema = schema.with_metadata({**(schema.metadata or {}), _ENCRYPTED: ",".join(encrypted).encode()})
-        try:
+        with contextlib.ExitStack() as undo:
+            if encrypted:
+                assert not self.exists(path), f"{path}: an encrypted file is never written again"
+                self._fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
+                undo.callback(self._delete, _key_material(path))
+                options["encryption_properties"] = self.content_keys.encryption(encrypted, full, self._fs)
+                schema = schema.with_metadata({**(schema.metadata or {}), _ENCRYPTED: ",".join(encrypted).encode()})
             with (
                 self._publishing(path) as sink,
                 pq.ParquetWriter(sink, schema, compression="zstd", **options) as writer,
             ):
                 yield writer
-        except BaseException:
-            if encrypted:
-                self._delete(_key_material(path))
-            raise
+            undo.pop_all()
 
     def delete(self, path: str) -> None:
         """Remove one file and its keys; what is absent already is no error."""
@@ -232,12 +230,6 @@ class Store:
         self._delete(path)
         if path.endswith(".parquet"):
             self._delete(_key_material(path))
-
-    def delete_folder(self, folder: str) -> None:
-        """Remove an artifact, its manifest first, so that nobody finds half of it; what is absent is no error."""
-        self._delete(f"{folder}/{MANIFEST}")
-        if self.exists(folder):
-            self._fs.delete_dir(self._full(folder))
 
     def sweep(self, folder: str, older_than_s: float) -> int:
         """Remove what processes that died left below `folder`: unfinished files, and keys of files that never came.

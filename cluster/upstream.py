@@ -255,15 +255,14 @@ class Upstream:
                 timeout=timeout,
                 allow_redirects=False,
             )
-            try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(response.close)
                 if response.status in (401, 403) or 300 <= response.status < 400:
                     raise misconfigured(self.config, response.status)
                 first = await response.content.readany() if is_stream and response.status not in RETRYABLE else b""
                 if is_stream and response.ok and not first:
                     raise aiohttp.ClientPayloadError("the stream ended before its first byte")
-            except BaseException:
-                response.close()
-                raise
+                undo.pop_all()
         return response, first
 
     async def _chunks(self, response: aiohttp.ClientResponse, first: bytes) -> AsyncIterator[bytes]:

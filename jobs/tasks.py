@@ -19,7 +19,8 @@ from cluster.store import Store
 from jobs.recipe import load_recipe
 from training.discover import EVENTS_FOLDER, IDENTITY_FILE, TASKS_FOLDER
 from training.identity import Identity, similarity
-from training.snapshot import load_split
+from training.replacing import restore_text
+from training.snapshot import load_split, read_mapping
 
 _NUM_NEIGHBOURS = 3
 _NUM_EXAMPLES = 3
@@ -31,6 +32,9 @@ def add_verb(verbs: Any) -> None:
     tasks = verbs.add_parser("tasks", help="the tasks that were found, or one of them")
     tasks.add_argument("words", nargs="*", metavar="TASK_ID | key=value", help="one task, and words such as store=...")
     tasks.add_argument("--examples", action="store_true", help="show redacted examples of a task; needs role curator")
+    tasks.add_argument(
+        "--restored", action="store_true", help="the same as it was said, where curate.redact.reversible kept that"
+    )
     tasks.add_argument("--json", action="store_true", help="print JSON")
     tasks.set_defaults(run=_run)
 
@@ -45,11 +49,16 @@ def list_tasks(store: Store) -> list[TaskSpec]:
     return sorted(specs, key=lambda task: (-task.num_calls, task.task_id))
 
 
-def describe_task(store: Store, task_id: str, *, with_examples: bool = False) -> dict[str, Any]:
+def describe_task(
+    store: Store, task_id: str, *, with_examples: bool = False, is_restored: bool = False
+) -> dict[str, Any]:
     """One task's page as JSON.
 
+    Args:
+        is_restored: surrogates in the examples give way to what they stand for.
+
     Raises:
-        InputError: no such task.
+        InputError: no such task, or nothing was kept that examples could be restored with.
         ConfigError: examples are asked for and this person is no curator.
     """
     saved = _saved(store)
@@ -63,7 +72,7 @@ def describe_task(store: Store, task_id: str, *, with_examples: bool = False) ->
     page["events"] = events_of(store, task_id)
     if with_examples:
         require_role(store.uri, "curator")
-        page["examples"] = _examples(store, saved["snapshot"], task_id)
+        page["examples"] = _examples(store, saved["snapshot"], task_id, is_restored)
     return page
 
 
@@ -81,12 +90,13 @@ def _run(options: argparse.Namespace) -> None:
             f"tasks {' '.join(names)}: {len(names)} tasks; allowed: one; next: understudy tasks {names[0]}"
         )
     store = Store(load_recipe([word for word in options.words if "=" in word]).store)
-    if options.examples and not names:
+    if (options.examples or options.restored) and not names:
         raise ConfigError(
             "--examples: no task named; allowed: with one TASK_ID; next: understudy tasks TASK_ID --examples"
         )
     if names:
-        page = describe_task(store, names[0], with_examples=options.examples)
+        with_examples = options.examples or options.restored
+        page = describe_task(store, names[0], with_examples=with_examples, is_restored=options.restored)
         print(json.dumps(page, indent=1, ensure_ascii=False) if options.json else _show_page(page))
         return
     tasks = list_tasks(store)
@@ -106,15 +116,23 @@ def _neighbours(identities: dict[str, Identity], task_id: str) -> list[dict[str,
     return [{"task_id": name, "similarity": round(likeness[name], 3)} for name in nearest[:_NUM_NEIGHBOURS]]
 
 
-def _examples(store: Store, snapshot: str, task_id: str) -> list[dict[str, str]]:
-    """Redacted train examples: what the user said last, and the answer."""
+def _examples(store: Store, snapshot: str, task_id: str, is_restored: bool) -> list[dict[str, str]]:
+    """Train examples, redacted or as they were said: what the user said last, and the answer."""
+    mapping = read_mapping(store, snapshot) if is_restored else {}
+    if is_restored and not mapping:
+        raise InputError(
+            f"--restored: snapshot {snapshot} keeps nothing that surrogates stand for; allowed: one curated with "
+            "curate.redact.reversible=true; next: understudy calls show CALL_ID"
+        )
     assigned = store.read_table(f"{TASKS_FOLDER}/assignment-{snapshot}.parquet").to_pydict()
     own = {e for e, task in zip(assigned["example_id"], assigned["task_id"], strict=True) if task == task_id}
     chosen = [e for e in load_split(store, snapshot, "train", as_served=False) if e.example_id in own][:_NUM_EXAMPLES]
-    return [
-        {"user": last_user_text(e.request)[:_MAX_SHOWN_CHARS], "answer": json.dumps(e.target)[:_MAX_SHOWN_CHARS]}
-        for e in chosen
-    ]
+    rows = []
+    for example in chosen:
+        said = {"user": last_user_text(example.request), "answer": json.dumps(example.target)}
+        made = mapping.get(example.session_id, {})
+        rows.append({name: restore_text(text, made)[:_MAX_SHOWN_CHARS] for name, text in said.items()})
+    return rows
 
 
 def _show_table(tasks: list[TaskSpec]) -> str:

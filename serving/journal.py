@@ -9,6 +9,7 @@ serving/journal_format.py. Knows nothing of HTTP or of Parquet. Sources: fsync(2
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -162,16 +163,15 @@ class _File:
         # Locked and whole before it has a name that anybody looks for.
         unfinished = path.with_name(f".{path.name}")
         self._fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(path.unlink, missing_ok=True)
+            undo.callback(unfinished.unlink, missing_ok=True)
+            undo.callback(os.close, self._fd)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._write(self._sealer.header)
             os.rename(unfinished, path)
             sync_path(folder)
-        except BaseException:
-            os.close(self._fd)
-            unfinished.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            raise
+            undo.pop_all()
         self.num_bytes = len(self._sealer.header)
 
     def append(self, records: list[bytes]) -> None:

@@ -189,6 +189,20 @@ def read_rows(store: Store, snapshot_id: str, split: Split, columns: list[str] |
     return store.read_table(paths, columns=columns) if paths else empty
 
 
+def read_mapping(store: Store, snapshot_id: str) -> dict[str, dict[str, str]]:
+    """Session -> surrogate -> the value it stands for; empty unless `redact.reversible` was set when it was curated.
+
+    Raises:
+        StoreError: there is no such snapshot.
+        KeyAccessError: the content key is not to be had.
+    """
+    paths = store.manifest(f"{EXAMPLES_FOLDER}/{snapshot_id}")["parts"].get(_MAPPING, [])
+    mapping: dict[str, dict[str, str]] = {}
+    for row in (row for path in paths for row in store.read_table(path).to_pylist()):
+        mapping.setdefault(row["session_id"], {})[row["surrogate"]] = row["original"]
+    return mapping
+
+
 def load_split(store: Store, snapshot_id: str, split: Split, *, as_served: bool) -> list[Example]:
     """Examples of one split in order of time, all in memory.
 

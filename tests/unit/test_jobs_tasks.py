@@ -4,13 +4,17 @@ import json
 
 import pytest
 
+from cluster.calls import write_calls
 from cluster.errors import ConfigError, InputError
-from cluster.records import Example
+from cluster.records import AgentCall, Example
 from cluster.store import Store
 from jobs.__main__ import main
 from jobs.tasks import describe_task, list_tasks
+from training.curate import CurateConfig, curate
 from training.discover import DiscoverConfig, discover, load_previous, save_discovery
-from training.splits import SPLITS
+from training.redact import RedactConfig
+from training.snapshot import load_split
+from training.splits import SPLITS, SplitConfig
 
 SHARED = "Answer with JSON and nothing else, please.\nNever invent a number that was not said."
 
@@ -80,3 +84,39 @@ def test_unknown_tasks_and_empty_stores_say_what_to_do(store, tmp_path, capsys) 
     assert main(["tasks", f"store={tmp_path / 'other'}"]) == 2
     assert "next: understudy convert" in capsys.readouterr().err
     assert main(["tasks", "--examples", f"store={store.uri}"]) == 2
+
+
+def test_a_curator_sees_examples_as_they_were_said_where_that_was_kept(tmp_path) -> None:
+    pages = {}
+    for is_kept in (True, False):
+        store = Store(str(tmp_path / str(is_kept)))
+        calls = [make_call(number) for number in range(60)]
+        write_calls(store, calls)
+        shares = SplitConfig(train=0.4, validation=0.2, calibration=0.2, test=0.2, test_by="hash")
+        config = CurateConfig(split=shares, max_near_duplicates=1000, redact=RedactConfig(reversible=is_kept))
+        snapshot = curate(store, config).id
+        by_split = {s: load_split(store, snapshot, s, as_served=s != "train") for s in SPLITS}
+        save_discovery(store, snapshot, discover(by_split, DiscoverConfig(min_calls=2)))
+        (task,) = list_tasks(store)
+        pages[is_kept] = store, task.task_id
+    store, task_id = pages[True]
+    redacted = describe_task(store, task_id, with_examples=True)["examples"]
+    restored = describe_task(store, task_id, with_examples=True, is_restored=True)["examples"]
+    assert "Zelda" not in str(redacted) and "zelda.quimby" not in str(redacted)
+    for example in restored:
+        assert example["user"].startswith("My name is Zelda Quimby, mail zelda.quimby@acme.com")
+        assert "zelda.quimby@acme.com" in example["answer"]
+    store, task_id = pages[False]
+    with pytest.raises(InputError, match="reversible=true"):
+        describe_task(store, task_id, with_examples=True, is_restored=True)
+
+
+def make_call(number: int) -> AgentCall:
+    said = f"My name is Zelda Quimby, mail zelda.quimby@acme.com, this is matter {number}"
+    answer = {"role": "assistant", "content": json.dumps({"mail": "zelda.quimby@acme.com", "matter": number})}
+    return AgentCall(
+        call_id=f"c{number}", ts=1.7e9 + 60 * number, client_id="p", agent="a", session_id=f"s{number}", step=0,
+        response={"choices": [{"message": answer, "finish_reason": "stop"}], "model": "m"},
+        request={"messages": [{"role": "system", "content": "Give mail and matter."}, {"role": "user", "content": said}],
+                 "response_format": {"type": "json_object"}},
+    )  # fmt: skip
