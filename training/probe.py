@@ -188,9 +188,11 @@ def describe_budget(plans: Sequence[ProbePlan], measuring: Measuring) -> str:
     steps, counts = measuring.config.probe_steps, len(measuring.config.example_counts)
     flops = sum(train_flops(plan.contender, steps * _tokens_per_step(plan, measuring)) for plan in plans)
     curve = f"; then at most {counts - 1} more for the chosen base's learning curve" if counts > 1 else ""
+    is_alone = measuring.finetune.num_workers == 1
+    ends = "halving ends those behind after a quarter or a half" if is_alone else "all run to the end (several workers)"
     return (
         f"{len(plans)} probes of {len({plan.contender.name for plan in plans})} bases, at most {steps} steps each: "
-        f"{len(plans) * steps} steps, about {flops:.2g} floating point operations; halving ends those behind after a quarter or a half{curve}"
+        f"{len(plans) * steps} steps, about {flops:.2g} floating point operations; {ends}{curve}"
     )
 
 
@@ -198,7 +200,10 @@ def measure(plans: Sequence[ProbePlan], measuring: Measuring, *, halving: bool =
     """Run the probes on the connected Ray cluster; results in the order of `plans`.
 
     Args:
-        halving: False runs every probe to the end.
+        halving: False runs every probe to the end; probes of several workers run there anyway. Tune stops a trial by
+            killing its process, and with it dies the trainer that would give its workers' placement group back: Ray
+            Train's own cleaner for that needs the cluster's dashboard, and without one the CPUs are lost to all that
+            comes after.
     """
     # Tune's switches for its console tables and for the log formats that cannot hold a list of rungs.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -209,11 +214,11 @@ def measure(plans: Sequence[ProbePlan], measuring: Measuring, *, halving: bool =
 
     steps, finetune = measuring.config.probe_steps, measuring.finetune
     scheduler = FIFOScheduler()
-    if halving:
+    is_alone = finetune.num_workers == 1
+    if halving and is_alone:
         scheduler = ASHAScheduler(
             time_attr="step", max_t=steps, grace_period=steps // _RUNGS[-1], reduction_factor=_REDUCTION
         )
-    is_alone = finetune.num_workers == 1
     # A trial whose workers are processes of their own only waits; Tune takes none that asks for nothing: one byte.
     waiting = {"cpu": 0, "memory": 1}
     own = {"cpu": finetune.cpus_per_worker, "gpu": min(1, finetune.gpus_per_worker)}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -136,6 +137,13 @@ def test_a_probe_may_take_several_workers(
     store = Store(str(tmp_path / "store"))
     chosen = select_base(store, "one", config, scope, PretrainConfig(), finetune, tmp_path / "work")
     assert [(rung.num_steps, rung.score) for rung in chosen.candidates[0].rungs] == [(k, 1.0) for k in (0, 1, 2, 4)]
+    import ray
+
+    # What a probe leaves reserved would stop every later training.
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.util.placement_group_table()
+        time.sleep(0.2)
 
 
 def test_a_conversion_on_a_base_from_a_folder_trains_its_chat_format_and_publishes_it(
