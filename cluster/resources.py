@@ -88,6 +88,16 @@ def check_fits(parts: Sequence[Part], nodes: Sequence[Node], limits: LimitsConfi
         raise ConfigError("\n".join(problems))
 
 
+def num_groups_that_fit(part: Part, nodes: Sequence[Node]) -> int:
+    """Groups of `part` that run side by side; a group's workers may stand on several nodes, a worker on one."""
+    workers = 0
+    for node in nodes:
+        asked = [(node.cpus, part.cpus), (node.gpus, part.gpus)]
+        fits = [math.floor(offered / each + _ROUNDING) for offered, each in asked if each > 0]
+        workers += min(fits, default=0)
+    return workers // part.workers
+
+
 def _too_large(part: Part, kind: str, largest: float, where: str) -> str | None:
     """One worker that no node can hold."""
     asked = getattr(part, kind)

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 from cluster.engine import rendering_version
 from cluster.prompts import PromptFormat
 from cluster.records import Example, Record, Split, TaskSpec
+from cluster.session import cluster_nodes, num_replicas_without_place
 from cluster.store import Store, content_hash
+from jobs.plan import plan_run
 from jobs.recipe import Recipe
 from training.bases import publish_loaded_base
 from training.candidates import Scope
 from training.catalog import load_catalog
 from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise_tasks
 from training.evaluation import Candidate
-from training.finetune import finetune
-from training.fleet import run_fleet
+from training.finetune import ask_to_yield, finetune
+from training.fleet import FleetReport, FleetRun, num_places, run_fleet
 from training.probe import at_rank, model_memory_gib
 from training.scratch import pretrain, texts_of, train_tokenizer
 from training.selection import Selection, select_base
@@ -235,14 +237,29 @@ def _train_adapters(
         shutil.rmtree(work / plan.run_id)
         return metrics
 
-    missing = {p.task.task_id: (p.mean_tokens, lambda p=p: run(p)) for p in plans if not store.is_published(p.adapter)}
-    _, errors = run_fleet(
+    missing = {
+        p.task.task_id: FleetRun(p.mean_tokens, lambda p=p: run(p), lambda p=p: ask_to_yield(p.run_id, work / "runs"))
+        for p in plans
+        if not store.is_published(p.adapter)
+    }
+    fleet = run_fleet(
         missing,
-        recipe.fleet,
+        num_places(recipe.fleet, plan_run(recipe.finetune), cluster_nodes(), recipe.limits),
         lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or _last_losses(metrics)}"),
+        num_replicas_without_place,
     )
-    done = [plan for plan in plans if plan.task.task_id not in errors]
-    return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, errors
+    if missing:
+        say(_tell_fleet(fleet.report))
+    done = [plan for plan in plans if plan.task.task_id not in fleet.errors]
+    return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, fleet.errors
+
+
+def _tell_fleet(report: FleetReport) -> str:
+    ratio = report.makespan_s / max(report.lower_bound_s, 1e-9)
+    return (
+        f"fleet: {len(report.run_s)} fine-tunes, {report.num_places} at a time, {report.makespan_s:.0f} s, "
+        f"{ratio:.2f} of the least possible; {report.num_yields} made room for serving"
+    )
 
 
 def _last_losses(metrics: dict[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cluster.config import Config
-from cluster.errors import TrainingError
+from cluster.errors import RunYielded, TrainingError
 from training.loop import train_loop
 from training.progress import show_progress
 
@@ -71,6 +71,7 @@ def finetune(
 
     Raises:
         TrainingError: the run failed more than `max_failures` times.
+        RunYielded: it stopped at a checkpoint because `ask_to_yield` was called; call again to go on.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -84,6 +85,7 @@ def finetune(
         "pad_token_id": pad_token_id,
         "num_threads": max(1, int(config.cpus_per_worker)),
         "progress_path": str(storage.resolve() / f"{name}.progress"),
+        "yield_path": str(_yield_path(name, storage)),
     }
     resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})}
     trainer = TorchTrainer(
@@ -101,8 +103,23 @@ def finetune(
         ),
     )
     storage.mkdir(parents=True, exist_ok=True)
+    _yield_path(name, storage).unlink(missing_ok=True)
     with show_progress(pathlib.Path(settings["progress_path"]), label or name, config.num_steps):
         result = trainer.fit()
     if result.error is not None or result.checkpoint is None:
         raise TrainingError(f"run {name}: failed after {config.max_failures} restarts: {result.error}")
-    return pathlib.Path(result.checkpoint.path) / "model", dict(result.metrics or {})
+    metrics = dict(result.metrics or {})
+    if metrics["step"] < config.num_steps:
+        raise RunYielded(
+            f"run {name}: stopped at step {metrics['step']} of {config.num_steps}, because it was asked to"
+        )
+    return pathlib.Path(result.checkpoint.path) / "model", metrics
+
+
+def ask_to_yield(name: str, storage: pathlib.Path) -> None:
+    """Have a running fine-tune write a checkpoint after its next step and stop; `finetune` then raises RunYielded."""
+    _yield_path(name, storage).touch()
+
+
+def _yield_path(name: str, storage: pathlib.Path) -> pathlib.Path:
+    return storage.resolve() / f"{name}.yield"

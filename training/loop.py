@@ -54,7 +54,9 @@ def train_loop(settings: dict[str, Any]) -> None:
         engine.step()
         losses.append(float(loss.detach()))
         step += 1
-        is_checkpoint = step % settings["checkpoint_every"] == 0 or step == settings["num_steps"]
+        is_last = step == settings["num_steps"]
+        is_yielding = not is_last and _is_asked_to_yield(settings, context)
+        is_checkpoint = step % settings["checkpoint_every"] == 0 or is_last or is_yielding
         if step % stride == 0 or is_checkpoint:
             curve.append({"step": step, "loss": sum(losses) / len(losses)})
             losses.clear()
@@ -63,11 +65,26 @@ def train_loop(settings: dict[str, Any]) -> None:
         if is_checkpoint:
             curve[-1]["validation_loss"] = _validation_loss(engine, held_out)
             _report(engine, settings, step, curve)
+        if is_yielding:
+            return
 
 
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
     """Learning-rate factor: linear warm-up, then linear decay to zero."""
     return min(1.0, (step + 1) / max(warmup_steps, 1)) * max(0.0, 1.0 - step / max(num_steps, 1))
+
+
+def _is_asked_to_yield(settings: dict[str, Any], context: Any) -> bool:
+    """Whether to stop after this step; all ranks agree, as they must before a collective checkpoint."""
+    import torch
+    import torch.distributed
+
+    is_asked = context.get_world_rank() == 0 and pathlib.Path(settings["yield_path"]).exists()
+    if context.get_world_size() == 1:
+        return is_asked
+    flag = torch.tensor(int(is_asked), device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.broadcast(flag, src=0)
+    return bool(flag.item())
 
 
 def _seed_of(seed: int, rank: int, step: int) -> int:
