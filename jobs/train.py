@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cluster.engine import rendering_version
+from cluster.prices import training_cost
 from cluster.prompts import PromptFormat
 from cluster.records import Example, Record, Split, TaskSpec
 from cluster.session import cluster_nodes, num_replicas_without_place
 from cluster.store import Store, content_hash
 from jobs.plan import plan_run
+from jobs.provenance import code
 from jobs.recipe import Recipe
 from training.bases import publish_loaded_base
 from training.candidates import Scope
-from training.catalog import load_catalog
+from training.catalog import HubModel, find_entry, load_catalog
 from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise_tasks
 from training.evaluation import Candidate
 from training.finetune import ask_to_yield, finetune
 from training.fleet import FleetReport, FleetRun, num_places, run_fleet
+from training.model_card import write_card
 from training.probe import at_rank, model_memory_gib
 from training.scratch import pretrain, texts_of, train_tokenizer
 from training.selection import Selection, select_base
@@ -217,8 +221,10 @@ def _train_adapters(
     say: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     base_path = store.fetch(base, work / "cache")
+    made_with = code()
 
     def run(plan: _Plan) -> dict[str, Any]:
+        begin = time.monotonic()
         model, metrics = finetune(
             plan.run_id,
             recipe.finetune,
@@ -230,9 +236,8 @@ def _train_adapters(
             storage=work / "runs",
             label=plan.task.task_id,
         )
-        (model / "README.md").unlink(missing_ok=True)
-        meta = {"base": base, "task_id": plan.task.task_id, "snapshot": snapshot, "metrics": metrics}
-        store.publish(plan.adapter, model, meta)
+        facts = {"base": base, "snapshot": snapshot, "metrics": metrics, "made_with": made_with}
+        _publish_adapter(recipe, store, plan, model, facts, time.monotonic() - begin)
         # What was learned from is readable there; it stays no longer than it is needed.
         shutil.rmtree(work / plan.run_id)
         return metrics
@@ -252,6 +257,19 @@ def _train_adapters(
         say(_tell_fleet(fleet.report))
     done = [plan for plan in plans if plan.task.task_id not in fleet.errors]
     return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, fleet.errors
+
+
+def _publish_adapter(
+    recipe: Recipe, store: Store, plan: _Plan, model: pathlib.Path, facts: dict[str, Any], seconds: float
+) -> None:
+    """Publish an adapter with its card; the manifest says what made it and what that cost."""
+    entry = find_entry(store.manifest(facts["base"])["base"])
+    license_name = entry.license.value if isinstance(entry, HubModel) and entry.license else None
+    write_card(model, plan.task, facts["base"], license_name, recipe.finetune, facts["metrics"], facts["snapshot"])
+    used = plan_run(recipe.finetune)
+    cost = training_cost(seconds, cpus=used.total_cpus, gpus=used.total_gpus, config=recipe.prices)
+    config = recipe.finetune.model_dump(mode="json")
+    store.publish(plan.adapter, model, {**facts, "task_id": plan.task.task_id, "config": config, "cost": cost})
 
 
 def _tell_fleet(report: FleetReport) -> str:
