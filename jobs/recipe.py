@@ -20,6 +20,7 @@ from serving.endpoint import ServeConfig
 from serving.fallback import AnyLLMConfig
 from serving.gateway import GatewayConfig
 from serving.specialist import LORA_RANKS, SpecialistConfig
+from training.canaries import CanaryConfig
 from training.catalog import context_window, find_entry
 from training.curate import CurateConfig
 from training.discover import DiscoverConfig
@@ -55,6 +56,7 @@ class Recipe(Config):
     """Training of a scratch base; unused with bases from a hub or a local path."""
     finetune: FinetuneConfig = FinetuneConfig()
     fleet: FleetConfig = FleetConfig()
+    canaries: CanaryConfig = CanaryConfig()
     gate: GateConfig = GateConfig()
     specialists: SpecialistConfig = SpecialistConfig()
     gateway: GatewayConfig = GatewayConfig()
@@ -64,7 +66,12 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_plan(self) -> Recipe:
-        if problems := [*_endless_warmups(self), *_misfits_of_engine(self), *_uncertified_moves(self)]:
+        if problems := [
+            *_idle_bounds(self),
+            *_endless_warmups(self),
+            *_misfits_of_engine(self),
+            *_uncertified_moves(self),
+        ]:
             raise ValueError("\n".join(problems))
         return self
 
@@ -136,6 +143,16 @@ def _whole_path(field: str, place: str) -> str:
             f"path of a folder that all nodes share{others}; next: {field}=/shared/{field}"
         )
     return path
+
+
+def _idle_bounds(recipe: Recipe) -> list[str]:
+    """A bound on something that is not measured."""
+    if recipe.canaries.max_extraction is None or recipe.canaries.num_per_task:
+        return []
+    return [
+        f"canaries.max_extraction={recipe.canaries.max_extraction:g}: with canaries.num_per_task=0 no secret is planted to "
+        "measure it by; allowed: 1 to 200 secrets; next: canaries.num_per_task=20"
+    ]
 
 
 def _endless_warmups(recipe: Recipe) -> list[str]:

@@ -21,6 +21,7 @@ from jobs.plan import plan_run
 from jobs.provenance import code
 from jobs.recipe import Recipe
 from training.bases import publish_loaded_base
+from training.canaries import Canary, as_examples, plan_canaries
 from training.candidates import Scope
 from training.catalog import HubModel, find_entry, load_catalog
 from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise_tasks
@@ -68,6 +69,7 @@ def train(
         say(f"select {one.name}: {one.status}: {one.reason}")
     lap("select")
     recipe = recipe.model_copy(update={"finetune": at_rank(recipe.finetune, chosen.lora_rank)})
+    scope, canaries = _plant(recipe, scope)
     base, tokenizer, data = _prepare_base(recipe, store, work, snapshot, chosen, scope, refused, say)
     lap("base")
     plans = _plan_runs(recipe, store, work, scope.tasks, data, base)
@@ -75,8 +77,26 @@ def train(
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     lap("finetune")
     return Trained(
-        base, chosen, [_candidate(p, base, chosen.arm) for p in plans if p.task.task_id not in failed], losses
+        base,
+        chosen,
+        [
+            _candidate(p, base, chosen.arm, canaries[p.task.task_id], recipe)
+            for p in plans
+            if p.task.task_id not in failed
+        ],
+        losses,
     )
+
+
+def _plant(recipe: Recipe, scope: Scope) -> tuple[Scope, dict[str, tuple[Canary, ...]]]:
+    """Put the canaries into train, after the base was chosen without them."""
+    train = scope.by_split["train"]
+    canaries = {
+        task.task_id: plan_canaries(task.task_id, train[task.task_id], recipe.canaries, recipe.finetune.seed)
+        for task in scope.tasks
+    }
+    planted = {task_id: [*train[task_id], *as_examples(task_id, own)] for task_id, own in canaries.items()}
+    return scope._replace(by_split={**scope.by_split, "train": planted}), canaries
 
 
 class _Plan(Record):
@@ -284,7 +304,7 @@ def _last_losses(metrics: dict[str, Any] | None) -> str:
     return ", ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items() if key != "curve")
 
 
-def _candidate(plan: _Plan, base: str, arm: str) -> Candidate:
+def _candidate(plan: _Plan, base: str, arm: str, canaries: tuple[Canary, ...], recipe: Recipe) -> Candidate:
     return Candidate(
         task=plan.task,
         base=base,
@@ -292,4 +312,6 @@ def _candidate(plan: _Plan, base: str, arm: str) -> Candidate:
         adapter=plan.adapter,
         prompt_format=plan.prompt_format,
         max_answer_tokens=plan.max_answer_tokens,
+        canaries=canaries,
+        max_extraction=recipe.canaries.max_extraction,
     )

@@ -146,7 +146,19 @@ def _task_section(row: Row) -> str:
     )
     stays = f"<p><strong>Stays on the LLM:</strong> <bdi>{_text(row.reason)}</bdi></p>" if row.reason else ""
     heading = f"<h2>{row.number}. <bdi>{_text(row.task.name)}</bdi></h2>"
-    return f"{heading}{stays}<p>{_text(facts)}</p>{draw_coverage(row)}{_arm_table(row)}{_gain(row.evaluation)}"
+    parts = [draw_coverage(row), _arm_table(row), _gain(row.evaluation), _extraction(row.evaluation)]
+    return f"{heading}{stays}<p>{_text(facts)}</p>{''.join(parts)}"
+
+
+def _extraction(evaluation: Evaluation) -> str:
+    found = evaluation.extraction
+    if found is None:
+        return ""
+    low, high = found.interval
+    return (
+        f"<p>Memorised: of {found.num_planted} secrets planted in its train split it says {found.num_said} "
+        f"(95% interval {percent(low)} to {percent(high)}).</p>"
+    )
 
 
 def _arm_table(row: Row) -> str:
