@@ -16,7 +16,7 @@ from training.fleet import FleetRun, run_fleet
 
 pytestmark = pytest.mark.integration
 
-CONFIG = FinetuneConfig(num_steps=60, batch_size=256, warmup_steps=2, checkpoint_every=60, seed=5)
+CONFIG = FinetuneConfig(num_steps=30, batch_size=256, warmup_steps=2, checkpoint_every=30, seed=5)
 APP = "needs-a-cpu"
 
 
