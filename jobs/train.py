@@ -220,13 +220,13 @@ def _train_adapters(
         model, metrics = finetune(
             plan.run_id,
             recipe.finetune,
-            method="lora",
             base_path=base_path,
             train_path=work / plan.run_id / "train",
             validation_path=work / plan.run_id / "validation" if plan.has_validation else None,
             pad_token_id=tokenizer.pad_token_id,
             storage=work / "runs",
             label=plan.task.task_id,
+            num_parallel=min(recipe.fleet.max_parallel, len(missing)),
         )
         (model / "README.md").unlink(missing_ok=True)
         meta = {"base": base, "task_id": plan.task.task_id, "snapshot": snapshot, "metrics": metrics}
