@@ -27,6 +27,7 @@ from training.discover import DiscoverConfig
 from training.finetune import FinetuneConfig
 from training.fleet import FleetConfig
 from training.gate import GateConfig
+from training.methods import SERVABLE
 from training.scratch import PretrainConfig
 from training.selection import SelectConfig
 
@@ -168,6 +169,12 @@ def _endless_warmups(recipe: Recipe) -> list[str]:
 def _misfits_of_engine(recipe: Recipe) -> list[str]:
     """Adapters that the engine has no room for, and an engine for longer texts than its base takes."""
     problems = []
+    method = recipe.finetune.method
+    if method not in SERVABLE:
+        problems.append(
+            f"finetune.method={method!r}: the engine serves one base with many adapters, and takes no {method} ones; "
+            f"allowed: {', '.join(SERVABLE)}; next: finetune.method=lora"
+        )
     most = recipe.specialists.max_lora_rank
     ranks = [("finetune.lora_rank", recipe.finetune.lora_rank), *(("select.ranks", one) for one in recipe.select.ranks)]
     for name, rank in ranks:

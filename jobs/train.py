@@ -248,13 +248,13 @@ def _train_adapters(
         model, metrics = finetune(
             plan.run_id,
             recipe.finetune,
-            method="lora",
             base_path=base_path,
             train_path=work / plan.run_id / "train",
             validation_path=work / plan.run_id / "validation" if plan.has_validation else None,
             pad_token_id=tokenizer.pad_token_id,
             storage=work / "runs",
             label=plan.task.task_id,
+            num_parallel=min(recipe.fleet.max_parallel, len(missing)),
         )
         facts = {"base": base, "snapshot": snapshot, "metrics": metrics, "made_with": made_with}
         _publish_adapter(recipe, store, plan, model, facts, time.monotonic() - begin)

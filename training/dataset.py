@@ -70,8 +70,15 @@ def tokenise_tasks(
 
 
 def save_dataset(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
-    """Write rows as a memory-mapped Arrow dataset."""
+    """Write rows as a memory-mapped Arrow dataset.
+
+    Raises:
+        InputError: there are none.
+    """
     import datasets
+
+    if not rows:
+        raise InputError(f"dataset {str(folder)!r}: no example; allowed: at least one")
 
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows).save_to_disk(str(folder))
