@@ -8,6 +8,7 @@ from __future__ import annotations
 import pathlib
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -242,22 +243,27 @@ def _train_adapters(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     base_path = store.fetch(base, work / "cache")
     made_with = code()
+    places = num_places(recipe.fleet, plan_run(recipe.finetune), cluster_nodes(), recipe.limits)
+    spent_s: Counter[str] = Counter()
 
     def run(plan: _Plan) -> dict[str, Any]:
         begin = time.monotonic()
-        model, metrics = finetune(
-            plan.run_id,
-            recipe.finetune,
-            base_path=base_path,
-            train_path=work / plan.run_id / "train",
-            validation_path=work / plan.run_id / "validation" if plan.has_validation else None,
-            pad_token_id=tokenizer.pad_token_id,
-            storage=work / "runs",
-            label=plan.task.task_id,
-            num_parallel=min(recipe.fleet.max_parallel, len(missing)),
-        )
+        try:
+            model, metrics = finetune(
+                plan.run_id,
+                recipe.finetune,
+                base_path=base_path,
+                train_path=work / plan.run_id / "train",
+                validation_path=work / plan.run_id / "validation" if plan.has_validation else None,
+                pad_token_id=tokenizer.pad_token_id,
+                storage=work / "runs",
+                label=plan.task.task_id,
+                num_parallel=min(places, len(missing)),
+            )
+        finally:
+            spent_s[plan.run_id] += time.monotonic() - begin
         facts = {"base": base, "snapshot": snapshot, "metrics": metrics, "made_with": made_with}
-        _publish_adapter(recipe, store, plan, model, facts, time.monotonic() - begin)
+        _publish_adapter(recipe, store, plan, model, facts, spent_s[plan.run_id])
         # What was learned from is readable there; it stays no longer than it is needed.
         shutil.rmtree(work / plan.run_id)
         return metrics
@@ -269,7 +275,7 @@ def _train_adapters(
     }
     fleet = run_fleet(
         missing,
-        num_places(recipe.fleet, plan_run(recipe.finetune), cluster_nodes(), recipe.limits),
+        places,
         lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or _last_losses(metrics)}"),
         num_replicas_without_place,
     )

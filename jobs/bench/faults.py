@@ -238,7 +238,6 @@ def train_run(folder: pathlib.Path, name: str) -> dict[str, Any]:
     return finetune(
         name,
         CONFIG,
-        method="lora",
         base_path=folder / "base",
         train_path=folder / "rows",
         validation_path=None,

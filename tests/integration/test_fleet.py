@@ -48,7 +48,6 @@ def test_a_run_makes_room_for_serving_and_ends_as_if_undisturbed(
         return finetune(
             name,
             CONFIG,
-            method="lora",
             base_path=toy.base_path,
             train_path=tmp_path / "rows",
             validation_path=None,
