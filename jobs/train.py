@@ -7,37 +7,26 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cluster.engine import rendering_version
-from cluster.prices import training_cost
-from cluster.prompts import PromptFormat
-from cluster.records import Example, Record, Split, TaskSpec
-from cluster.session import cluster_nodes, num_replicas_without_place
+from cluster.records import Example, Split, TaskSpec
 from cluster.store import Store, content_hash
-from jobs.plan import plan_run
-from jobs.provenance import code
+from jobs.adapters import AdapterPlan, plan_adapters, train_adapters
 from jobs.recipe import Recipe
 from training.bases import publish_loaded_base
 from training.canaries import Canary, as_examples, plan_canaries
 from training.candidates import Scope
-from training.catalog import HubModel, find_entry, load_catalog
-from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise_tasks
+from training.catalog import load_catalog
+from training.dataset import TaskData, num_answer_tokens, tokenise_tasks
 from training.evaluation import Candidate
-from training.finetune import ask_to_yield, finetune
-from training.fleet import FleetReport, FleetRun, num_places, run_fleet
-from training.model_card import write_card
 from training.probe import at_rank, model_memory_gib
 from training.scratch import pretrain, texts_of, train_tokenizer
 from training.selection import Selection, select_base
 
 _ANSWER_FRACTION = 4
 """An answer may take a quarter of the engine's window; prompts take the rest."""
-_ANSWER_SLACK = 1.5
-"""A specialist may answer half as long again as the longest train answer before it is cut."""
 
 
 class Trained(NamedTuple):
@@ -73,8 +62,8 @@ def train(
     scope, canaries = _plant(recipe, scope)
     base, tokenizer, data = _prepare_base(recipe, store, work, snapshot, chosen, scope, refused, say)
     lap("base")
-    plans = _plan_runs(recipe, store, work, scope.tasks, data, base)
-    losses, failed = _train_adapters(recipe, store, work, snapshot, plans, base, tokenizer, say) if plans else ({}, {})
+    plans = plan_adapters(recipe, store, work, scope.tasks, data, base, _max_answer_tokens(recipe))
+    losses, failed = train_adapters(recipe, store, work, snapshot, plans, base, tokenizer, say) if plans else ({}, {})
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     lap("finetune")
     return Trained(
@@ -98,22 +87,6 @@ def _plant(recipe: Recipe, scope: Scope) -> tuple[Scope, dict[str, tuple[Canary,
     }
     planted = {task_id: [*train[task_id], *as_examples(task_id, own)] for task_id, own in canaries.items()}
     return scope._replace(by_split={**scope.by_split, "train": planted}), canaries
-
-
-class _Plan(Record):
-    """Where one task's data and adapter are."""
-
-    task: TaskSpec
-    prompt_format: PromptFormat
-    run_id: str
-    max_answer_tokens: int
-    mean_tokens: int
-    """Of a row: every run takes the same number of steps, so this says which ones last longest."""
-    has_validation: bool
-
-    @property
-    def adapter(self) -> str:
-        return f"adapters/{self.task.task_id}/{self.run_id}"
 
 
 def scope_of(recipe: Recipe, tasks: list[TaskSpec], by_split: dict[Split, dict[str, list[Example]]]) -> Scope:
@@ -186,34 +159,6 @@ def _max_answer_tokens(recipe: Recipe) -> int:
     return recipe.specialists.max_model_tokens // _ANSWER_FRACTION
 
 
-def _plan_runs(
-    recipe: Recipe, store: Store, work: pathlib.Path, tasks: list[TaskSpec], data: dict[str, TaskData], base: str
-) -> list[_Plan]:
-    """Name every task's run, and write the datasets of those that are still to come."""
-    plans = []
-    for task in tasks:
-        if task.task_id not in data:
-            continue
-        prompt_format, rows, held_out, _ = data[task.task_id]
-        facts = [base, prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]
-        run_id = content_hash(facts)[:12]
-        longest = int(max(map(num_answer_tokens, rows)) * _ANSWER_SLACK)
-        plan = _Plan(
-            task=task,
-            prompt_format=prompt_format,
-            run_id=run_id,
-            max_answer_tokens=min(longest, _max_answer_tokens(recipe)),
-            mean_tokens=sum(len(row["input_ids"]) for row in rows) // len(rows),
-            has_validation=bool(held_out),
-        )
-        plans.append(plan)
-        if not store.is_published(plan.adapter):
-            save_dataset(rows, work / run_id / "train")
-            if held_out:
-                save_dataset(held_out, work / run_id / "validation")
-    return plans
-
-
 def _reason_to_refuse(data: TaskData, base_name: str, max_answer_tokens: int) -> str | None:
     """Why this task's prompts or answers are too long for the base's engine, or None."""
     num_rows = len(data.train)
@@ -231,86 +176,7 @@ def _reason_to_refuse(data: TaskData, base_name: str, max_answer_tokens: int) ->
     return None
 
 
-def _train_adapters(
-    recipe: Recipe,
-    store: Store,
-    work: pathlib.Path,
-    snapshot: str,
-    plans: list[_Plan],
-    base: str,
-    tokenizer: Any,
-    say: Callable[[str], None],
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    base_path = store.fetch(base, work / "cache")
-    made_with = code()
-    places = num_places(recipe.fleet, plan_run(recipe.finetune), cluster_nodes(), recipe.limits)
-    spent_s: Counter[str] = Counter()
-
-    def run(plan: _Plan) -> dict[str, Any]:
-        begin = time.monotonic()
-        try:
-            model, metrics = finetune(
-                plan.run_id,
-                recipe.finetune,
-                base_path=base_path,
-                train_path=work / plan.run_id / "train",
-                validation_path=work / plan.run_id / "validation" if plan.has_validation else None,
-                pad_token_id=tokenizer.pad_token_id,
-                storage=work / "runs",
-                label=plan.task.task_id,
-                num_parallel=min(places, len(missing)),
-            )
-        finally:
-            spent_s[plan.run_id] += time.monotonic() - begin
-        facts = {"base": base, "snapshot": snapshot, "metrics": metrics, "made_with": made_with}
-        _publish_adapter(recipe, store, plan, model, facts, spent_s[plan.run_id])
-        # What was learned from is readable there; it stays no longer than it is needed.
-        shutil.rmtree(work / plan.run_id)
-        return metrics
-
-    missing = {
-        p.task.task_id: FleetRun(p.mean_tokens, lambda p=p: run(p), lambda p=p: ask_to_yield(p.run_id, work / "runs"))
-        for p in plans
-        if not store.is_published(p.adapter)
-    }
-    fleet = run_fleet(
-        missing,
-        places,
-        lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or _last_losses(metrics)}"),
-        num_replicas_without_place,
-    )
-    if missing:
-        say(_tell_fleet(fleet.report))
-    done = [plan for plan in plans if plan.task.task_id not in fleet.errors]
-    return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, fleet.errors
-
-
-def _publish_adapter(
-    recipe: Recipe, store: Store, plan: _Plan, model: pathlib.Path, facts: dict[str, Any], seconds: float
-) -> None:
-    """Publish an adapter with its card; the manifest says what made it and what that cost."""
-    entry = find_entry(store.manifest(facts["base"])["base"])
-    license_name = entry.license.value if isinstance(entry, HubModel) and entry.license else None
-    write_card(model, plan.task, facts["base"], license_name, recipe.finetune, facts["metrics"], facts["snapshot"])
-    used = plan_run(recipe.finetune)
-    cost = training_cost(seconds, cpus=used.total_cpus, gpus=used.total_gpus, config=recipe.prices)
-    config = recipe.finetune.model_dump(mode="json")
-    store.publish(plan.adapter, model, {**facts, "task_id": plan.task.task_id, "config": config, "cost": cost})
-
-
-def _tell_fleet(report: FleetReport) -> str:
-    ratio = report.makespan_s / max(report.lower_bound_s, 1e-9)
-    return (
-        f"fleet: {len(report.run_s)} fine-tunes, {report.num_places} at a time, {report.makespan_s:.0f} s, "
-        f"{ratio:.2f} of the least possible; {report.num_yields} made room for serving"
-    )
-
-
-def _last_losses(metrics: dict[str, Any] | None) -> str:
-    return ", ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items() if key != "curve")
-
-
-def _candidate(plan: _Plan, base: str, arm: str, canaries: tuple[Canary, ...], recipe: Recipe) -> Candidate:
+def _candidate(plan: AdapterPlan, base: str, arm: str, canaries: tuple[Canary, ...], recipe: Recipe) -> Candidate:
     return Candidate(
         task=plan.task,
         base=base,
