@@ -1,6 +1,6 @@
 """Counts the tests that were skipped for want of the shared data (UNDERSTUDY_DATA, default ../shared/data)."""
 
-NO_DATA = "shared data not found"
+from shared_data import NO_DATA
 
 
 def pytest_terminal_summary(terminalreporter):

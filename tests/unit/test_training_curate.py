@@ -1,11 +1,9 @@
 """training/curate.py: nothing leaks between splits, sessions never move, every call is accounted for."""
 
-import os
-import pathlib
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shared_data import DATA, NO_DATA
 
 from cluster.access import Pseudonyms
 from cluster.calls import read_calls, write_calls
@@ -26,7 +24,6 @@ from training.validity import AUDIT_MISSING, FACES_PERSON, MALFORMED_ANSWER, MAL
 KEY = b"k" * 32
 SHARES = SplitConfig(test_by="hash")
 """So that a session's name decides its split; tests/unit/test_training_splits.py is about time."""
-DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
 SESSION_IN = {split: next(f"s{i}" for i in range(1000) if split_of(f"s{i}", SHARES) == split) for split in SPLITS}
 OTHER_TRAIN_SESSION = next(f"t{i}" for i in range(1000) if split_of(f"t{i}", SHARES) == "train")
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
@@ -378,7 +375,7 @@ def test_nothing_leaks_nothing_moves_and_the_counts_add_up(tmp_path_factory, dra
 
 def test_real_agent_traffic(tmp_path):
     if not DATA.is_dir():
-        pytest.skip("shared data not found")
+        pytest.skip(NO_DATA)
     store = Store(str(tmp_path))
     ingest(
         store,
