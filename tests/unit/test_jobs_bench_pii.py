@@ -52,7 +52,7 @@ def stock(monkeypatch):
     monkeypatch.setattr(pii, "MIN_TIMED_S", 0.01)
 
 
-def test_recall_precision_and_false_positives_are_counted_as_said(tmp_path, stock, monkeypatch):
+def test_recall_precision_and_false_positives_are_counted_as_said(tmp_path, stock):
     gold = [
         labelled("I am Anna Schmidt", PERSON="Anna Schmidt"),
         labelled("write to jo.doe77@mail.com", EMAIL_ADDRESS="jo.doe77@mail.com"),
@@ -63,7 +63,6 @@ def test_recall_precision_and_false_positives_are_counted_as_said(tmp_path, stoc
     ]
     silver = [{**labelled("I am Emma, Olga said", PERSON="Emma"), "label_kind": "silver"}]
     negative = [{"request": call({}, text)[0], "response": {}} for text in ("hello", "call Emma", "my card?", "why?")]
-    monkeypatch.setattr(pii, "MIN_TIMED_S", 0.01)
     result = pii.measure_pii(
         [write(tmp_path / "gold.jsonl", gold), write(tmp_path / "silver.jsonl.gz", silver)],
         [],

@@ -1,5 +1,8 @@
 """training/curate.py: nothing leaks between splits, sessions never move, every call is accounted for."""
 
+import gzip
+import itertools
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -348,7 +351,7 @@ def test_shares_that_do_not_add_up_are_a_config_error():
 CALLS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6), st.booleans()), min_size=1, max_size=25)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=CALLS, num_before=st.integers(0, 25))
 def test_nothing_leaks_nothing_moves_and_the_counts_add_up(tmp_path_factory, drawn, num_before):
     calls = [
@@ -376,15 +379,13 @@ def test_nothing_leaks_nothing_moves_and_the_counts_add_up(tmp_path_factory, dra
 def test_real_agent_traffic(tmp_path):
     if not DATA.is_dir():
         pytest.skip(NO_DATA)
-    store = Store(str(tmp_path))
-    ingest(
-        store,
-        [DATA / "agents/tau2_usersim_gpt4o.sessions.jsonl.gz", DATA / "nlu/snips.calls.jsonl.gz"],
-        Pseudonyms(KEY),
-    )
+    store, some = Store(str(tmp_path)), tmp_path / "some.calls.jsonl"
+    with gzip.open(DATA / "nlu/snips.calls.jsonl.gz", "rt") as every:
+        some.write_text("".join(itertools.islice(every, 1000)))
+    ingest(store, [DATA / "agents/tau2_usersim_gpt4o.sessions.jsonl.gz", some], Pseudonyms(KEY))
     snapshot = curate(store, CurateConfig(split=SHARES), KEY)
     counts = snapshot.counts
-    assert counts.num_calls == sum(counts.dropped.values()) + sum(counts.num_source_calls.values()) == 271 + 4174
+    assert counts.num_calls == sum(counts.dropped.values()) + sum(counts.num_source_calls.values()) == 271 + 1000
     assert all(counts.num_examples[split] > 0 for split in SPLITS)
     examples = load_split(store, snapshot.id, "train", as_served=False)
     served = {call.call_id: call for call in read_calls(store)}

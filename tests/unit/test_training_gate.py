@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import validate
@@ -25,7 +25,6 @@ from training.gate import (
     release_delta,
 )
 
-QUICK = settings(deadline=None, max_examples=100)
 PROMISE = {"epsilon": 0.05, "delta": 0.05, "reference": "llm", "population": "calls as served", "fingerprint": "f"}
 CONFIG = GateConfig()
 
@@ -69,7 +68,6 @@ def test_clopper_pearson_known_intervals(errors, calls, lower, upper):
     assert clopper_pearson_interval(errors, calls) == pytest.approx((lower, upper), abs=1e-6)
 
 
-@QUICK
 @given(st.integers(1, 3000), st.floats(0, 1), st.floats(1e-6, 0.5))
 def test_clopper_pearson_inverts_the_binomial_and_is_monotone(calls, share, delta):
     from scipy.stats import beta, binom
@@ -97,7 +95,6 @@ def test_a_gate_config_out_of_bounds_names_the_field(field):
         validate(GateConfig, {field: 0})
 
 
-@QUICK
 @given(st.lists(st.sampled_from("abcdef")), st.integers(0, 5))
 def test_one_call_of_every_session_is_drawn_in_order_whatever_the_others_do(sessions, seed):
     calls = [Outcome(confidence=i / 100, agrees=True, session_id=s) for i, s in enumerate(sessions)]
@@ -187,7 +184,6 @@ def test_too_few_calibration_calls_say_how_many_more_would_do():
     assert isinstance(plan_grid(validation, 200 + missing - 1, CONFIG, 0.05), str)
 
 
-@QUICK
 @given(st.integers(1, 300), st.integers(0, 300), st.floats(0, 0.3), st.integers(0, 99))
 def test_a_plan_is_a_valid_grid_or_a_reason_that_holds(num_validation, num_calibration, risk, seed):
     rng = np.random.default_rng(seed)
@@ -254,7 +250,6 @@ def test_a_refused_gate_accepts_nothing():
         assert not gate.is_open and gate.num_calibration == 200
 
 
-@QUICK
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 80), st.floats(0, 0.1)), max_size=6))
 def test_an_open_gate_reports_what_its_calibration_says(groups):
     calibration = outcomes(*[(c / 10, num, int(num * risk)) for c, num, risk in groups])

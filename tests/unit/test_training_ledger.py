@@ -3,7 +3,7 @@
 import functools
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.store import Store
@@ -36,7 +36,6 @@ def test_a_conversion_that_runs_again_spends_once_and_the_ledger_outlives_the_pr
     assert len(store.list(LEDGER_FOLDER)) == 2
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sets(st.sampled_from(IDS), min_size=1)), max_size=8))
 def test_a_round_is_never_lower_than_the_number_of_others_that_met_these_calls(tmp_path_factory, uses):
     ledger = CalibrationLedger(Store(str(tmp_path_factory.mktemp("ledger"))))
