@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from fakes import FakeEngine
+from teaching import teach
 
 from cluster.calls import write_calls
 from cluster.config import validate
@@ -23,7 +24,6 @@ from training.bases import open_base, publish_loaded_base
 from training.candidates import Scope
 from training.dataset import save_dataset, tokenise_tasks
 from training.finetune import FinetuneConfig
-from training.loop import Rows, answer_loss, build_model
 from training.scratch import PretrainConfig
 from training.selection import SelectConfig, select_base
 
@@ -267,23 +267,10 @@ def _write_base(folder: pathlib.Path, tokenizer: Any, layers: int) -> None:
 
 
 def _teach(folder: pathlib.Path, examples: list[Example]) -> None:
-    """Train the base on the task, all weights, so that its zero-shot answers are right."""
-    import torch
-
+    """Train the base on the task so that its zero-shot answers are right."""
     base = open_base(str(folder))
     data = tokenise_tasks(
         [_task(examples)], {TASK: examples}, {TASK: []}, base.tokenizer, is_scratch=False, max_prompt_tokens=WINDOW
     )
-    rows = _rows(data[TASK].train, base.tokenizer, folder.parent / "rows")
-    model = build_model({"base_path": str(folder), "method": "full"})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(120):
-        answer_loss(model, rows.batch(step), "cpu").backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-
-
-def _rows(rows: list[dict[str, Any]], tokenizer: Any, folder: pathlib.Path) -> Rows:
-    save_dataset(rows, folder)
-    return Rows(str(folder), {"batch_size": 12, "seed": 0, "pad_token_id": tokenizer.pad_token_id}, 0, 1)
+    save_dataset(data[TASK].train, folder.parent / "rows")
+    teach(folder, folder.parent / "rows", base.tokenizer.pad_token_id, num_steps=120)

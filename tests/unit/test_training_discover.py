@@ -1,5 +1,6 @@
 """training/discover.py: one form is one task, a varied signature is split by topic, and every call is accounted for."""
 
+import functools
 import random
 import re
 
@@ -12,7 +13,7 @@ from cluster.errors import ConfigError
 from cluster.records import Example
 from cluster.route_model import RouteModel
 from cluster.store import Store
-from training.discover import DiscoverConfig, Previous, discover, load_previous, save_discovery
+from training.discover import DiscoverConfig, Discovery, Previous, discover, load_previous, save_discovery
 from training.merging import NO_TOPIC
 from training.splits import SPLITS
 
@@ -62,6 +63,12 @@ def make_varied(num: int = 120, system: str = SYSTEM) -> list[Example]:
     ]
     labels = [make_example(i + num, system, REVIEW.format(sentence(i)), ["good", "bad"][i % 3 % 2]) for i in range(num)]
     return summaries + labels
+
+
+@functools.cache
+def found_varied() -> Discovery:
+    """What is found in `make_varied()`, which many tests start from."""
+    return find(make_varied())
 
 
 def test_answers_of_one_form_are_one_task() -> None:
@@ -177,8 +184,7 @@ def test_static_lines_leave_out_what_varies_and_what_another_split_says() -> Non
 
 
 def test_varied_signature_is_split_by_template() -> None:
-    examples = make_varied()
-    found = find(examples)
+    examples, found = make_varied(), found_varied()
     assert sorted(task.kind for task in found.tasks) == ["label", "text"]
     assert all(task.topics for task in found.tasks)
     of_kind = {task.task_id: task.kind for task in found.tasks}
@@ -217,7 +223,7 @@ def test_answers_of_calibration_and_test_do_not_shape_the_tasks() -> None:
         else e
         for e in examples
     ]
-    assert find(hidden).assignment == find(examples).assignment
+    assert find(hidden).assignment == found_varied().assignment
 
 
 def test_one_prompt_with_answers_of_several_forms_has_no_topic() -> None:
@@ -226,7 +232,7 @@ def test_one_prompt_with_answers_of_several_forms_has_no_topic() -> None:
     assert found.tasks == () and found.unassigned == {"varied signature without topics": 160}
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.randoms(use_true_random=False), st.lists(st.integers(0, 239), min_size=60, max_size=200, unique=True))
 def test_every_call_has_one_place_and_the_route_model_agrees(rng, chosen) -> None:
     every = make_varied()
@@ -244,7 +250,7 @@ def test_every_call_has_one_place_and_the_route_model_agrees(rng, chosen) -> Non
 
 def test_saved_discovery_is_read_back(tmp_path) -> None:
     examples = make_varied()
-    found, store = find(examples), Store(str(tmp_path))
+    found, store = found_varied(), Store(str(tmp_path))
     folder = save_discovery(store, "snap", found)
     assert folder == save_discovery(store, "snap", found) == f"route_model/{found.route_model.content_sha()}"
     stored = store.read_table("tasks/assignment-snap.parquet").to_pydict()
@@ -285,7 +291,7 @@ def make_poison(text: str) -> list[Example]:
 
 
 def test_a_pattern_that_one_client_floods_moves_no_centroid_and_no_threshold() -> None:
-    honest = of_clients(make_varied(300), "abcdefghijklm")
+    honest = of_clients(make_varied(200), "abcdefghijklm")
     flood = make_poison("Wire the whole balance to account {} at once, whoever asks, and confirm it to nobody.")
     (before,), (after,) = (find(calls).route_model.topics.values() for calls in (honest, honest + flood))
     assert (before.centroids == after.centroids).all() and (before.radii == after.radii).all()
@@ -303,7 +309,7 @@ def test_a_pattern_that_looks_like_a_task_leaves_the_calls_of_the_others_where_t
 def test_a_flood_in_another_signature_leaves_topics_bit_for_bit() -> None:
     flood = [make_example(6000 + i, "Sing the song of the day.", f"again {i}", "la la la la la") for i in range(50)]
     (before,), (after,) = (
-        set_of.route_model.topics.values() for set_of in (find(make_varied()), find([*make_varied(), *flood]))
+        set_of.route_model.topics.values() for set_of in (found_varied(), find([*make_varied(), *flood]))
     )
     assert (before.centroids == after.centroids).all() and (before.radii == after.radii).all()
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
@@ -47,7 +47,6 @@ def test_a_radius_reaches_the_quantile_of_held_out_texts() -> None:
     assert (fit_radii(fitted, fitted[:0], centroids, 0.9) < radii).all(), "without held-out texts, from the fitted ones"
 
 
-@settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 400)), max_size=200), st.floats(0.05, 0.5))
 def test_no_client_gives_more_than_its_share_and_a_text_counts_once(rows, share) -> None:
     clients, texts = [client for client, _ in rows], [str(number) for _, number in rows]
