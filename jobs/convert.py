@@ -29,6 +29,7 @@ from cluster.store import Store, content_hash
 from jobs.paraphrase import paraphrase_of
 from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
+from jobs.splits import split_by_agreement
 from jobs.train import Trained, scope_of, train
 from jobs.validate import EngineOf, save_evaluation, validate_candidates, validation_engine
 from training.curate import curate
@@ -77,7 +78,14 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     served = {split: load_split(store, snapshot.id, split, as_served=split != "train") for split in SPLITS}
     if not served["train"]:
         raise InputError(f"store {recipe.store}: no calls to learn from; capture or `understudy ingest PATH...` first")
+    # What is written to disk to learn from is redacted; what was served is asked of the engine, from memory alone.
+    redacted = load_split(store, snapshot.id, "validation", as_served=False)
     discovery = discover(served, recipe.discover, load_previous(store))
+    if recipe.discover.measure_splits:
+        by_split = {split: group_by_task(served[split], discovery.assignment) for split in SPLITS}
+        tasks, _ = _learnable(recipe, discovery.tasks, by_split, snapshot.counts.num_clients)
+        learned = {"train": served["train"], "validation": redacted}
+        discovery = split_by_agreement(recipe, store, work, snapshot.id, discovery, tasks, learned, say)
     route_model = save_discovery(store, snapshot.id, discovery)
     by_split = {split: group_by_task(served[split], discovery.assignment) for split in SPLITS}
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
@@ -85,11 +93,10 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         say(f"discover {task.task_id}: {task.name}, {task.kind}, {task.num_calls} calls")
     clock.lap("discover")
     tasks, refused = _learnable(recipe, discovery.tasks, by_split, snapshot.counts.num_clients)
-    # What is written to disk to learn from is redacted; what was served is asked of the engine, from memory alone.
-    redacted = group_by_task(load_split(store, snapshot.id, "validation", as_served=False), discovery.assignment)
     trained = Trained()
     if tasks:
-        scope = scope_of(recipe, tasks, {"train": by_split["train"], "validation": redacted})
+        held_out = group_by_task(redacted, discovery.assignment)
+        scope = scope_of(recipe, tasks, {"train": by_split["train"], "validation": held_out})
         trained = train(recipe, store, work, snapshot.id, scope, refused, clock.lap, say)
     evaluations: list[Evaluation] = []
     if trained.candidates:

@@ -151,7 +151,7 @@ def _base_key(recipe: Recipe, name: str, scope: Scope) -> str:
     """Names a scratch base by all that shapes it."""
     groups = {split: scope.by_split[split].values() for split in ("train", "validation")}
     seen = {split: sorted(e.example_id for group in groups[split] for e in group) for split in groups}
-    known = [task.model_dump(mode="json") for task in scope.tasks]
+    known = [task.facts() for task in scope.tasks]
     return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, rendering_version()])[:12]
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from training.loop import Rows, answer_loss, build_engine, build_model, rate_factor
+from training.paired import answers_by_row
 
 
 class Graded(NamedTuple):
@@ -53,7 +54,7 @@ def probe_trial(config: dict[str, Any]) -> None:
 
 
 def probe_loop(settings: dict[str, Any]) -> None:
-    """Run on every worker of the trial's trainer; reports {step, halving_score, rungs, few_shot} after each rung."""
+    """Run on every worker of the trial's trainer; reports {step, halving_score, rungs, few_shot, answers} after each rung."""
     import torch
 
     rank, num_workers, report = _join_workers(settings)
@@ -68,10 +69,14 @@ def probe_loop(settings: dict[str, Any]) -> None:
     for step in range(settings["num_steps"] + 1):
         if step in settings["rungs"]:
             rung = {"num_steps": step, "num_tokens": num_tokens, "seconds": round(time.monotonic() - began, 2)}
-            rungs.append(_score_rung(_score_tasks(learner, settings["validation_paths"], settings), settings) | rung)
+            graded = _score_tasks(learner, settings["validation_paths"], settings)
+            rungs.append(_score_rung(graded, settings) | rung)
             halving_score = score_for_halving(rungs[-1]["score"], settings["size_penalty"], settings["target"])
             few = _shares(few_shot, settings["num_scored"]) if settings["few_shot_paths"] else None
-            report({"step": step, "halving_score": halving_score, "rungs": list(rungs), "few_shot": few})
+            found = {"step": step, "halving_score": halving_score, "rungs": list(rungs), "few_shot": few}
+            if settings["with_answers"]:
+                found["answers"] = answers_by_row(graded, settings["validation_paths"], settings)
+            report(found)
         if step < settings["num_steps"]:
             batch = rows.batch(step)
             num_tokens += batch["input_ids"].numel() * num_workers

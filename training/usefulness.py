@@ -11,7 +11,6 @@ Knows neither how parts are found nor how specialists are trained.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -46,17 +45,19 @@ class Usefulness(Record):
 
     task_ids: tuple[str, ...]
     """The task, and where it was split the others that came of it."""
-    decision: Literal["together", "apart"]
     reason: str
     snapshot: str
-    base: str
-    num_steps: int
+    base: str = ""
+    """What specialists were probed on; empty where nothing was measured."""
+    num_steps: int = 0
     """Optimiser steps of every specialist, joint or of a part: those of k parts cost about k times the joint one."""
-    compared: tuple[Comparison, ...]
+    compared: tuple[Comparison, ...] = ()
     confirmed: Comparison | None = None
     """The best split, trained and compared anew from another seed; None where none was better."""
-    key: str
-    """Hash of all that was measured."""
+    chosen: int | None = None
+    """Number of the split in `compared`; None keeps the task together."""
+    key: str = ""
+    """Hash of all that was measured; empty where that is to be tried again."""
 
 
 def compare(joint: Sequence[bool], apart: Sequence[bool], *, num_parts: int, num_compared: int) -> Comparison:
@@ -119,7 +120,7 @@ def describe_comparison(one: Comparison) -> str:
 
 def describe_usefulness(found: Usefulness) -> str:
     """One line for people: the decision and the numbers behind it."""
-    verb = "kept together" if found.decision == "together" else "split"
+    verb = "kept together" if found.chosen is None else "split"
     told: Iterable[str] = map(describe_comparison, found.compared)
     again = [f"again from another seed: {describe_comparison(found.confirmed)}"] if found.confirmed else []
     numbers = "; ".join([*told, *again])

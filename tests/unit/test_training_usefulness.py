@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -95,11 +94,11 @@ def test_near_topics_are_one_part():
     assert group_topics(vectors, 2) == [(0, 1, 0, 1)]
 
 
-@pytest.mark.parametrize("decision", get_args(Usefulness.model_fields["decision"].annotation))
-def test_a_person_reads_the_decision_and_its_numbers(decision):
+@pytest.mark.parametrize(("chosen", "verb"), [(None, "kept together: "), (0, "split: ")])
+def test_a_person_reads_the_decision_and_its_numbers(chosen, verb):
     tie = of_counts(93, 0, 0, 7)
-    facts = {"task_ids": ("task-1",), "snapshot": "s", "base": "scratch-micro", "num_steps": 60, "key": "k"}
-    found = Usefulness(decision=decision, reason="no split is surely better", compared=(tie,), confirmed=tie, **facts)
+    facts = {"task_ids": ("task-1",), "snapshot": "s", "base": "scratch-micro", "num_steps": 60}
+    found = Usefulness(reason="no split is surely better", compared=(tie,), confirmed=tie, chosen=chosen, **facts)
     told = describe_usefulness(found)
-    assert told.startswith("split" if decision == "apart" else "kept together")
+    assert told.startswith(verb)
     assert told.count(describe_comparison(tie)) == 2 and "60 steps on scratch-micro" in told
