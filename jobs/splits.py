@@ -73,8 +73,10 @@ def split_by_agreement(
     found = {key: known[key] for key in groups if key in known and known[key].key == keys[key]}
     missing = {key: tasks[discovery.ids[key]] for key in groups if key not in found}
     by_split = {split: group_by_task(examples, discovery.assignment) for split, examples in redacted.items()}
-    for key, one in _measure(recipe, work, missing, cuts, by_split, say).items():
-        found[key] = one.model_copy(update={"snapshot": snapshot, "key": one.key and keys[key]})
+    measured = _measure(recipe, work, missing, cuts, by_split, say)
+    found |= {key: one.model_copy(update={"snapshot": snapshot}) for key, one in measured.items()}
+    # What failed is tried again by the next run.
+    found = {key: one if one.has_failed else one.model_copy(update={"key": keys[key]}) for key, one in found.items()}
     discovery, found = _apply(discovery, cuts, found)
     for one in found.values():
         say(f"discover {' '.join(one.task_ids)}: {describe_usefulness(one)}")
@@ -105,7 +107,11 @@ def _measure(
     by_split: Mapping[Split, Mapping[str, list[Example]]],
     say: Callable[[str], None],
 ) -> dict[str, Usefulness]:
-    """Key of a group -> what came of it, snapshot and key left to the caller; `tasks` by the same keys."""
+    """Key of a group -> what came of it, snapshot and key left to the caller.
+
+    Args:
+        tasks: key of a group -> its task.
+    """
     found, trials = {}, {}
     scope = scope_of(recipe, list(tasks.values()), dict(by_split)) if any(cuts[key] for key in tasks) else None
     for key, task in tasks.items():
@@ -117,7 +123,7 @@ def _measure(
         if isinstance(trial, SplitTrial):
             trials[key] = trial
         else:
-            found[key] = Usefulness(task_ids=(task.task_id,), reason=trial, snapshot="", key="as it is")
+            found[key] = Usefulness(task_ids=(task.task_id,), reason=trial)
     if scope and trials:
         steps = recipe.select.probe_steps
         say(
@@ -160,13 +166,12 @@ def _conclude(trial: SplitTrial, measured: SplitMeasurement, num_steps: int) -> 
     return Usefulness(
         task_ids=(trial.task.task_id,),
         reason=reason,
-        snapshot="",
         base=trial.contender.name,
         num_steps=num_steps,
         compared=measured.compared,
         confirmed=measured.confirmed,
         chosen=measured.chosen,
-        key="" if measured.error else "as it is",
+        has_failed=measured.error is not None,
     )
 
 

@@ -46,7 +46,7 @@ class Usefulness(Record):
     task_ids: tuple[str, ...]
     """The task, and where it was split the others that came of it."""
     reason: str
-    snapshot: str
+    snapshot: str = ""
     base: str = ""
     """What specialists were probed on; empty where nothing was measured."""
     num_steps: int = 0
@@ -56,8 +56,10 @@ class Usefulness(Record):
     """The best split, trained and compared anew from another seed; None where none was better."""
     chosen: int | None = None
     """Number of the split in `compared`; None keeps the task together."""
+    has_failed: bool = False
+    """Whether a probe failed, so that nothing is known."""
     key: str = ""
-    """Hash of all that was measured; empty where that is to be tried again."""
+    """Hash of all that the measurement follows from; empty where it failed."""
 
 
 def compare(joint: Sequence[bool], apart: Sequence[bool], *, num_parts: int, num_compared: int) -> Comparison:
