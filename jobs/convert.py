@@ -29,18 +29,24 @@ from cluster.store import Store, content_hash
 from jobs.paraphrase import paraphrase_of
 from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
-from jobs.splits import split_by_agreement
+from jobs.splits import load_usefulness, split_by_agreement
 from jobs.train import Trained, scope_of, train
-from jobs.validate import EngineOf, save_evaluation, validate_candidates, validation_engine
+from jobs.validate import (
+    EngineOf,
+    calls_to_certify,
+    save_agreements,
+    save_evaluation,
+    validate_candidates,
+    validation_engine,
+)
 from training.curate import curate
 from training.discover import discover, load_previous, save_discovery
 from training.evaluation import Candidate, Evaluation
-from training.gate import minimum_calls, release_delta
-from training.ledger import share_of_round
 from training.report import write_report
 from training.selection import Selection, group_by_task
 from training.snapshot import CurationCounts, load_split
 from training.splits import SPLITS
+from training.usefulness import Usefulness
 
 
 class Conversion(Record):
@@ -58,6 +64,10 @@ class Conversion(Record):
     seconds: dict[str, float]
     curation: CurationCounts | None = None
     """What became of every captured call; None in conversions that were written down without it."""
+    left_out: dict[str, str] = {}
+    """task_id -> which of its calls are too long for its specialist and stay on the LLM."""
+    usefulness: tuple[Usefulness, ...] = ()
+    """What was measured of tasks that might be several, in this run or where it stands from earlier ones."""
 
 
 def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: EngineOf | None = None) -> Conversion:
@@ -103,6 +113,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         num_candidates = len(trained.candidates) + len(refused)
         with (engine_of or (lambda base: validation_engine(recipe, base)))(trained.base) as engine:
             evaluations = validate_candidates(recipe, store, trained.candidates, by_split, engine, num_candidates, say)
+    save_agreements(store, snapshot.id, evaluations)
     clock.lap("validate")
     release = _release(store, trained.candidates, evaluations, refused, route_model, snapshot.id)
     sha = publish_release(store, release)
@@ -118,6 +129,8 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         losses=trained.losses,
         seconds=clock.laps,
         curation=snapshot.counts,
+        left_out=trained.left_out,
+        usefulness=tuple(load_usefulness(store).values()),
     )
 
 
@@ -136,6 +149,8 @@ def write_conversion_report(
         notes=notes,
         selection=conversion.selection,
         curation=conversion.curation,
+        left_out=conversion.left_out,
+        usefulness=conversion.usefulness,
     )
 
 
@@ -154,8 +169,7 @@ def _learnable(
 ) -> tuple[list[TaskSpec], dict[str, str]]:
     """Leave out what no training could get through the gate: it would only cost the others' time."""
     refused: dict[str, str] = {}
-    delta = release_delta(recipe.gate.delta, max(1, len(tasks))) * share_of_round(0)
-    needed = minimum_calls(recipe.gate.epsilon, delta)
+    needed = calls_to_certify(recipe, len(tasks))
     for task in tasks:
         narrow = _find_narrowness(task, recipe.discover.min_clients, num_clients)
         missing = [split for split in SPLITS if not by_split[split].get(task.task_id)]

@@ -17,11 +17,10 @@ from cluster.route_model import TopicMap
 from cluster.store import Store, content_hash
 from jobs.recipe import Recipe
 from jobs.train import scope_of
+from jobs.validate import calls_to_certify
 from training.candidates import Scope, examine
 from training.catalog import find_entry
 from training.discover import TASKS_FOLDER, Discovery, split_tasks
-from training.gate import minimum_calls, release_delta
-from training.ledger import share_of_round
 from training.merging import Group, num_calls
 from training.partition import propose_partitions
 from training.probe import Contender, Measuring
@@ -88,8 +87,7 @@ def split_by_agreement(
 
 def _propose(recipe: Recipe, group: Group, num_tasks: int) -> list[Cut]:
     """Cuts whose every part could be certified."""
-    delta = release_delta(recipe.gate.delta, num_tasks + recipe.discover.max_parts - 1) * share_of_round(0)
-    needed = minimum_calls(recipe.gate.epsilon, delta)
+    needed = calls_to_certify(recipe, num_tasks + recipe.discover.max_parts - 1)
 
     def can_stand(examples: list[Example]) -> bool:
         sessions = {e.session_id for e in examples if e.split == "calibration"}

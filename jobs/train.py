@@ -15,7 +15,9 @@ from cluster.prompts import PromptFormat
 from cluster.records import Example, Record, Split, TaskSpec
 from cluster.store import Store, content_hash
 from jobs.recipe import Recipe
+from jobs.validate import calls_to_certify
 from training.bases import publish_loaded_base
+from training.bounding import describe_left_out, refuse_lengths
 from training.candidates import Scope
 from training.catalog import load_catalog
 from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise_tasks
@@ -39,6 +41,8 @@ class Trained(NamedTuple):
     selection: Selection | None = None
     candidates: Sequence[Candidate] = ()
     losses: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    """task_id -> which of its calls stay on the LLM for their length, of tasks that were learned."""
 
 
 def train(
@@ -68,9 +72,12 @@ def train(
     losses, failed = _train_adapters(recipe, store, work, snapshot, plans, base, tokenizer, say) if plans else ({}, {})
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     lap("finetune")
-    return Trained(
-        base, chosen, [_candidate(p, base, chosen.arm) for p in plans if p.task.task_id not in failed], losses
-    )
+    found = ((task_id, describe_left_out(its)) for task_id, its in data.items() if task_id not in failed)
+    left_out = {task_id: told for task_id, told in found if told}
+    for task_id, told in left_out.items():
+        say(f"fine-tune {task_id}: {told}")
+    candidates = [_candidate(p, base, chosen.arm) for p in plans if p.task.task_id not in failed]
+    return Trained(base, chosen, candidates, losses, left_out)
 
 
 class _Plan(Record):
@@ -121,8 +128,11 @@ def _prepare_base(
     def tokenise(tokenizer: Any) -> dict[str, TaskData]:
         limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
         data = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        num_needed = calls_to_certify(recipe, len(scope.tasks) + len(refused))
+        num_calibration = {task.task_id: task.num_examples.get("calibration", 0) for task in scope.tasks}
         reasons = {
-            task_id: _reason_to_refuse(its, chosen.base, _max_answer_tokens(recipe)) for task_id, its in data.items()
+            task_id: refuse_lengths(its, chosen.base, _max_answer_tokens(recipe), num_calibration[task_id], num_needed)
+            for task_id, its in data.items()
         }
         refused.update({task_id: reason for task_id, reason in reasons.items() if reason})
         return {task_id: its for task_id, its in data.items() if not reasons[task_id]}
@@ -185,23 +195,6 @@ def _plan_runs(
             if held_out:
                 save_dataset(held_out, work / run_id / "validation")
     return plans
-
-
-def _reason_to_refuse(data: TaskData, base_name: str, max_answer_tokens: int) -> str | None:
-    """Why this task's prompts or answers are too long for the base's engine, or None."""
-    num_rows = len(data.train)
-    if data.num_skipped >= max(1, num_rows):
-        return (
-            f"{data.num_skipped} of {data.num_skipped + num_rows} prompts do not fit base {base_name}: "
-            f"longer than {data.prompt_format.max_prompt_tokens} tokens, or not plain text"
-        )
-    too_long = sum(num_answer_tokens(row) > max_answer_tokens for row in data.train)
-    if too_long >= max(1, num_rows // 2):
-        return (
-            f"{too_long} of {num_rows} answers are longer than {max_answer_tokens} tokens, a quarter of "
-            "specialists.max_model_tokens; give the engine a longer window"
-        )
-    return None
 
 
 def _train_adapters(
