@@ -30,6 +30,7 @@ from jobs.paraphrase import paraphrase_of
 from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
 from jobs.splits import load_usefulness, split_by_agreement
+from jobs.task_names import name_by_llm, namer_of
 from jobs.train import Trained, scope_of, train
 from jobs.validate import (
     EngineOf,
@@ -79,6 +80,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     """
     store = Store(recipe.store)
     work = work_folder(recipe)
+    namer = namer_of(recipe)
     clock = _Clock()
     snapshot = curate(store, recipe.curate, work=work, paraphrase=paraphrase_of(recipe))
     say(
@@ -96,6 +98,8 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         tasks, _ = _learnable(recipe, discovery.tasks, by_split, snapshot.counts.num_clients)
         learned = {"train": served["train"], "validation": redacted}
         discovery = split_by_agreement(recipe, store, work, snapshot.id, discovery, tasks, learned, say)
+    if namer:
+        discovery = name_by_llm(store, discovery, served["train"], namer, say)
     route_model = save_discovery(store, snapshot.id, discovery)
     by_split = {split: group_by_task(served[split], discovery.assignment) for split in SPLITS}
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
