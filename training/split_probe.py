@@ -39,11 +39,13 @@ class SplitTrial(NamedTuple):
 class SplitMeasurement(NamedTuple):
     """What came of one trial."""
 
+    joint: float | None
+    """Share of the validation calls that the joint specialist answers rightly; None where a probe failed."""
     compared: tuple[Comparison, ...]
     """One for each cut; empty where a probe failed."""
-    chosen: int | None
+    chosen: int | None = None
     """Number of the cut that is surely better; None keeps the task together."""
-    confirmed: Comparison | None
+    confirmed: Comparison | None = None
     """The best cut once more, from another seed."""
     error: str | None = None
 
@@ -61,18 +63,21 @@ def measure_splits(
     trials = [one._replace(validation=validation_sample(one.validation)) for one in trials]
     num_compared = sum(len(trial.cuts) for trial in trials)
     first = _compare_all(trials, measuring, max_prompt_tokens, num_compared)
-    best = [choose_split(compared) if not error else None for compared, error in first]
+    best = [choose_split(one.compared) for one in first]
     hopeful = [n for n, cut in enumerate(best) if cut is not None]
     again = [trials[n]._replace(cuts=[trials[n].cuts[best[n] or 0]]) for n in hopeful]
     confirmed = dict(
         zip(hopeful, _compare_all(again, _reseeded(measuring), max_prompt_tokens, len(again)), strict=True)
     )
     found = []
-    for number, (compared, error) in enumerate(first):
-        (second, again_error) = confirmed.get(number, ([], None))
-        is_sure = bool(second) and second[0].is_better_apart
-        chosen = best[number] if is_sure else None
-        found.append(SplitMeasurement(tuple(compared), chosen, second[0] if second else None, error or again_error))
+    for number, one in enumerate(first):
+        second = confirmed.get(number)
+        if second is None:
+            found.append(one)
+            continue
+        comparison = next(iter(second.compared), None)
+        is_sure = comparison is not None and comparison.is_better_apart
+        found.append(one._replace(chosen=best[number] if is_sure else None, confirmed=comparison, error=second.error))
     return found
 
 
@@ -88,7 +93,8 @@ def validation_sample(validation: Sequence[Example]) -> list[Example]:
 
 def _compare_all(
     trials: Sequence[SplitTrial], measuring: Measuring, max_prompt_tokens: int, num_compared: int
-) -> list[tuple[list[Comparison], str | None]]:
+) -> list[SplitMeasurement]:
+    """Every trial measured once; nothing is chosen."""
     if not trials:
         return []
     joints = [_specialist(trial, trial.task.task_id, None, 0, max_prompt_tokens) for trial in trials]
@@ -104,7 +110,7 @@ def _compare_all(
         own = [joint, *(one for parts in cuts for one in parts.values())]
         error = next((e for one in own if (e := by_name[one.plan.contender.name].error)), None)
         if error:
-            found.append(([], error))
+            found.append(SplitMeasurement(None, (), error=error))
             continue
         ids = [example.example_id for example in trial.validation]
         of_joint = [_is_right(joint, i, by_name) for i in ids]
@@ -112,7 +118,7 @@ def _compare_all(
         for cut, parts in zip(trial.cuts, cuts, strict=True):
             of_parts = [_is_right(parts[cut[i]], i, by_name) for i in ids]
             compared.append(compare(of_joint, of_parts, num_parts=len(parts), num_compared=num_compared))
-        found.append((compared, None))
+        found.append(SplitMeasurement(sum(of_joint) / len(ids), tuple(compared)))
     return found
 
 

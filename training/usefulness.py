@@ -91,7 +91,7 @@ def choose_split(compared: Sequence[Comparison]) -> int | None:
 
 
 def group_topics(centroids: np.ndarray, most: int) -> list[tuple[int, ...]]:
-    """Topics joined into 2 to `most` parts by the distance of their centroids (average linkage, cosine).
+    """Topics joined into 2 to `most` parts by the distance of their unit centroids (Ward 1963: parts of like size).
 
     Returns:
         For each number of parts that there can be, the part of every topic; parts count from 0 in order of topics.
@@ -100,7 +100,7 @@ def group_topics(centroids: np.ndarray, most: int) -> list[tuple[int, ...]]:
 
     found = []
     for num_parts in range(2, min(most, len(centroids)) + 1):
-        model = AgglomerativeClustering(n_clusters=num_parts, metric="cosine", linkage="average")
+        model = AgglomerativeClustering(n_clusters=num_parts, linkage="ward")
         labels = model.fit_predict(centroids.astype(np.float64)).tolist()
         numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
         found.append(tuple(numbers[label] for label in labels))
