@@ -15,11 +15,13 @@ from cluster.records import Example, Split, TaskSpec
 from cluster.store import Store, content_hash
 from jobs.adapters import AdapterPlan, plan_adapters, train_adapters
 from jobs.recipe import Recipe
+from jobs.validate import calls_to_certify
 from training.bases import publish_loaded_base
+from training.bounding import describe_left_out, refuse_lengths
 from training.canaries import Canary, as_examples, plan_canaries
 from training.candidates import Scope
 from training.catalog import load_catalog
-from training.dataset import TaskData, num_answer_tokens, tokenise_tasks
+from training.dataset import TaskData, tokenise_tasks
 from training.evaluation import Candidate
 from training.probe import at_rank, model_memory_gib
 from training.scratch import pretrain, texts_of, train_tokenizer
@@ -36,6 +38,8 @@ class Trained(NamedTuple):
     selection: Selection | None = None
     candidates: Sequence[Candidate] = ()
     losses: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    """task_id -> which of its calls stay on the LLM for their length, of tasks that were learned."""
 
 
 def train(
@@ -66,16 +70,13 @@ def train(
     losses, failed = train_adapters(recipe, store, work, snapshot, plans, base, tokenizer, say) if plans else ({}, {})
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     lap("finetune")
-    return Trained(
-        base,
-        chosen,
-        [
-            _candidate(p, base, chosen.arm, canaries[p.task.task_id], recipe)
-            for p in plans
-            if p.task.task_id not in failed
-        ],
-        losses,
-    )
+    found = ((task_id, describe_left_out(its)) for task_id, its in data.items() if task_id not in failed)
+    left_out = {task_id: told for task_id, told in found if told}
+    for task_id, told in left_out.items():
+        say(f"fine-tune {task_id}: {told}")
+    learned = [plan for plan in plans if plan.task.task_id not in failed]
+    candidates = [_candidate(plan, base, chosen.arm, canaries[plan.task.task_id], recipe) for plan in learned]
+    return Trained(base, chosen, candidates, losses, left_out)
 
 
 def _plant(recipe: Recipe, scope: Scope) -> tuple[Scope, dict[str, tuple[Canary, ...]]]:
@@ -121,8 +122,11 @@ def _prepare_base(
     def tokenise(tokenizer: Any) -> dict[str, TaskData]:
         limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
         data = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        num_needed = calls_to_certify(recipe, len(scope.tasks) + len(refused))
+        num_calibration = {task.task_id: task.num_examples.get("calibration", 0) for task in scope.tasks}
         reasons = {
-            task_id: _reason_to_refuse(its, chosen.base, _max_answer_tokens(recipe)) for task_id, its in data.items()
+            task_id: refuse_lengths(its, chosen.base, _max_answer_tokens(recipe), num_calibration[task_id], num_needed)
+            for task_id, its in data.items()
         }
         refused.update({task_id: reason for task_id, reason in reasons.items() if reason})
         return {task_id: its for task_id, its in data.items() if not reasons[task_id]}
@@ -151,29 +155,12 @@ def _base_key(recipe: Recipe, name: str, scope: Scope) -> str:
     """Names a scratch base by all that shapes it."""
     groups = {split: scope.by_split[split].values() for split in ("train", "validation")}
     seen = {split: sorted(e.example_id for group in groups[split] for e in group) for split in groups}
-    known = [task.model_dump(mode="json") for task in scope.tasks]
+    known = [task.facts() for task in scope.tasks]
     return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, rendering_version()])[:12]
 
 
 def _max_answer_tokens(recipe: Recipe) -> int:
     return recipe.specialists.max_model_tokens // _ANSWER_FRACTION
-
-
-def _reason_to_refuse(data: TaskData, base_name: str, max_answer_tokens: int) -> str | None:
-    """Why this task's prompts or answers are too long for the base's engine, or None."""
-    num_rows = len(data.train)
-    if data.num_skipped >= max(1, num_rows):
-        return (
-            f"{data.num_skipped} of {data.num_skipped + num_rows} prompts do not fit base {base_name}: "
-            f"longer than {data.prompt_format.max_prompt_tokens} tokens, or not plain text"
-        )
-    too_long = sum(num_answer_tokens(row) > max_answer_tokens for row in data.train)
-    if too_long >= max(1, num_rows // 2):
-        return (
-            f"{too_long} of {num_rows} answers are longer than {max_answer_tokens} tokens, a quarter of "
-            "specialists.max_model_tokens; give the engine a longer window"
-        )
-    return None
 
 
 def _candidate(plan: AdapterPlan, base: str, arm: str, canaries: tuple[Canary, ...], recipe: Recipe) -> Candidate:

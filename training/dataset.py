@@ -69,6 +69,15 @@ def tokenise_tasks(
     return data
 
 
+def find_written(examples: Sequence[Example], prompt_format: PromptFormat, tokenizer: Any) -> list[Example]:
+    """The examples that a task's data has a row of, in the order of the rows.
+
+    Args:
+        prompt_format: as the task's data has it.
+    """
+    return [example for example in examples if _render([example], prompt_format, tokenizer)]
+
+
 def save_dataset(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
     """Write rows as a memory-mapped Arrow dataset.
 

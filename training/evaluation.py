@@ -101,6 +101,12 @@ def gain_over_base(evaluation: Evaluation) -> Gain | None:
     return Gain(base.name, gain, newcombe_interval(*counts))
 
 
+def validation_agreement(evaluation: Evaluation) -> float:
+    """Share of the validation calls that the specialist answers as the reference does; what it cannot answer counts."""
+    # The last point of the curve keeps every answer there is.
+    return evaluation.curve[-1]["coverage"] * (1 - evaluation.curve[-1]["disagreement"]) if evaluation.curve else 0.0
+
+
 def newcombe_interval(errors_a: int, calls_a: int, errors_b: int, calls_b: int) -> tuple[float, float]:
     """95% interval for rate a minus rate b of independent samples; both must have calls.
 

@@ -8,6 +8,7 @@ of a split and the largest parent of a merge keep the id. Knows nothing of how t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from cluster.records import Record
@@ -57,6 +58,7 @@ def match_tasks(
     current: Mapping[str, Identity],
     overlap: Mapping[tuple[str, str], int],
     num_calls: Mapping[str, int],
+    measured: Mapping[str, str] = MappingProxyType({}),
 ) -> Matching:
     """Give every new task an id.
 
@@ -65,6 +67,7 @@ def match_tasks(
         current: key of a new task -> the same; the key is its id where nothing older claims it.
         overlap: (previous id, new key) -> calls of the new task that the previous route model sends to the old one.
         num_calls: calls of each new task.
+        measured: previous id -> what was measured that it is split for; the event tells it.
     """
     ids: dict[str, str] = {key: key for key in current if key in previous}
     taken = set(ids.values())
@@ -83,7 +86,11 @@ def match_tasks(
     drifted = _match_drift(previous, current, ids, taken)
     ids.update(drifted)
     ids.update(_own_ids(set(current) - set(ids), taken | set(previous)))
-    events = [*_changes(previous, current, ids, parents, children, num_calls), *_drifts(previous, current, drifted)]
+    changes = _changes(previous, current, ids, parents, children, num_calls)
+    changes = [
+        e.model_copy(update={"detail": measured.get(e.task_id, "")}) if e.kind == "split" else e for e in changes
+    ]
+    events = [*changes, *_drifts(previous, current, drifted)]
     return Matching(ids=ids, events=tuple(sorted(events, key=lambda e: (e.kind, e.task_id))))
 
 

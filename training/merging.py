@@ -62,6 +62,15 @@ class DiscoverConfig(Config):
     """Most of the texts that topics are fitted on may come from one client, as a share; where three clients or more call."""
     radius_quantile: float = Field(0.99, gt=0, le=1)
     """Share of a topic's held-out examples that its radius reaches."""
+    measure_splits: bool = False
+    """Whether a call site whose answers have one form is split where specialists of its parts surely agree more often
+    on validation than one joint specialist. Costs short fine-tunes on Ray: for every such task that has topics 1 joint
+    one and 2 + 3 + ... + max_parts of parts, of select.probe_steps steps each, and those of the best split once more."""
+    max_parts: int = Field(3, ge=2, le=8)
+    """Most parts that a split is measured with."""
+    llm_naming: bool = False
+    """Whether the first endpoint of [[upstream]] names and describes each task from its template and a few redacted
+    train examples; names alone change, never ids. At most 200 tasks a run, the largest first, about 2,500 tokens each."""
 
 
 class Group(NamedTuple):
@@ -128,6 +137,12 @@ def split_site(variants: tuple[str, ...], members: list[Example], config: Discov
     if kind is not None:
         return [Group(_hash(variants[0]), variants, kind, members)], None, Counter()
     return _split_by_topic(variants, members, fitted, forms, config)
+
+
+def topics_of_group(group: Group, config: DiscoverConfig) -> TopicMap:
+    """The topics inside a group, whose keys mean nothing; its examples must be of train or validation in part."""
+    fitted = [e for e in group.examples if e.split in FITTED]
+    return fit_topics(group.variants[0], fitted, _forms(fitted, config), config)[0]
 
 
 def num_calls(examples: list[Example]) -> int:

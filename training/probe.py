@@ -120,6 +120,8 @@ class ProbeResult(NamedTuple):
     error: str | None
     few_shot: dict[str, float] | None = None
     """task_id -> score of the untrained base with examples in the prompt, where this probe was asked for it."""
+    answers: Mapping[tuple[str, str], bool] = {}
+    """(task_id, training.paired.row_key) -> whether the trained model is right; empty unless asked for."""
 
 
 class Measuring(NamedTuple):
@@ -136,6 +138,8 @@ class Measuring(NamedTuple):
     """Share of wrong answers that the gate allows."""
     folder: pathlib.Path
     """For datasets and Tune's own files; shared by all nodes of the cluster."""
+    with_answers: bool = False
+    """Whether results tell every answer apart."""
 
     def training_of(self, contender: Contender) -> FinetuneConfig:
         return self.pretrain if contender.is_scratch else self.finetune
@@ -335,6 +339,7 @@ def _trial_settings(
         "num_scored": {task_id: measuring.num_scored[task_id] for task_id in contender.data},
         "target": config.target,
         "epsilon": measuring.epsilon,
+        "with_answers": measuring.with_answers,
         "storage": str(measuring.folder.resolve() / "runs"),
     }
 
@@ -367,6 +372,7 @@ def _result_of(result: Any) -> ProbeResult:
     metrics = result.metrics or {}
     rungs = tuple(Rung.model_validate(rung) for rung in metrics.get("rungs", ()))
     if result.error is None:
-        return ProbeResult(rungs, None, metrics.get("few_shot"))
+        answers = {(task_id, key): is_right for task_id, key, is_right in metrics.get("answers", ())}
+        return ProbeResult(rungs, None, metrics.get("few_shot"), answers)
     lines = [line for line in str(result.error).splitlines() if line.strip()]
     return ProbeResult(rungs, f"probe failed: {lines[-1].strip()[:300] if lines else type(result.error).__name__}")

@@ -20,6 +20,7 @@ from training.grading import Graded, grade_rows
 from training.loop import rate_factor
 from training.methods import build_model
 from training.objective import answer_loss
+from training.paired import answers_by_row
 
 
 def probe_trial(config: dict[str, Any]) -> None:
@@ -49,7 +50,7 @@ def probe_trial(config: dict[str, Any]) -> None:
 
 
 def probe_loop(settings: dict[str, Any]) -> None:
-    """Run on every worker of the trial's trainer; reports {step, halving_score, rungs, few_shot} after each rung."""
+    """Run on every worker of the trial's trainer; reports {step, halving_score, rungs, few_shot, answers} after each rung."""
     import torch
 
     rank, num_workers, report = _join_workers(settings)
@@ -64,10 +65,14 @@ def probe_loop(settings: dict[str, Any]) -> None:
     for step in range(settings["num_steps"] + 1):
         if step in settings["rungs"]:
             rung = {"num_steps": step, "num_tokens": num_tokens, "seconds": round(time.monotonic() - began, 2)}
-            rungs.append(_score_rung(_score_tasks(learner, settings["validation_paths"], settings), settings) | rung)
+            graded = _score_tasks(learner, settings["validation_paths"], settings)
+            rungs.append(_score_rung(graded, settings) | rung)
             halving_score = score_for_halving(rungs[-1]["score"], settings["size_penalty"], settings["target"])
             few = _shares(few_shot, settings["num_scored"]) if settings["few_shot_paths"] else None
-            report({"step": step, "halving_score": halving_score, "rungs": list(rungs), "few_shot": few})
+            found = {"step": step, "halving_score": halving_score, "rungs": list(rungs), "few_shot": few}
+            if settings["with_answers"]:
+                found["answers"] = answers_by_row(graded, settings["validation_paths"], settings)
+            report(found)
         if step < settings["num_steps"]:
             batch = rows.batch(step)
             num_tokens += batch["input_ids"].numel() * num_workers
