@@ -49,6 +49,8 @@ def test_a_page_shows_volume_template_neighbours_and_events(store) -> None:
     page = describe_task(store, by_name["invoice"])
     assert (page["num_calls"], page["share_calls"]) == (60, 0.5)
     assert page["template"] == ["Read the invoice.", *SHARED.splitlines(), "<*>"]
+    slot = {"after": SHARED.splitlines()[-1], "num_calls": 15, "num_distinct": 15, "median_characters": 7}
+    assert page["slots"] == [slot], "what differs is counted and not shown"
     assert [n["task_id"] for n in page["neighbours"]] == [by_name["order"]]
     assert [(e["snapshot"], e["kind"]) for e in page["events"]] == [("two", "birth")]
     assert "examples" not in page and "static_lines" not in page
