@@ -71,6 +71,7 @@ def describe_task(
     page = store.read_json(f"{TASKS_FOLDER}/{task_id}.json")
     del page["static_lines"]
     page["template"] = list(identities[task_id].template)
+    page["slots"] = [slot.model_dump() for slot in identities[task_id].slots]
     page["neighbours"] = _neighbours(identities, task_id)
     page["events"] = events_of(store, task_id)
     page["validation_agreement"] = _agreement_of(store, task_id)
@@ -172,6 +173,8 @@ def _show_page(page: dict[str, Any]) -> str:
         *(f"parts: {line}" for line in page["usefulness"]),
         "template:",
         *(f"  {_printable(line)}" for line in page["template"]),
+        "slots:",
+        *(f"  {_show_slot(slot)}" for slot in page["slots"]),
         "neighbours:",
         *(f"  {n['task_id']} ({n['similarity']:.0%} of template text in common)" for n in page["neighbours"]),
         "events:",
@@ -180,6 +183,14 @@ def _show_page(page: dict[str, Any]) -> str:
     for example in page.get("examples", ()):
         lines += [f"user: {_printable(example['user'])}", f"answer: {_printable(example['answer'])}"]
     return "\n".join(lines)
+
+
+def _show_slot(slot: dict[str, Any]) -> str:
+    place = f"after {_printable(slot['after'])!r}" if slot["after"] else "at the beginning"
+    return (
+        f"{place}: {slot['num_distinct']} different in {slot['num_calls']} calls, "
+        f"{slot['median_characters']} characters at the median"
+    )
 
 
 def _show_agreement(found: dict[str, Any] | None) -> str:

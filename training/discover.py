@@ -32,7 +32,7 @@ from training.merging import (
     split_site,
     template_hashes,
 )
-from training.naming import Nameable, find_static_lines, find_template, name_tasks
+from training.naming import Nameable, find_slots, find_static_lines, find_template, name_tasks
 from training.partition import cut_topics, part_key, split_group
 from training.splits import SPLITS
 
@@ -240,12 +240,14 @@ def _settle(grouping: Grouping, current: dict[str, Identity], matching: Matching
 
 
 def _identity_of(group: Group) -> Identity:
+    lines = find_static_lines(group.examples)
     return Identity(
         surface=surface_of(group.examples[0].request),
         kind=group.kind,
         variants=group.variants,
         lines=template_hashes(group.examples),
-        template=find_template(group.examples, find_static_lines(group.examples)),
+        template=find_template(group.examples, lines),
+        slots=find_slots(group.examples, lines),
     )
 
 

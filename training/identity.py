@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from cluster.records import Record
+from training.naming import Slot
 
 _MIN_SHARE = 0.2
 """Share of a task's calls below which a move between two tasks is noise, not a split or a merge."""
@@ -43,6 +44,8 @@ class Identity(Record):
     """Hash of each template line -> its characters."""
     template: tuple[str, ...] = ()
     """Lines that every redacted train prompt repeats, in order, with `<*>` where others stand between them."""
+    slots: tuple[Slot, ...] = ()
+    """What stands in place of the wildcards."""
 
 
 class Matching(Record):
