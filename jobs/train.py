@@ -120,7 +120,8 @@ def _prepare_base(
 
     def tokenise(tokenizer: Any) -> dict[str, TaskData]:
         limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
-        data = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        tokenised = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        data = {task_id: _within(its, scope.max_model_tokens) for task_id, its in tokenised.items()}
         reasons = {
             task_id: _reason_to_refuse(its, chosen.base, _max_answer_tokens(recipe)) for task_id, its in data.items()
         }
@@ -187,13 +188,24 @@ def _plan_runs(
     return plans
 
 
+def _within(data: TaskData, max_tokens: int) -> TaskData:
+    """Without the examples whose prompt and answer together outgrow the engine's window: it could never say them."""
+    train, validation = (
+        [row for row in rows if len(row["input_ids"]) <= max_tokens] for rows in (data.train, data.validation)
+    )
+    num_skipped = data.num_skipped + len(data.train) - len(train)
+    return data._replace(train=train, validation=validation, num_skipped=num_skipped)
+
+
 def _reason_to_refuse(data: TaskData, base_name: str, max_answer_tokens: int) -> str | None:
-    """Why this task's prompts or answers are too long for the base's engine, or None."""
+    """Why this task has nothing to learn from, or prompts or answers too long for the base's engine; or None."""
     num_rows = len(data.train)
+    if not num_rows and not data.num_skipped:
+        return "no example in its train split; it needs more calls, or a larger curate.split.train"
     if data.num_skipped >= max(1, num_rows):
         return (
-            f"{data.num_skipped} of {data.num_skipped + num_rows} prompts do not fit base {base_name}: "
-            f"longer than {data.prompt_format.max_prompt_tokens} tokens, or not plain text"
+            f"{data.num_skipped} of {data.num_skipped + num_rows} examples do not fit base {base_name}: prompts longer "
+            f"than {data.prompt_format.max_prompt_tokens} tokens, answers that the window has no room for, or not plain text"
         )
     too_long = sum(num_answer_tokens(row) > max_answer_tokens for row in data.train)
     if too_long >= max(1, num_rows // 2):

@@ -22,8 +22,8 @@ from training.diagnosis import (
     Diagnosis,
     Diverged,
     check_loss,
-    disk_error,
     is_out_of_memory,
+    naming_a_full_disk,
     smaller_micro_batch,
     write_diagnosis,
 )
@@ -213,22 +213,17 @@ def _report(run: _Run, step: int, curve: list[dict[str, Any]]) -> None:
     best = best_point(curve)
     metrics = {**curve[-1], "released_step": best["step"] if best else step, "curve": curve}
     state = {"step": step, "curve": curve, "average": run.average and run.average.state()}
-    storage = pathlib.Path(run.settings["progress_path"]).parent
-    num_bytes = None
-    with tempfile.TemporaryDirectory() as local:
-        try:
-            run.engine.save_checkpoint(local, tag="last", client_state=state)
+    with tempfile.TemporaryDirectory() as folder:
+        local = pathlib.Path(folder)
+        with naming_a_full_disk(local):
+            run.engine.save_checkpoint(folder, tag="last", client_state=state)
             if run.rank == 0:
                 if any(run.released.iterdir()):
-                    shutil.copytree(run.released, pathlib.Path(local) / "model")
-                (pathlib.Path(local) / "metrics.json").write_text(json.dumps(metrics))
-            num_bytes = sum(file.stat().st_size for file in pathlib.Path(local).rglob("*") if file.is_file())
-        except OSError as error:
-            raise disk_error(error, pathlib.Path(local), num_bytes) from error
-        try:
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(local))
-        except OSError as error:
-            raise disk_error(error, storage, num_bytes) from error
+                    shutil.copytree(run.released, local / "model")
+                (local / "metrics.json").write_text(json.dumps(metrics))
+        num_bytes = sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
+        with naming_a_full_disk(pathlib.Path(run.settings["progress_path"]).parent, num_bytes):
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
 def _save_model(run: _Run, folder: pathlib.Path) -> None:
@@ -239,4 +234,5 @@ def _save_model(run: _Run, folder: pathlib.Path) -> None:
     parameters = [p for p in module.parameters() if settings["method"] == "full" or p.requires_grad]
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=settings["zero_stage"] == 3):
         if run.rank == 0:
-            module.save_pretrained(folder, safe_serialization=True)
+            with naming_a_full_disk(folder):
+                module.save_pretrained(folder, safe_serialization=True)
