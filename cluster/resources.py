@@ -67,6 +67,14 @@ def local_nodes() -> list[Node]:
     return [Node(cpus=os.cpu_count() or 1, gpus=_num_local_gpus())]
 
 
+def local_memory_bytes() -> int:
+    """Main memory of this machine, or what its container may take of it (cgroup v2)."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = pathlib.Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return whole if allowed == "max" else min(whole, int(allowed))
+
+
 def check_fits(parts: Sequence[Part], nodes: Sequence[Node], limits: LimitsConfig, where: str) -> None:
     """Compare what is asked for with what there is.
 

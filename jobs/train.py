@@ -17,7 +17,7 @@ from jobs.adapters import AdapterPlan, plan_adapters, train_adapters
 from jobs.recipe import Recipe
 from jobs.validate import calls_to_certify
 from training.bases import publish_loaded_base
-from training.bounding import describe_left_out, refuse_lengths
+from training.bounding import describe_left_out, keep_fitting, refuse_lengths
 from training.canaries import Canary, as_examples, plan_canaries
 from training.candidates import Scope
 from training.catalog import load_catalog
@@ -121,7 +121,8 @@ def _prepare_base(
 
     def tokenise(tokenizer: Any) -> dict[str, TaskData]:
         limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
-        data = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        tokenised = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        data = {task_id: keep_fitting(its, scope.max_model_tokens) for task_id, its in tokenised.items()}
         num_needed = calls_to_certify(recipe, len(scope.tasks) + len(refused))
         num_calibration = {task.task_id: task.num_examples.get("calibration", 0) for task in scope.tasks}
         reasons = {

@@ -10,22 +10,33 @@ from __future__ import annotations
 from training.dataset import TaskData, num_answer_tokens
 
 
+def keep_fitting(data: TaskData, max_tokens: int) -> TaskData:
+    """Without the examples whose prompt and answer together outgrow the engine's window: it could never say them."""
+    train, validation = (
+        [row for row in rows if len(row["input_ids"]) <= max_tokens] for rows in (data.train, data.validation)
+    )
+    num_skipped = data.num_skipped + len(data.train) - len(train)
+    return data._replace(train=train, validation=validation, num_skipped=num_skipped)
+
+
 def refuse_lengths(
     data: TaskData, base_name: str, max_answer_tokens: int, num_calibration: int, num_needed: int
 ) -> str | None:
-    """Why too few of this task's prompts or answers fit the base's engine, or None.
+    """Why this task has nothing to learn from, or too few prompts or answers that fit the base's engine; or None.
 
     Args:
         num_calibration: calibration calls of the task, of any length; calls of train tell how many of them fit.
         num_needed: calibration calls below which nothing can be certified.
     """
     num_rows, num_all = len(data.train), len(data.train) + data.num_skipped
-    num_fitting = num_calibration * num_rows // max(1, num_all)
+    if not num_all:
+        return "no example in its train split; it needs more calls, or a larger curate.split.train"
+    num_fitting = num_calibration * num_rows // num_all
     if not num_rows or (data.num_skipped and num_fitting < num_needed):
         return (
-            f"{data.num_skipped} of {num_all} prompts do not fit base {base_name}: longer than "
-            f"{data.prompt_format.max_prompt_tokens} tokens, or not plain text; about {num_fitting} calibration calls do, "
-            f"and {num_needed} are needed"
+            f"{data.num_skipped} of {num_all} examples do not fit base {base_name}: prompts longer than "
+            f"{data.prompt_format.max_prompt_tokens} tokens, answers that the window has no room for, or not plain text; "
+            f"about {num_fitting} calibration calls do, and {num_needed} are needed"
         )
     too_long = sum(num_answer_tokens(row) > max_answer_tokens for row in data.train)
     if too_long >= max(1, num_rows // 2):
@@ -41,7 +52,7 @@ def describe_left_out(data: TaskData) -> str | None:
     if not data.num_skipped:
         return None
     return (
-        f"{data.num_skipped} of {len(data.train) + data.num_skipped} train prompts are longer than "
-        f"{data.prompt_format.max_prompt_tokens} tokens or not plain text: such calls go to the LLM, the specialist "
-        "learns and answers the others"
+        f"{data.num_skipped} of {len(data.train) + data.num_skipped} train examples have prompts longer than "
+        f"{data.prompt_format.max_prompt_tokens} tokens, answers that the window has no room for, or are not plain text: "
+        "such calls go to the LLM, the specialist learns and answers the others"
     )

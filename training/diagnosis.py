@@ -7,14 +7,19 @@ raises, and the next attempt takes half.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import pathlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from cluster.errors import TrainingError
 from cluster.records import Record
+
+_NO_ROOM = 2**20
+"""Fewer free bytes than this on the disk that a write failed on: it is full."""
 
 
 class Diagnosis(Record):
@@ -73,15 +78,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def disk_error(error: OSError, folder: pathlib.Path, num_bytes: int | None) -> TrainingError:
-    """A full disk as the person who ran into it should read it; any other error of the disk with its own words."""
-    import shutil
+@contextlib.contextmanager
+def naming_a_full_disk(folder: pathlib.Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Tell a disk that is full while the block writes a checkpoint as what it is.
 
-    size = "" if num_bytes is None else f" of {num_bytes:,} bytes"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return TrainingError(f"checkpoint{size} in {folder}: {error}")
-    free = shutil.disk_usage(folder).free
-    return TrainingError(
-        f"checkpoint{size} in {folder}: the disk is full ({free:,} bytes free); next: free some, or give the recipe a "
-        "work folder on another disk (work=/PATH)"
-    )
+    torch's and safetensors' writers fail on one with errors that do not say so, so the room left is looked at too.
+
+    Args:
+        num_bytes: of the checkpoint, where it is known.
+
+    Raises:
+        TrainingError: the disk of `folder` is full.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and free >= _NO_ROOM:
+            raise
+        size = "" if num_bytes is None else f" of {num_bytes:,} bytes"
+        raise TrainingError(
+            f"checkpoint{size} in {folder}: the disk is full ({free:,} bytes free); next: free some, or give the recipe a "
+            "work folder (work=/PATH) and the workers a TMPDIR on another disk"
+        ) from error

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from cluster.config import Config
 from cluster.errors import InputError, RunYielded, TrainingError
 from training.diagnosis import Diagnosis, read_diagnosis, write_diagnosis
+from training.distill import DistillConfig
 from training.loop import train_loop
 from training.memory import Load, device_bytes, shape_of
 from training.methods import UNSHARDED, Method, check_base_folder, check_method
@@ -54,6 +55,7 @@ class FinetuneConfig(Config):
     patience: int = Field(default=0, ge=0)
     """Stop after so many checkpoints without better agreement on the validation split; 0 trains all steps. Either way the
     weights released are those of the checkpoint that agreed best."""
+    distill: DistillConfig = DistillConfig()
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage; auto takes the lowest that fits (`understudy plan` shows the arithmetic)."""
     offload: Literal["auto", "none", "optimizer", "parameters"] = "auto"

@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from training.averaging import MovingAverage
@@ -22,11 +23,12 @@ from training.diagnosis import (
     Diagnosis,
     Diverged,
     check_loss,
-    disk_error,
     is_out_of_memory,
+    naming_a_full_disk,
     smaller_micro_batch,
     write_diagnosis,
 )
+from training.distill import Distiller
 from training.engine import build_engine
 from training.grading import grade_rows
 from training.methods import build_model
@@ -45,6 +47,8 @@ class _Run(NamedTuple):
     rows: Rows
     held_out: Rows | None
     average: MovingAverage | None
+    loss_of: Callable[[Any, dict[str, Any], Any], Any]
+    """The share of a batch's loss that a micro-batch has."""
     released: pathlib.Path
     """Local folder for the weights of the best checkpoint so far."""
     rank: int
@@ -97,7 +101,9 @@ def _build_run(settings: dict[str, Any], released: pathlib.Path) -> _Run:
     path, unpacked = settings["validation_path"], {**settings, "packing": False}
     held_out = Rows(path, unpacked, 0, 1) if path else None
     average = MovingAverage(engine.module, settings["ema_decay"]) if settings["ema_decay"] else None
-    return _Run(settings, engine, rows, held_out, average, released, rank, world_size)
+    distill = {**settings["distill"], "bf16": settings["bf16"]}
+    loss_of = Distiller(distill, engine).loss if distill["teacher"] else answer_loss
+    return _Run(settings, engine, rows, held_out, average, loss_of, released, rank, world_size)
 
 
 def _train(run: _Run) -> None:
@@ -112,7 +118,7 @@ def _train(run: _Run) -> None:
         # Dropout of a resumed run is that of the undisturbed one: it follows from seed, rank and step alone.
         torch.manual_seed(_seed_of(settings["seed"], run.rank, step))
         rate = _set_learning_rate(engine, settings, step)
-        loss = _mean_over_ranks(train_step(engine, run.rows.micro_batches(step)), run)
+        loss = _mean_over_ranks(train_step(engine, run.rows.micro_batches(step), run.loss_of), run)
         check_loss(f"step {step + 1}: the loss", loss, rate, [point["loss"] for point in curve] + losses)
         losses.append(loss)
         if run.average:
@@ -144,12 +150,16 @@ def _is_asked_to_yield(run: _Run) -> bool:
     return bool(flag.item())
 
 
-def train_step(engine: Any, micro_batches: list[dict[str, Any]]) -> float:
+def train_step(
+    engine: Any,
+    micro_batches: list[dict[str, Any]],
+    loss_of: Callable[[Any, dict[str, Any], Any], Any] = answer_loss,
+) -> float:
     """One optimiser step on a batch in parts. Returns the batch's loss on this rank."""
     total = 0.0
     for number, part in enumerate(micro_batches, 1):
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-        loss = answer_loss(engine, part, engine.device)
+        loss = loss_of(engine, part, engine.device)
         engine.backward(loss)
         engine.step()
         total += float(loss.detach())
@@ -231,22 +241,17 @@ def _report(run: _Run, metrics: dict[str, Any], step: int, curve: list[dict[str,
     from ray.train import Checkpoint
 
     state = {"step": step, "curve": curve, "losses": losses, "average": run.average and run.average.state()}
-    storage = pathlib.Path(run.settings["progress_path"]).parent
-    num_bytes = None
-    with tempfile.TemporaryDirectory() as local:
-        try:
-            run.engine.save_checkpoint(local, tag="last", client_state=state)
+    with tempfile.TemporaryDirectory() as folder:
+        local = pathlib.Path(folder)
+        with naming_a_full_disk(local):
+            run.engine.save_checkpoint(folder, tag="last", client_state=state)
             if run.rank == 0:
                 if any(run.released.iterdir()):
-                    shutil.copytree(run.released, pathlib.Path(local) / "model")
-                (pathlib.Path(local) / "metrics.json").write_text(json.dumps(metrics))
-            num_bytes = sum(file.stat().st_size for file in pathlib.Path(local).rglob("*") if file.is_file())
-        except OSError as error:
-            raise disk_error(error, pathlib.Path(local), num_bytes) from error
-        try:
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(local))
-        except OSError as error:
-            raise disk_error(error, storage, num_bytes) from error
+                    shutil.copytree(run.released, local / "model")
+                (local / "metrics.json").write_text(json.dumps(metrics))
+        num_bytes = sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
+        with naming_a_full_disk(pathlib.Path(run.settings["progress_path"]).parent, num_bytes):
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
 def _save_model(run: _Run, folder: pathlib.Path) -> None:
@@ -257,4 +262,5 @@ def _save_model(run: _Run, folder: pathlib.Path) -> None:
     parameters = [p for p in module.parameters() if settings["method"] == "full" or p.requires_grad]
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=settings["zero_stage"] == 3):
         if run.rank == 0:
-            module.save_pretrained(folder, safe_serialization=True)
+            with naming_a_full_disk(folder):
+                module.save_pretrained(folder, safe_serialization=True)

@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 from cluster.records import Record
 
 if TYPE_CHECKING:
+    from training.catalog import ScratchModel
     from training.finetune import FinetuneConfig
 
-CPU_OVERHEAD = 850 * 2**20
+CPU_OVERHEAD = 700 * 2**20
 """Resident bytes of a worker with torch, transformers, peft, deepspeed and datasets imported and nothing loaded."""
+_CPU_SLACK = 2.2
+"""Main memory that activations take over what autograd keeps of them: glibc's allocator holds what was freed. Measured on
+a base of 2M parameters; with MALLOC_MMAP_THRESHOLD_=65536 in a worker's environment it is 1.0."""
 GPU_OVERHEAD = 3 * 2**29
 """CUDA context, libraries' workspaces and the allocator's slack: 1.5 GiB, an assumption that no GPU here has checked."""
+_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's reduce_bucket_size."""
 _ADAM_BYTES = 8
 _MASTER_BYTES = 4
 """A float32 copy of the trained weights: kept by mixed precision, and by ZeRO 1 to 3 in any precision."""
@@ -94,19 +100,22 @@ def predict_memory(
     if stage == 3:
         weights = -(-weights // workers)
     if offload != "none":
-        host, optimizer = host + optimizer, 0
+        # Gradients go to float32 buffers of the host as they come, a bucket at a time.
+        host, optimizer = host + optimizer + 4 * shape.trainable // workers, 0
+        gradients = min(gradients, _BUCKET_ELEMENTS * bytes_each)
     if offload == "parameters":
         # What a layer needs is brought back for its turn, with the next one's on the way.
         live = 2 * (shape.parameters // max(1, shape.layers)) * bytes_each
         host, weights = host + weights, min(weights, live)
     elif stage == 3:
         weights += (shape.parameters // max(1, shape.layers)) * bytes_each
+    slack = 1.0 if config.gpus_per_worker else _CPU_SLACK
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=_activation_bytes(shape, config, load, bytes_each),
-        logits=_logit_bytes(shape, load, bytes_each),
+        activations=int(slack * _activation_bytes(shape, config, load, bytes_each)),
+        logits=int(slack * _logit_bytes(shape, load, bytes_each)),
         overhead=GPU_OVERHEAD if config.gpus_per_worker else CPU_OVERHEAD,
         host=host,
     )
@@ -144,6 +153,20 @@ def shape_of_config(description: Any, config: FinetuneConfig) -> ModelShape:
     )
 
 
+def shape_of_scratch(entry: ScratchModel, config: FinetuneConfig) -> ModelShape:
+    """Of a base that is still to be trained."""
+    adapter = _lora_weights(entry.hidden_size, entry.intermediate_size, entry.layers, config)
+    return ModelShape(
+        parameters=entry.parameters,
+        trainable=entry.parameters if config.method == "full" else adapter,
+        layers=entry.layers,
+        hidden_size=entry.hidden_size,
+        intermediate_size=entry.intermediate_size,
+        vocab_size=entry.vocab_size,
+        context_window_tokens=entry.context_window_tokens,
+    )
+
+
 def estimate_shape(parameters: int, config: FinetuneConfig) -> ModelShape:
     """A shape for a base of which only the size is known.
 
@@ -151,17 +174,23 @@ def estimate_shape(parameters: int, config: FinetuneConfig) -> ModelShape:
     """
     hidden = max(128, round((parameters * 128 / 12) ** (1 / 3) / 128) * 128)
     layers = max(1, round(parameters / (12 * hidden**2)))
-    widths = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 3.7, "up_proj": 3.7, "down_proj": 3.7}
-    adapter = sum(widths.get(name, 2) for name in config.lora_targets) * hidden * config.lora_rank * layers
+    inner = int(2.7 * hidden)
     return ModelShape(
         parameters=parameters,
-        trainable=parameters if config.method == "full" else int(adapter),
+        trainable=parameters if config.method == "full" else _lora_weights(hidden, inner, layers, config),
         layers=layers,
         hidden_size=hidden,
-        intermediate_size=int(2.7 * hidden),
+        intermediate_size=inner,
         vocab_size=128_000 if parameters > 10**9 else 49_152,
         is_estimated=True,
     )
+
+
+def _lora_weights(hidden: int, inner: int, layers: int, config: FinetuneConfig) -> int:
+    """Weights of an adapter on a Llama whose keys and values have as many heads as its queries."""
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    sides = [2 * hidden if name in attention else hidden + inner for name in config.lora_targets]
+    return layers * config.lora_rank * sum(sides)
 
 
 def device_bytes(config: FinetuneConfig, num_parallel: int = 1) -> int:

@@ -36,7 +36,7 @@ def columns(rows: list[dict]) -> tuple[list[list[int]], list[int]]:
 
 
 @given(LENGTHS, st.integers(1, 60))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_packing_keeps_every_example_once_and_overfills_no_row(lengths, capacity):
     rows = pack(lengths, capacity)
     assert sorted(k for row in rows for k in row) == list(range(len(lengths)))
@@ -44,7 +44,7 @@ def test_packing_keeps_every_example_once_and_overfills_no_row(lengths, capacity
 
 
 @given(LENGTHS, st.integers(1, 7), st.integers(1, 4), st.integers(0, 3))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_an_epoch_has_every_example_once(lengths, size, window, seed):
     batches = plan_batches(lengths, size, random.Random(seed), window)
     assert sorted(k for batch in batches for k in batch) == list(range(len(lengths)))

@@ -4,17 +4,19 @@ import errno
 import json
 import math
 import pickle
+import shutil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.errors import TrainingError
 from training.diagnosis import (
     Diagnosis,
     Diverged,
     check_loss,
-    disk_error,
     is_out_of_memory,
+    naming_a_full_disk,
     read_diagnosis,
     smaller_micro_batch,
     write_diagnosis,
@@ -91,9 +93,22 @@ def test_each_attempt_that_lacked_memory_halves_the_micro_batch(tmp_path):
 
 
 def test_a_full_disk_is_named_with_folder_and_bytes(tmp_path):
-    error = disk_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path, 12_345_678)
-    assert f"checkpoint of 12,345,678 bytes in {tmp_path}: the disk is full (" in str(error)
-    assert "work=/PATH" in str(error)
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
-    other = disk_error(PermissionError(errno.EACCES, "Permission denied"), tmp_path, None)
-    assert "is full" not in str(other) and "Permission denied" in str(other)
+    with pytest.raises(TrainingError) as caught, naming_a_full_disk(tmp_path, 12_345_678):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert f"checkpoint of 12,345,678 bytes in {tmp_path}: the disk is full (" in str(caught.value)
+    assert "work=/PATH" in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_torch_says_no_word_of_the_disk_that_is_full(tmp_path, monkeypatch):
+    def write() -> None:
+        # What torch.save raised when its disk was full.
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    with pytest.raises(RuntimeError) as caught, naming_a_full_disk(tmp_path):
+        write()
+    assert not isinstance(caught.value, TrainingError), "there is room in this folder: another error is not renamed"
+    usage = shutil.disk_usage(tmp_path)._replace(free=4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(TrainingError, match="the disk is full .4,096 bytes free"), naming_a_full_disk(tmp_path):
+        write()
