@@ -127,13 +127,21 @@ class Rows:
 
 
 def build_model(settings: dict[str, Any]) -> Any:
+    model = load_base(settings["base_path"])
+    return model if settings["method"] == "full" else add_lora(model, settings)
+
+
+def load_base(path: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(settings["base_path"], dtype=torch.float32, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     model.config.use_cache = False
-    if settings["method"] == "full":
-        return model
+    return model
+
+
+def add_lora(model: Any, settings: dict[str, Any]) -> Any:
+    """Put an untrained adapter on a base; its weights follow from torch's seed."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
