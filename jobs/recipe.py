@@ -26,6 +26,7 @@ from training.discover import DiscoverConfig
 from training.finetune import FinetuneConfig
 from training.fleet import FleetConfig
 from training.gate import GateConfig
+from training.multi_finetune import reason_against_stage
 from training.scratch import PretrainConfig
 from training.selection import SelectConfig
 
@@ -64,7 +65,12 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_plan(self) -> Recipe:
-        if problems := [*_endless_warmups(self), *_misfits_of_engine(self), *_uncertified_moves(self)]:
+        if problems := [
+            *_endless_warmups(self),
+            *_misfits_of_engine(self),
+            *_uncertified_moves(self),
+            *_mixed_adapters(self),
+        ]:
             raise ValueError("\n".join(problems))
         return self
 
@@ -178,6 +184,12 @@ def _uncertified_moves(recipe: Recipe) -> list[str]:
         "faces.move=true: with curate.keep_faces_person=false no specialist is trained or certified on answers to a person; "
         "allowed: both true, or faces.move=false; next: curate.keep_faces_person=true"
     ]
+
+
+def _mixed_adapters(recipe: Recipe) -> list[str]:
+    """Sharding that cannot keep the adapters of one run apart."""
+    reason = reason_against_stage(recipe.finetune.zero_stage)
+    return [reason] if reason and recipe.fleet.mode == "multi_lora" else []
 
 
 def _window_of_base(select: SelectConfig) -> int | None:

@@ -22,6 +22,8 @@ from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise
 from training.evaluation import Candidate
 from training.finetune import finetune
 from training.fleet import run_fleet
+from training.multi_finetune import AdapterTask, ManyTrained, finetune_many
+from training.multi_plan import TaskLoad, plan_groups
 from training.probe import at_rank, model_memory_gib
 from training.scratch import pretrain, texts_of, train_tokenizer
 from training.selection import Selection, select_base
@@ -216,33 +218,74 @@ def _train_adapters(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     base_path = store.fetch(base, work / "cache")
 
-    def run(plan: _Plan) -> dict[str, Any]:
-        model, metrics = finetune(
-            plan.run_id,
-            recipe.finetune,
-            method="lora",
-            base_path=base_path,
-            train_path=work / plan.run_id / "train",
-            validation_path=work / plan.run_id / "validation" if plan.has_validation else None,
-            pad_token_id=tokenizer.pad_token_id,
-            storage=work / "runs",
-            label=plan.task.task_id,
-        )
-        (model / "README.md").unlink(missing_ok=True)
-        meta = {"base": base, "task_id": plan.task.task_id, "snapshot": snapshot, "metrics": metrics}
-        store.publish(plan.adapter, model, meta)
-        # What was learned from is readable there; it stays no longer than it is needed.
-        shutil.rmtree(work / plan.run_id)
-        return metrics
+    def run(group: list[_Plan]) -> ManyTrained:
+        trained = _train_group(recipe, work, group, base_path, tokenizer.pad_token_id)
+        for plan in group:
+            task_id = plan.task.task_id
+            if task_id in trained.done:
+                model, metrics = trained.done[task_id]
+                (model / "README.md").unlink(missing_ok=True)
+                meta = {"base": base, "task_id": task_id, "snapshot": snapshot, "metrics": metrics}
+                store.publish(plan.adapter, model, meta)
+                # What was learned from is readable there; it stays no longer than it is needed.
+                shutil.rmtree(work / plan.run_id)
+        return trained
 
-    missing = {p.task.task_id: (p.mean_tokens, lambda p=p: run(p)) for p in plans if not store.is_published(p.adapter)}
-    _, errors = run_fleet(
-        missing,
-        recipe.fleet,
-        lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or _last_losses(metrics)}"),
+    missing = {plan.task.task_id: plan for plan in plans if not store.is_published(plan.adapter)}
+    groups = {names[0]: [missing[name] for name in names] for names in _plan_groups(recipe, missing, base)}
+    errors: dict[str, str] = {}
+
+    def note(first: str, trained: ManyTrained | None, error: str | None) -> None:
+        for task_id in (plan.task.task_id for plan in groups[first]):
+            reason = error if trained is None else trained.failed.get(task_id)
+            if reason:
+                errors[task_id] = reason
+            say(f"fine-tune {task_id}: {reason or _last_losses(trained and trained.done[task_id][1])}")
+
+    size = {first: sum(plan.mean_tokens for plan in group) for first, group in groups.items()}
+    run_fleet(
+        {first: (size[first], lambda group=group: run(group)) for first, group in groups.items()}, recipe.fleet, note
     )
     done = [plan for plan in plans if plan.task.task_id not in errors]
     return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, errors
+
+
+def _plan_groups(recipe: Recipe, missing: dict[str, _Plan], base: str) -> list[list[str]]:
+    """Task ids of each run: alone, or several as adapters over one base."""
+    if recipe.fleet.mode == "solo":
+        return [[task_id] for task_id in missing]
+    loads = {task_id: TaskLoad(base, plan.mean_tokens) for task_id, plan in missing.items()}
+    return plan_groups(loads, recipe.fleet.max_parallel)
+
+
+def _train_group(
+    recipe: Recipe, work: pathlib.Path, group: list[_Plan], base_path: pathlib.Path, pad_token_id: int
+) -> ManyTrained:
+    """Results by task id."""
+    shared = {"base_path": base_path, "pad_token_id": pad_token_id, "storage": work / "runs"}
+    tasks = [
+        AdapterTask(
+            plan.task.task_id,
+            recipe.finetune,
+            work / plan.run_id / "train",
+            work / plan.run_id / "validation" if plan.has_validation else None,
+        )
+        for plan in group
+    ]
+    if recipe.fleet.mode == "multi_lora":
+        name = content_hash(sorted(plan.run_id for plan in group))[:12]
+        return finetune_many(name, tasks, label=f"{len(tasks)} tasks", **shared)
+    (task,), (plan,) = tasks, group
+    trained = finetune(
+        plan.run_id,
+        recipe.finetune,
+        method="lora",
+        train_path=task.train_path,
+        validation_path=task.validation_path,
+        label=task.name,
+        **shared,
+    )
+    return ManyTrained({task.name: trained}, {})
 
 
 def _last_losses(metrics: dict[str, Any] | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -18,6 +18,9 @@ class FleetConfig(Config):
 
     max_parallel: int = Field(default=2, ge=1)
     """Fine-tunes at a time; each takes `finetune.num_workers` workers."""
+    mode: Literal["solo", "multi_lora"] = "solo"
+    """solo: a run for each task. multi_lora: `max_parallel` runs, each with its share of the tasks as adapters side by side
+    over one base (finetune.zero_stage 0 or 3): the same adapters, without a start of processes for each."""
 
 
 def run_fleet(

@@ -124,22 +124,20 @@ def common_config(tasks: Sequence[AdapterTask]) -> FinetuneConfig:
                 f"finetune.{field}: {', '.join(sorted(values))} in one multi-LoRA run; allowed: one value for all its "
                 "tasks; next: runs apart, or fleet.mode=solo"
             )
-    check_stage(first.config.zero_stage)
+    if reason := reason_against_stage(first.config.zero_stage):
+        raise ConfigError(reason)
     return first.config
 
 
-def check_stage(stage: int) -> None:
-    """Refuse the ZeRO stages that mix adapters.
-
-    Raises:
-        ConfigError: stage 1 or 2.
-    """
-    if stage not in (0, 3):
-        raise ConfigError(
-            f"finetune.zero_stage={stage}: with fleet.mode=multi_lora stages 1 and 2 would cut one vector of all "
-            "adapters' gradients into the workers' parts, so that no adapter could be clipped or stopped by itself; "
-            "allowed: 0, or 3 (the base sharded); next: finetune.zero_stage=0, or fleet.mode=solo"
-        )
+def reason_against_stage(stage: int) -> str | None:
+    """Why a ZeRO stage cannot keep the adapters of a run apart, or None."""
+    if stage in (0, 3):
+        return None
+    return (
+        f"finetune.zero_stage={stage}: with fleet.mode=multi_lora stages 1 and 2 would cut one vector of all "
+        "adapters' gradients into the workers' parts, so that no adapter could be clipped or stopped by itself; "
+        "allowed: 0, or 3 (the base sharded); next: finetune.zero_stage=0, or fleet.mode=solo"
+    )
 
 
 def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
@@ -148,14 +146,8 @@ def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
     Raises:
         InputError: its dataset is empty.
     """
-    import datasets
-
     paths = [path for path in (task.train_path, task.validation_path) if path is not None]
-    lengths = [[len(ids) for ids in datasets.load_from_disk(str(path))["input_ids"]] for path in paths]
-    if not all(lengths):
-        raise InputError(
-            f"task {task.name}: a dataset without an example; allowed: at least one in train and validation"
-        )
+    longest = max(_longest_row(path) for path in paths)
     return {
         **task.config.model_dump(mode="json"),
         "name": task.name,
@@ -163,8 +155,17 @@ def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
         "validation_path": str(task.validation_path) if task.validation_path else None,
         "pad_token_id": pad_token_id,
         "patience": task.patience,
-        "max_tokens": task.config.batch_size * max(max(one) for one in lengths),
+        "max_tokens": task.config.batch_size * longest,
     }
+
+
+def _longest_row(path: pathlib.Path) -> int:
+    import datasets
+
+    try:
+        return max(len(ids) for ids in datasets.load_from_disk(str(path))["input_ids"])
+    except IndexError:  # datasets cannot open one that was saved without rows
+        raise InputError(f"dataset {str(path)!r}: no example in it; allowed: at least one") from None
 
 
 def _collect(checkpoint: pathlib.Path, adapters: dict[str, dict[str, Any]]) -> ManyTrained:
