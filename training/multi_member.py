@@ -43,8 +43,8 @@ class Member:
         pieces = [matrix.flatten() for one in drawn.values() for matrix in (one.down, one.up)]
         self._weights = torch.cat(pieces).to(device, torch.float32).requires_grad_()
         # One element more: the loss travels between workers with the gradients.
-        self._gradients = torch.zeros(len(self._weights) + 1, device=device)
-        self._weights.grad = self._gradients[:-1]
+        self.gradients = torch.zeros(len(self._weights) + 1, device=device)
+        self._weights.grad = self.gradients[:-1]
         self._optimizer = torch.optim.AdamW(
             [self._weights], lr=settings["learning_rate"], betas=_BETAS, weight_decay=_WEIGHT_DECAY
         )
@@ -76,23 +76,23 @@ class Member:
         """
         import torch
 
-        self._gradients[-1] = loss
+        self.gradients[-1] = loss
         if self._world_size > 1:
-            torch.distributed.all_reduce(self._gradients)
-            self._gradients /= self._world_size
+            torch.distributed.all_reduce(self.gradients)
+            self.gradients /= self._world_size
         norm = self._weights.grad.norm()
-        of_all, norm_of_all, own = torch.stack([self._gradients[-1], norm, loss]).tolist()
+        of_all, norm_of_all, own = torch.stack([self.gradients[-1], norm, loss]).tolist()
         rate = self.settings["learning_rate"] * rate_factor(
             self.step, self.settings["num_steps"], self.settings["warmup_steps"]
         )
         if not (math.isfinite(of_all) and math.isfinite(norm_of_all)):
             self.reason = self._diagnose(of_all, norm_of_all, rate)
-            self._gradients.zero_()
+            self.gradients.zero_()
             return
         self._weights.grad.mul_(min(1.0, _MAX_NORM / (norm_of_all + 1e-6)))
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
-        self._gradients.zero_()
+        self.gradients.zero_()
         self._losses.append(own)
         self.step += 1
         stride = max(1, self.settings["num_steps"] // _NUM_CURVE_POINTS)

@@ -7,7 +7,6 @@ compares with the real one.
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 import random
 from typing import Any
@@ -17,13 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from jobs.bench.multi_lora import LOSS_TOLERANCE, WEIGHT_TOLERANCE, SharedClip, SwappedGradients
 from training.dataset import save_dataset
 from training.loop import Rows, answer_loss, build_model, rate_factor
 from training.multi_loop import ManyRun
 
 VOCAB = 96
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
-"""Absolute, in fp32, at these sizes and steps; weights are of the order of 0.1."""
 COMMON = {"pad_token_id": 0, "method": "lora", "patience": 0, "checkpoint_every": 4, "max_tokens": 200}
 MIXED = [
     {"lora_rank": 2, "lora_alpha": 8.0, "lora_targets": ["q_proj", "v_proj"], "learning_rate": 2e-2, "seed": 1},
@@ -163,27 +161,6 @@ def test_each_adapter_has_the_losses_and_weights_of_its_solo_run(
     reports = train_many(run_settings(folder, adapters, tokens_per_pass), tmp_path)
     loss, weight = differences(folder, adapters, reports)
     assert loss < LOSS_TOLERANCE and weight < WEIGHT_TOLERANCE
-
-
-class SwappedGradients(ManyRun):
-    """Gives each adapter the gradients of the other one."""
-
-    def _update(self, members: list[Any], losses: list[Any]) -> None:
-        first, second = (member._gradients for member in members[:2])
-        kept = first.clone()
-        first.copy_(second)
-        second.copy_(kept)
-        super()._update(members, losses)
-
-
-class SharedClip(ManyRun):
-    """Clips by one norm over all adapters, as an optimiser that knows one model would."""
-
-    def _update(self, members: list[Any], losses: list[Any]) -> None:
-        norm = math.sqrt(sum(float(member._gradients.norm()) ** 2 for member in members))
-        for member in members:
-            member._gradients *= min(1.0, 1.0 / norm)
-        super()._update(members, losses)
 
 
 @pytest.mark.parametrize("kind", [SwappedGradients, SharedClip])
