@@ -6,12 +6,13 @@ runs, starts included, at two lengths; between and beyond them a straight line i
 adapter the gain over parallel runs falls below 2. The loops alone, in this process, are compared in CPU seconds. The
 adapters of the multi-LoRA run are compared with those of the solo runs, and so are two that mix adapters up on purpose.
 
-    python -m jobs.bench.multi_lora [--quick] [--json PATH]
+    python -m jobs.bench.multi_lora [--quick] [--size 2M] [--part loops] [--json PATH]
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import pathlib
@@ -47,9 +48,11 @@ _BASES = {
     ),
 }
 _NUM_DOMAINS = 6
+_PARTS = ("loops", "runs")
+_WAYS = ("two_runs", "one_run", "parallel", "sequential")
 _STEPS = {"2M": (10, 60), "20M": (6,)}
 _BATCHES = {"2M": (4, 16, 64), "20M": (16,)}
-_LOOP_TOKENS = {"2M": 25_000, "20M": 6_000}
+_LOOP_TOKENS = {"2M": 8_000, "20M": 3_000}
 """Of each task in the loops alone: at least this many."""
 _TOKENS_PER_PASS = 4096
 _PARALLEL = 2
@@ -117,29 +120,34 @@ def train_alone(settings: dict[str, Any]) -> tuple[list[float], Any]:
     return losses, model
 
 
-def measure_multi_lora(say: Callable[[str], object], quick: bool = False) -> dict[str, Any]:
-    """All numbers, on the connected Ray cluster.
+def measure_multi_lora(
+    say: Callable[[str], object],
+    sizes: Sequence[str] = tuple(_BASES),
+    parts: Sequence[str] = _PARTS,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """All numbers of the bases named, on the connected Ray cluster.
 
     Args:
-        quick: two tasks, two steps, the small base: shows that it runs, and measures nothing.
+        parts: loops, which need no Ray, and runs.
+        quick: two tasks and few steps: shows that it runs, and measures nothing.
 
     Raises:
         InputError: the shared data is not there.
         TrainingError: a run failed.
     """
     found = {}
-    for size in ("2M",) if quick else _BASES:
+    for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             material = _prepare(size, pathlib.Path(folder), quick)
-            facts = {"loop_only": _measure_loops(size, material, quick)}
-            say(f"{size} loop only: {facts['loop_only']}")
-            runs = {}
-            for num_steps in (2, 4) if quick else _STEPS[size]:
-                runs[num_steps] = _measure_runs(size, material, num_steps, pathlib.Path(folder) / f"runs-{num_steps}")
-                say(f"{size} {num_steps} steps: {runs[num_steps]}")
-            facts |= {"runs": runs, **_draw_line(runs, material)}
-            facts |= _measure_equality(material)
-            say(f"{size} equality: {facts['negative_control']}")
+            facts: dict[str, Any] = {}
+            if "loops" in parts:
+                facts |= {"loop_only": _measure_loops(size, material, quick), **_measure_equality(material)}
+                say(f"{size}: {facts}")
+            if "runs" in parts:
+                steps = (2, 4) if quick else _STEPS[size]
+                runs = {n: _measure_runs(size, material, n, pathlib.Path(folder) / str(n), say) for n in steps}
+                facts |= _draw_line(runs, material)
             found[size] = facts
     return found
 
@@ -181,24 +189,18 @@ def _config(number: int, num_steps: int, batch_size: int) -> FinetuneConfig:
 
 
 def _measure_loops(size: str, material: Material, quick: bool) -> dict[str, Any]:
-    """CPU seconds of the loops in this process, without starts: they count no other process of the machine."""
+    """CPU seconds of the loops in this process: they count no other process of the machine."""
     import torch
 
     torch.set_num_threads(1)
     found = {}
     for batch_size in (4,) if quick else _BATCHES[size]:
-        longest = max(material.mean_tokens.values())
-        num_steps = 2 if quick else max(3, round(_LOOP_TOKENS[size] / (batch_size * longest)))
-        tasks = material.tasks(num_steps, batch_size)
-        all_settings = _settings(material, tasks)
-        begin = time.process_time()
-        for one in all_settings["adapters"]:
-            train_alone(one)
-        solo = time.process_time() - begin
-        begin = time.process_time()
-        _train_together(all_settings, ManyRun)
-        together = time.process_time() - begin
-        tokens = sum(batch_size * num_steps * mean for mean in material.mean_tokens.values())
+        mean = sum(material.mean_tokens.values()) / len(material.mean_tokens)
+        num_steps = 2 if quick else max(3, round(_LOOP_TOKENS[size] / (batch_size * mean)))
+        # What one step takes is taken off, and with it the building of models.
+        first, last = (_settings(material, material.tasks(n, batch_size)) for n in (1, 1 + num_steps))
+        solo, together = (way(last) - way(first) for way in (_clock_alone, _clock_together))
+        tokens = batch_size * num_steps * sum(material.mean_tokens.values())
         found[batch_size] = {
             "steps": num_steps,
             "solo_tokens_per_s": round(tokens / solo),
@@ -206,6 +208,19 @@ def _measure_loops(size: str, material: Material, quick: bool) -> dict[str, Any]
             "ratio": round(solo / together, 3),
         }
     return found
+
+
+def _clock_alone(settings: dict[str, Any]) -> float:
+    begin = time.process_time()
+    for one in settings["adapters"]:
+        train_alone(one)
+    return time.process_time() - begin
+
+
+def _clock_together(settings: dict[str, Any]) -> float:
+    begin = time.process_time()
+    _train_together(settings, ManyRun)
+    return time.process_time() - begin
 
 
 def _settings(material: Material, tasks: Sequence[AdapterTask]) -> dict[str, Any]:
@@ -228,49 +243,54 @@ def _train_together(settings: dict[str, Any], kind: type[ManyRun]) -> ManyRun:
     return run
 
 
-def _measure_runs(size: str, material: Material, num_steps: int, storage: pathlib.Path) -> dict[str, Any]:
+def _measure_runs(
+    size: str, material: Material, num_steps: int, storage: pathlib.Path, say: Callable[[str], object]
+) -> dict[str, Any]:
     """Seconds of whole runs. The 20M base leaves out the solo runs one after another, which say least and take longest."""
     tasks = material.tasks(num_steps)
-    shared = {"base_path": material.base_path, "pad_token_id": material.pad_token_id, "storage": storage}
-    loads = {task.name: TaskLoad("base", num_steps * material.mean_tokens[task.name]) for task in tasks}
-    by_name = {task.name: task for task in tasks}
     seconds: dict[str, float] = {}
-
-    def solo(task: AdapterTask, way: str) -> Any:
-        return finetune(
-            f"{way}-{task.name}", task.config, method="lora", train_path=task.train_path, validation_path=None, **shared
-        )
-
-    def clock(way: str, runs: dict[str, tuple[int, Callable[[], Any]]], at_a_time: int) -> dict[str, Any]:
+    trained: dict[str, dict[str, Any]] = {}
+    for way in _WAYS if size == "2M" else _WAYS[:-1]:
+        runs = _runs_of(way, material, tasks, storage)
         begin = time.monotonic()
-        results, errors = run_fleet(runs, FleetConfig(max_parallel=at_a_time), lambda *_: None)
+        results, errors = run_fleet(
+            runs, FleetConfig(max_parallel=1 if way in ("one_run", "sequential") else _PARALLEL), lambda *_: None
+        )
         if errors:
             raise TrainingError(f"{way}: {errors}")
         seconds[way] = round(time.monotonic() - begin, 1)
-        return results
-
-    tokens = {name: int(load.num_tokens) for name, load in loads.items()}
-    if size != "20M":
-        clock("sequential", {n: (tokens[n], lambda t=t: solo(t, "seq")) for n, t in by_name.items()}, 1)
-    alone = clock("parallel", {n: (tokens[n], lambda t=t: solo(t, "par")) for n, t in by_name.items()}, _PARALLEL)
-    together: dict[str, Any] = {}
-    for way, num_groups in (("one_run", 1), ("two_runs", _PARALLEL)):
-        groups = plan_groups(loads, num_groups)
-        runs = {
-            names[0]: (
-                sum(tokens[n] for n in names),
-                lambda names=names, way=way: finetune_many(f"{way}-{names[0]}", [by_name[n] for n in names], **shared),
-            )
-            for names in groups
-        }
-        trained: dict[str, ManyTrained] = clock(way, runs, num_groups)
-        together = {name: one for group in trained.values() for name, one in group.done.items()}
-    loss, weight = _compare_folders(alone, together)
+        trained[way] = {name: one for group in results.values() for name, one in group.done.items()}
+        say(f"{size}, {num_steps} steps, {way}: {len(runs)} runs in {seconds[way]} s")
+    loss, weight = _compare_folders(trained["parallel"], trained["one_run"])
     return {
         "seconds": seconds,
         "adapters_per_hour": {way: round(3600 * len(tasks) / taken, 1) for way, taken in seconds.items()},
         "max_loss_diff": loss,
         "max_weight_diff": weight,
+    }
+
+
+def _runs_of(
+    way: str, material: Material, tasks: Sequence[AdapterTask], storage: pathlib.Path
+) -> dict[str, tuple[int, Callable[[], ManyTrained]]]:
+    shared = {"base_path": material.base_path, "pad_token_id": material.pad_token_id, "storage": storage}
+    tokens = {task.name: task.config.num_steps * material.mean_tokens[task.name] for task in tasks}
+
+    def solo(task: AdapterTask) -> ManyTrained:
+        paths = {"train_path": task.train_path, "validation_path": None}
+        trained = finetune(f"{way}-{task.name}", task.config, method="lora", **paths, **shared)
+        return ManyTrained({task.name: trained}, {})
+
+    if way in ("sequential", "parallel"):
+        return {task.name: (int(tokens[task.name]), lambda task=task: solo(task)) for task in tasks}
+    by_name = {task.name: task for task in tasks}
+    loads = {name: TaskLoad("base", count) for name, count in tokens.items()}
+    return {
+        names[0]: (
+            int(sum(tokens[name] for name in names)),
+            lambda names=names: finetune_many(f"{way}-{names[0]}", [by_name[name] for name in names], **shared),
+        )
+        for names in plan_groups(loads, 1 if way == "one_run" else _PARALLEL)
     }
 
 
@@ -292,8 +312,9 @@ def _draw_line(runs: dict[int, dict[str, Any]], material: Material) -> dict[str,
         steps: {way: round(one["seconds"]["parallel"] / one["seconds"][way], 2) for way in ("one_run", "two_runs")}
         for steps, one in runs.items()
     }
+    facts = {"runs": runs, "ratio_to_parallel": ratios}
     if len(runs) < 2:
-        return {"ratio_to_parallel": ratios}
+        return facts
     (few, short), (many, long) = sorted(runs.items())
     lines = {}
     for way in long["seconds"]:
@@ -304,7 +325,7 @@ def _draw_line(runs: dict[int, dict[str, Any]], material: Material) -> dict[str,
     steps = (start - _FALLS_BELOW * start_many) / excess if excess > 0 else math.inf
     tokens = sum(material.mean_tokens.values()) / len(material.mean_tokens) * 16
     return {
-        "ratio_to_parallel": ratios,
+        **facts,
         "seconds_start_and_per_step": {way: [round(a, 1), round(b, 3)] for way, (a, b) in lines.items()},
         "falls_below_2_at_steps": round(steps) if math.isfinite(steps) else None,
         "falls_below_2_at_tokens_per_adapter": round(steps * tokens) if math.isfinite(steps) else None,
@@ -344,11 +365,15 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m jobs.bench.multi_lora", description="what multi-LoRA runs save")
     parser.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
+    parser.add_argument("--size", choices=tuple(_BASES), nargs="+", default=tuple(_BASES), help="of the base")
+    parser.add_argument("--part", choices=_PARTS, nargs="+", default=_PARTS, help="loops need no Ray")
     parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     options = parser.parse_args()
-    connect()
+    if "runs" in options.part:
+        connect()
     try:
-        found = measure_multi_lora(lambda line: print(line, file=sys.stderr, flush=True), options.quick)
+        say = functools.partial(print, file=sys.stderr, flush=True)
+        found = measure_multi_lora(say, options.size, options.part, options.quick)
     except (InputError, TrainingError) as error:
         print(f"multi_lora: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
