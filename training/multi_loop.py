@@ -59,7 +59,7 @@ class ManyRun:
     """The adapters of a run on one worker."""
 
     def __init__(self, settings: dict[str, Any], device: Any, rank: int, world_size: int) -> None:
-        self._settings, self._device, self._rank = settings, device, rank
+        self._settings, self._device, self._rank, self._world_size = settings, device, rank, world_size
         base = load_base(settings["base_path"]).requires_grad_(False).eval()
         self.members = [Member(one, base, device, rank, world_size) for one in settings["adapters"]]
         base = _place_base(base, settings, device)
@@ -115,10 +115,22 @@ class ManyRun:
                 ):
                     found[number].append((graded, num_rows))
             place += 1
-        for number, parts in found.items():
+        grades = []
+        for parts in found.values():
             loss = sum(float(graded.loss) for graded, _ in parts) / len(parts)
-            num_right = sum(graded.num_right for graded, _ in parts)
-            self.members[number].take_grades(loss, num_right / sum(num_rows for _, num_rows in parts))
+            num_right, num_rows = (sum(column) for column in zip(*((g.num_right, n) for g, n in parts), strict=True))
+            grades.append((loss, num_right / num_rows))
+        for number, (loss, agreement) in zip(found, self._agree_on(grades), strict=True):
+            self.members[number].take_grades(loss, agreement)
+
+    def _agree_on(self, grades: list[tuple[float, float]]) -> list[list[float]]:
+        """Those of the first worker: what stops an adapter must stop it on all of them."""
+        import torch
+
+        values = torch.tensor(grades, dtype=torch.float64, device=self._device).reshape(-1, 2)
+        if self._world_size > 1:
+            torch.distributed.broadcast(values, src=0)
+        return values.tolist()
 
     def _report(self, report: Callable[[dict[str, Any], pathlib.Path], None]) -> None:
         metrics = {"step": self._step, "adapters": {member.name: member.metrics() for member in self.members}}

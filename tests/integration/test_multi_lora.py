@@ -6,6 +6,7 @@ The measure is the real solo run of each (training/loop.py under DeepSpeed) with
 from __future__ import annotations
 
 import pathlib
+import shutil
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from integration.test_finetune import Killer
 from safetensors.torch import load_file
 
 from cluster.errors import ConfigError
+from cluster.records import TaskSpec
+from cluster.store import Store
 from training.dataset import save_dataset
 from training.finetune import FinetuneConfig, finetune
+from training.fleet import FleetConfig
 from training.multi_finetune import AdapterTask, ManyTrained, finetune_many
 
 pytestmark = pytest.mark.integration
@@ -117,3 +121,49 @@ def assert_equal(many: ManyTrained, solo: dict[str, tuple[pathlib.Path, dict[str
         saved, wanted = (load_file(f / "adapter_model.safetensors") for f in (folder, expected_folder))
         assert saved.keys() == wanted.keys()
         assert max(float((saved[key] - wanted[key]).abs().max()) for key in saved) < WEIGHT_TOLERANCE
+
+
+def test_a_conversion_publishes_every_adapter_of_its_runs(
+    ray_cluster: None, toy: Any, tasks: list[AdapterTask], tmp_path: pathlib.Path
+) -> None:
+    """What jobs/train.py makes of three tasks in two runs."""
+    from jobs.recipe import Recipe
+    from jobs.train import _Plan, _train_adapters
+
+    recipe = Recipe(
+        finetune=FinetuneConfig(num_steps=3, batch_size=4, warmup_steps=1),
+        fleet=FleetConfig(mode="multi_lora", max_parallel=2),
+    )
+    store, work, said = Store(str(tmp_path / "store")), tmp_path / "work", []
+    store.publish("bases/toy", toy.base_path, {"base": "toy"})
+    plans = []
+    for number, name in enumerate(("a", "b", "c")):
+        spec = TaskSpec(
+            task_id=name,
+            name=name,
+            signature=name,
+            kind="json",
+            reference="gold",
+            num_calls=1,
+            share_calls=0.3,
+            share_cost=0.3,
+            num_examples={"train": 11},
+        )
+        plans.append(
+            _Plan(
+                task=spec,
+                prompt_format=toy.prompt_format,
+                run_id=f"run{name}",
+                max_answer_tokens=9,
+                mean_tokens=20 + number,
+                has_validation=number == 0,
+            )
+        )
+        shutil.copytree(tasks[1].train_path, work / f"run{name}" / "train")
+    shutil.copytree(toy.rows_path, work / "runa" / "validation")
+    losses, errors = _train_adapters(recipe, store, work, "snapshot", plans, "bases/toy", toy.tokenizer, said.append)
+    assert errors == {} and losses.keys() == {"a", "b", "c"} and "agreement" in losses["a"]
+    assert all(store.is_published(plan.adapter) for plan in plans)
+    assert store.list(plans[1].adapter) and not any((work / f"run{name}").exists() for name in "abc")
+    assert sorted(line.split(":")[0] for line in said) == ["fine-tune a", "fine-tune b", "fine-tune c"]
+    assert len([folder for folder in (work / "runs").iterdir() if folder.is_dir()]) == 2, "two runs for three tasks"
