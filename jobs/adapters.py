@@ -25,6 +25,8 @@ from training.dataset import TaskData, num_answer_tokens, save_dataset
 from training.finetune import ask_to_yield, finetune
 from training.fleet import FleetReport, FleetRun, num_places, run_fleet
 from training.model_card import write_card
+from training.multi_finetune import AdapterTask, ManyTrained, finetune_many
+from training.multi_plan import TaskLoad, plan_groups
 
 _ANSWER_SLACK = 1.5
 """A specialist may answer half as long again as the longest train answer before it is cut."""
@@ -98,54 +100,112 @@ def train_adapters(
     Returns:
         (last metrics by task, reasons of the tasks that failed).
     """
-    base_path = store.fetch(base, work / "cache")
-    made_with = code()
+    missing = {plan.task.task_id: plan for plan in plans if not store.is_published(plan.adapter)}
     places = num_places(recipe.fleet, plan_run(recipe.finetune), cluster_nodes(), recipe.limits)
-    spent_s: Counter[str] = Counter()
+    groups = {names[0]: [missing[name] for name in names] for names in _plan_groups(recipe, missing, base, places)}
+    trainer = _GroupTrainer(recipe, store, work, base, tokenizer.pad_token_id, snapshot, min(places, len(groups)))
+    failed: dict[str, str] = {}
 
-    def run(plan: AdapterPlan) -> dict[str, Any]:
-        begin = time.monotonic()
-        try:
-            model, metrics = finetune(
-                plan.run_id,
-                recipe.finetune,
-                base_path=base_path,
-                train_path=work / plan.run_id / "train",
-                validation_path=work / plan.run_id / "validation" if plan.has_validation else None,
-                pad_token_id=tokenizer.pad_token_id,
-                storage=work / "runs",
-                label=plan.task.task_id,
-                num_parallel=min(places, len(missing)),
-            )
-        finally:
-            spent_s[plan.run_id] += time.monotonic() - begin
-        facts = {"base": base, "snapshot": snapshot, "metrics": metrics, "made_with": made_with}
-        _publish_adapter(recipe, store, plan, model, facts, spent_s[plan.run_id])
-        # What was learned from is readable there; it stays no longer than it is needed.
-        shutil.rmtree(work / plan.run_id)
-        return metrics
+    def note(first: str, trained: ManyTrained | None, error: str | None) -> None:
+        for task_id in (plan.task.task_id for plan in groups[first]):
+            reason = error if trained is None else trained.failed.get(task_id)
+            if reason:
+                failed[task_id] = reason
+            say(f"fine-tune {task_id}: {reason or _last_losses(trained and trained.done[task_id][1])}")
 
-    missing = {
-        p.task.task_id: FleetRun(p.mean_tokens, lambda p=p: run(p), lambda p=p: ask_to_yield(p.run_id, work / "runs"))
-        for p in plans
-        if not store.is_published(p.adapter)
+    runs = {
+        first: FleetRun(
+            sum(plan.mean_tokens for plan in group),
+            lambda group=group: trainer.train(group),
+            lambda group=group: ask_to_yield(trainer.name_of(group), work / "runs"),
+        )
+        for first, group in groups.items()
     }
-    fleet = run_fleet(
-        missing,
-        places,
-        lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or _last_losses(metrics)}"),
-        num_replicas_without_place,
-    )
-    if missing:
+    fleet = run_fleet(runs, places, note, num_replicas_without_place)
+    if runs:
         say(_tell_fleet(fleet.report))
-    done = [plan for plan in plans if plan.task.task_id not in fleet.errors]
-    return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, fleet.errors
+    done = [plan for plan in plans if plan.task.task_id not in failed]
+    return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, failed
+
+
+def _plan_groups(recipe: Recipe, missing: dict[str, AdapterPlan], base: str, places: int) -> list[list[str]]:
+    """Task ids of each run: alone, or several as adapters over one base."""
+    if recipe.fleet.mode == "solo":
+        return [[task_id] for task_id in missing]
+    return plan_groups({task_id: TaskLoad(base, plan.mean_tokens) for task_id, plan in missing.items()}, places)
+
+
+class _GroupTrainer:
+    """Trains one run's tasks and publishes their adapters; one for all runs of a fleet, which call it side by side."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        work: pathlib.Path,
+        base: str,
+        pad_token_id: int,
+        snapshot: str,
+        num_parallel: int,
+    ) -> None:
+        self._recipe, self._store, self._work = recipe, store, work
+        self._num_parallel = num_parallel
+        self._facts = {"base": base, "snapshot": snapshot, "made_with": code()}
+        self._shared = {
+            "base_path": store.fetch(base, work / "cache"),
+            "pad_token_id": pad_token_id,
+            "storage": work / "runs",
+        }
+        self._spent_s: Counter[str] = Counter()
+
+    def name_of(self, group: Sequence[AdapterPlan]) -> str:
+        """What Ray Train knows the run by; the same after a restart."""
+        if self._recipe.fleet.mode == "solo":
+            return group[0].run_id
+        return content_hash(sorted(plan.run_id for plan in group))[:12]
+
+    def train(self, group: Sequence[AdapterPlan]) -> ManyTrained:
+        """Results by task id. Raises what `finetune` and `finetune_many` raise."""
+        name, begin = self.name_of(group), time.monotonic()
+        try:
+            trained = self._fit(name, group)
+        finally:
+            self._spent_s[name] += time.monotonic() - begin
+        for plan in group:
+            if plan.task.task_id in trained.done:
+                model, metrics = trained.done[plan.task.task_id]
+                seconds = self._spent_s[name] / len(group)
+                _publish_adapter(self._recipe, self._store, plan, model, {**self._facts, "metrics": metrics}, seconds)
+                # What was learned from is readable there; it stays no longer than it is needed.
+                shutil.rmtree(self._work / plan.run_id)
+        return trained
+
+    def _fit(self, name: str, group: Sequence[AdapterPlan]) -> ManyTrained:
+        tasks = [
+            AdapterTask(
+                plan.task.task_id,
+                self._recipe.finetune,
+                self._work / plan.run_id / "train",
+                self._work / plan.run_id / "validation" if plan.has_validation else None,
+            )
+            for plan in group
+        ]
+        if self._recipe.fleet.mode == "multi_lora":
+            return finetune_many(name, tasks, label=f"{len(tasks)} tasks", **self._shared)
+        (task,) = tasks
+        paths = {"train_path": task.train_path, "validation_path": task.validation_path}
+        options = {"label": task.name, "num_parallel": self._num_parallel}
+        return ManyTrained({task.name: finetune(name, task.config, **paths, **options, **self._shared)}, {})
 
 
 def _publish_adapter(
     recipe: Recipe, store: Store, plan: AdapterPlan, model: pathlib.Path, facts: dict[str, Any], seconds: float
 ) -> None:
-    """Publish an adapter with its card; the manifest says what made it and what that cost."""
+    """Publish an adapter with its card; the manifest says what made it and what that cost.
+
+    Args:
+        seconds: how long it held its place; of a run with several adapters, its share.
+    """
     entry = find_entry(store.manifest(facts["base"])["base"])
     license_name = entry.license.value if isinstance(entry, HubModel) and entry.license else None
     write_card(model, plan.task, facts["base"], license_name, recipe.finetune, facts["metrics"], facts["snapshot"])

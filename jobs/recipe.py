@@ -28,6 +28,7 @@ from training.finetune import FinetuneConfig
 from training.fleet import FleetConfig
 from training.gate import GateConfig
 from training.methods import SERVABLE
+from training.multi_finetune import reason_against
 from training.scratch import PretrainConfig
 from training.selection import SelectConfig
 
@@ -72,6 +73,7 @@ class Recipe(Config):
             *_endless_warmups(self),
             *_misfits_of_engine(self),
             *_uncertified_moves(self),
+            *_mixed_adapters(self),
         ]:
             raise ValueError("\n".join(problems))
         return self
@@ -202,6 +204,12 @@ def _uncertified_moves(recipe: Recipe) -> list[str]:
         "faces.move=true: with curate.keep_faces_person=false no specialist is trained or certified on answers to a person; "
         "allowed: both true, or faces.move=false; next: curate.keep_faces_person=true"
     ]
+
+
+def _mixed_adapters(recipe: Recipe) -> list[str]:
+    """Fine-tunes that cannot share a run where they are to."""
+    reason = reason_against(recipe.finetune)
+    return [reason] if reason and recipe.fleet.mode == "multi_lora" else []
 
 
 def _window_of_base(select: SelectConfig) -> int | None:

@@ -2,7 +2,9 @@
 
 import pathlib
 
-from training.loop import Rows, answer_loss, build_model
+from training.batches import Rows
+from training.methods import build_model
+from training.objective import answer_loss
 
 BATCH_SIZE, LEARNING_RATE = 12, 1e-3
 

@@ -155,10 +155,10 @@ def finetune(
         "num_threads": max(1, int(config.cpus_per_worker)),
         "progress_path": str(storage.resolve() / f"{name}.progress"),
         "diagnosis_path": str(diagnosis_path),
-        "yield_path": str(_yield_path(name, storage)),
+        "yield_path": str(yield_path(name, storage)),
     }
     diagnosis_path.unlink(missing_ok=True)
-    _yield_path(name, storage).unlink(missing_ok=True)
+    yield_path(name, storage).unlink(missing_ok=True)
     with show_progress(pathlib.Path(settings["progress_path"]), label or name, config.num_steps):
         result = _fit(name, config, settings, storage)
     diagnosis = read_diagnosis(diagnosis_path)
@@ -255,8 +255,9 @@ def _trainer(name: str, config: FinetuneConfig, settings: dict[str, Any], storag
 
 def ask_to_yield(name: str, storage: pathlib.Path) -> None:
     """Have a running fine-tune write a checkpoint after its next step and stop; `finetune` then raises RunYielded."""
-    _yield_path(name, storage).touch()
+    yield_path(name, storage).touch()
 
 
-def _yield_path(name: str, storage: pathlib.Path) -> pathlib.Path:
+def yield_path(name: str, storage: pathlib.Path) -> pathlib.Path:
+    """The file whose presence asks a run to yield."""
     return storage.resolve() / f"{name}.yield"

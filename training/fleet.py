@@ -12,7 +12,7 @@ import concurrent.futures
 import heapq
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -30,6 +30,9 @@ class FleetConfig(Config):
 
     max_parallel: int | None = Field(default=None, ge=1)
     """Fine-tunes at a time, each of `finetune.num_workers` workers; None takes as many as the cluster has room for."""
+    mode: Literal["solo", "multi_lora"] = "solo"
+    """solo: a run for each task. multi_lora: as many runs as fit at a time, each with its share of the tasks as adapters
+    side by side over one base (finetune.zero_stage 0 or 3): the same adapters, without a start of processes for each."""
 
 
 class FleetRun(NamedTuple, Generic[ResultT]):

@@ -32,12 +32,14 @@ def build_model(settings: dict[str, Any]) -> Any:
         TrainingError: the base cannot be read, or 4-bit weights are asked of a device that has none.
     """
     method: Method = settings["method"]
-    model = _load_base(settings, method)
-    model.config.use_cache = False
+    model = load_base(settings, method)
     if settings.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if method == "full":
-        return model
+    return model if method == "full" else add_adapter(model, settings, method)
+
+
+def add_adapter(model: Any, settings: dict[str, Any], method: Method) -> Any:
+    """Put an untrained adapter on a base; its weights follow from torch's seed."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -108,7 +110,12 @@ def check_base_folder(folder: pathlib.Path) -> None:
             ) from None
 
 
-def _load_base(settings: dict[str, Any], method: Method) -> Any:
+def load_base(settings: dict[str, Any], method: Method) -> Any:
+    """The base of a run, ready to be trained on.
+
+    Raises:
+        TrainingError: it cannot be read, or 4-bit weights are asked of a device that has none.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -126,6 +133,7 @@ def _load_base(settings: dict[str, Any], method: Method) -> Any:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model.config.use_cache = False
     return model
 
 

@@ -134,6 +134,12 @@ def test_lists_serve_as_tuples_integers_as_floats_and_configs_as_their_values():
             "next: finetune.warmup_steps=30",
         ),
         (
+            ["fleet.mode=multi_lora", "finetune.zero_stage=2"],
+            "finetune.zero_stage=2: with fleet.mode=multi_lora stages 1 and 2 would cut one vector of all adapters' "
+            "gradients into the workers' parts, so that no adapter could be clipped or stopped by itself; allowed: 0, "
+            "or 3 (the base sharded); next: finetune.zero_stage=0, or fleet.mode=solo",
+        ),
+        (
             ["pretrain.num_steps=5"],
             "pretrain.warmup_steps=20: not below pretrain.num_steps=5; allowed: fewer steps of warm-up than steps; "
             "next: pretrain.warmup_steps=0",

@@ -59,15 +59,15 @@ def test_the_part_that_fits_is_learned_whole_and_the_rest_is_named(data):
     assert (len(found.train), found.num_skipped) == (20, 60)
     assert all(row["num_prompt"] <= LIMIT for row in found.train), "nothing is cut short"
     assert refuse_lengths(found, "b", 32, num_calibration=240, num_needed=59) is None
-    assert describe_left_out(found).startswith("60 of 80 train prompts are longer than 64 tokens")
+    assert describe_left_out(found).startswith("60 of 80 train examples have prompts longer than 64 tokens")
 
 
 def test_a_task_of_which_too_little_fits_is_refused_with_the_numbers(data):
     found, _ = data
     reason = refuse_lengths(found, "b", 32, num_calibration=200, num_needed=59)
-    assert reason.startswith("60 of 80 prompts do not fit base b: longer than 64 tokens")
+    assert reason.startswith("60 of 80 examples do not fit base b: prompts longer than 64 tokens")
     assert reason.endswith("about 50 calibration calls do, and 59 are needed")
-    assert refuse_lengths(found._replace(train=[]), "b", 32, 9999, 59).startswith("60 of 60 prompts do not fit")
+    assert refuse_lengths(found._replace(train=[]), "b", 32, 9999, 59).startswith("60 of 60 examples do not fit")
     assert "answers are longer than 1 tokens" in refuse_lengths(found, "b", 1, 9999, 59)
     assert describe_left_out(found._replace(num_skipped=0)) is None
 
