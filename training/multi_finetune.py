@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cluster.errors import ConfigError, InputError, RunYielded, TrainingError
+from cluster.errors import ConfigError, RunYielded, TrainingError
 from training.finetune import FinetuneConfig, yield_path
 from training.multi_loop import multi_loop
 from training.progress import show_progress
@@ -72,7 +72,6 @@ def finetune_many(
 
     Raises:
         ConfigError: the tasks cannot share a run.
-        InputError: a dataset is empty.
         TrainingError: the run failed more than `max_failures` times.
         RunYielded: it stopped at a checkpoint because `ask_to_yield` was called; call again to go on.
     """
@@ -169,11 +168,7 @@ def _reason_against_stage(stage: int | str) -> str | None:
 
 
 def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
-    """What the loop needs to know of a task.
-
-    Raises:
-        InputError: its dataset is empty.
-    """
+    """What the loop needs to know of a task."""
     paths = [path for path in (task.train_path, task.validation_path) if path is not None]
     longest = max(_longest_row(path) for path in paths)
     return {
@@ -189,10 +184,7 @@ def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
 def _longest_row(path: pathlib.Path) -> int:
     import datasets
 
-    try:
-        return max(len(ids) for ids in datasets.load_from_disk(str(path))["input_ids"])
-    except IndexError:  # datasets cannot open one that was saved without rows
-        raise InputError(f"dataset {str(path)!r}: no example in it; allowed: at least one") from None
+    return max(len(ids) for ids in datasets.load_from_disk(str(path))["input_ids"])
 
 
 def _collect(checkpoint: pathlib.Path, adapters: dict[str, dict[str, Any]]) -> ManyTrained:

@@ -19,10 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from jobs.bench.multi_lora import LOSS_TOLERANCE, WEIGHT_TOLERANCE, SharedClip, SwappedGradients
 from training.batches import Rows
 from training.dataset import save_dataset
+from training.grading import grade_rows
 from training.loop import rate_factor
 from training.methods import build_model
 from training.multi_loop import ManyRun
 from training.objective import answer_loss
+from training.stopping import best_point
 
 VOCAB = 96
 COMMON = {"pad_token_id": 0, "method": "lora", "patience": 0, "checkpoint_every": 4, "max_tokens": 200}
@@ -131,10 +133,12 @@ def train_solo(settings: dict[str, Any], folder: pathlib.Path, stop_after: int |
         optimizer.zero_grad()
         curve.append({"step": step + 1, "loss": loss.item()})
         if held_out and ((step + 1) % every == 0 or step + 1 == settings["num_steps"]):
-            with torch.no_grad():
-                losses = [answer_loss(model, held_out.batch(k), "cpu").item() for k in range(held_out.num_batches())]
-            curve[-1]["validation_loss"] = sum(losses) / len(losses)
-    model.save_pretrained(folder)
+            graded = grade_rows(model, held_out, "cpu")
+            curve[-1] |= {"validation_loss": graded.loss, "agreement": graded.agreement}
+            if best_point(curve) is curve[-1]:
+                model.save_pretrained(folder)
+    if not held_out:
+        model.save_pretrained(folder)
     return curve
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import ConfigError, InputError
+from cluster.errors import ConfigError
 from training.dataset import save_dataset
 from training.finetune import FinetuneConfig
 from training.multi_finetune import AdapterTask, adapter_settings, common_config
@@ -34,8 +34,9 @@ def test_every_task_is_in_one_group_of_its_base_and_no_group_is_longer_than_it_m
         assert all(loads[name].base == base for group in own for name in group)
         tokens = [load.num_tokens for load in loads.values() if load.base == base]
         assert len(own) == min(max_groups, len(tokens))
-        bound = max(max(tokens), sum(tokens) / max_groups)
-        assert max(sum(loads[name].num_tokens for name in group) for group in own) <= 4 / 3 * bound + 1e-6
+        # The last task of the longest run was given to the run with least, which was no longer than the mean.
+        bound = sum(tokens) / max_groups + (1 - 1 / max_groups) * max(tokens)
+        assert max(sum(loads[name].num_tokens for name in group) for group in own) <= bound + 1e-6
 
 
 @settings(max_examples=50, deadline=None)
@@ -55,6 +56,7 @@ def task(name: str, **changes: object) -> AdapterTask:
     [
         ([task("a"), task("a")], "allowed: each name once"),
         ([task("a"), task("b", bf16=True)], "finetune.bf16: False, True in one multi-LoRA run; allowed: one value"),
+        ([task("a"), task("b", ema_decay=0.9)], "finetune.ema_decay=0.9: not with fleet.mode=multi_lora; allowed: 0.0"),
         ([task("a", zero_stage=1), task("b", zero_stage=1)], "finetune.zero_stage=1: .*allowed: 0, or 3"),
     ],
 )
@@ -67,11 +69,8 @@ def test_tasks_that_differ_in_what_is_their_own_share_a_run() -> None:
     assert common_config([task("a", lora_rank=4, seed=1), task("b", num_steps=7, learning_rate=0.1)]).num_workers == 1
 
 
-def test_a_task_without_examples_is_named(tmp_path: pathlib.Path) -> None:
+def test_a_batch_is_at_most_its_longest_row_times_its_size(tmp_path: pathlib.Path) -> None:
     rows = [{"input_ids": [1, 2, 3], "num_prompt": 2}, {"input_ids": [1, 2, 3, 4, 5], "num_prompt": 2}]
     save_dataset(rows, tmp_path / "some")
-    save_dataset([], tmp_path / "none")
     some = task("a", batch_size=4)._replace(train_path=tmp_path / "some")
     assert adapter_settings(some, 0)["max_tokens"] == 20
-    with pytest.raises(InputError, match="none.: no example in it"):
-        adapter_settings(some._replace(validation_path=tmp_path / "none"), 0)
