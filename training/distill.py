@@ -3,9 +3,8 @@
 Training on the LLM's answers is sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947) and needs none of this.
 Where the teacher's weights are on the cluster and read the same tokens, each answer token's distribution is a target too:
 forward KL(teacher || student) covers all that the teacher might say (Hinton et al. 2015, arXiv 1503.02531), reverse
-KL(student || teacher) keeps to what it most likely says (Gu et al. 2023, arXiv 2306.08543). From stored log-probabilities of
-the k likeliest tokens the rest of the vocabulary is one bucket. Softened terms are scaled by the square of the
-temperature, so that their gradients keep their size.
+KL(student || teacher) keeps to what it most likely says (Gu et al. 2023, arXiv 2306.08543). Softened
+terms are scaled by the square of the temperature, so that their gradients keep their size.
 """
 
 from __future__ import annotations
@@ -87,36 +86,7 @@ def divergence(student: Any, teacher: Any, direction: Direction, temperature: fl
     return _kl(other, own, direction) * temperature**2
 
 
-def top_k_divergence(
-    student: Any, top_ids: Any, top_logprobs: Any, temperature: float, direction: Direction = "forward"
-) -> Any:
-    """KL divergence [N] from what was stored of a teacher: its k likeliest tokens, all others as one bucket.
-
-    The temperature softens the k + 1 probabilities on both sides, because that of the others among themselves is unknown.
-
-    Args:
-        student: logits [N, V].
-        top_ids: [N, k] token ids.
-        top_logprobs: [N, k] natural logarithms of the teacher's probabilities.
-    """
-    own = student.float().log_softmax(dim=-1).gather(1, top_ids)
-    own, other = (_soften(_with_rest(values), temperature) for values in (own, top_logprobs.float()))
-    return _kl(other, own, direction) * temperature**2
-
-
 def _kl(teacher: Any, student: Any, direction: Direction) -> Any:
     """[N] of log-probabilities [N, V]."""
     of, to = (teacher, student) if direction == "forward" else (student, teacher)
     return (of.exp() * (of - to)).sum(dim=-1)
-
-
-def _with_rest(logprobs: Any) -> Any:
-    """[N, k + 1]: with the logarithm of what is left to 1, kept a little above nothing for the sake of its gradient."""
-    import torch
-
-    rest = (1 - logprobs.exp().sum(dim=-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).eps)
-    return torch.cat([logprobs, rest.log()], dim=-1)
-
-
-def _soften(logprobs: Any, temperature: float) -> Any:
-    return (logprobs / temperature).log_softmax(dim=-1)

@@ -37,7 +37,7 @@ class FinetuneConfig(Config):
     takes the largest that the memory prediction allows, and half of it whenever a worker runs out of memory."""
     packing: bool = False
     """Several examples in a row without seeing each other, instead of batches of similar length. With batches sorted by
-    length there is little padding to save; `understudy bench packing` measures it."""
+    length there is little padding to save; `python -m jobs.bench.packing` measures it."""
     learning_rate: float = Field(default=2e-3, gt=0)
     """Peak, after warm-up; decays linearly to zero."""
     warmup_steps: int = Field(default=20, ge=0)

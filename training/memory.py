@@ -3,7 +3,7 @@
 Weights, gradients and optimiser state follow from the parameter counts and the ZeRO stage (Rajbhandari et al. 2020, "ZeRO:
 Memory Optimizations Toward Training Trillion Parameter Models", arXiv 1910.02054, section 5, with the frozen weights of an
 adapter's base beside the trained ones). Activations are counted from what autograd keeps of a Llama-style layer under
-scaled-dot-product attention, logits from the answer tokens alone. `understudy bench memory` compares with measurement.
+scaled-dot-product attention, logits from the answer tokens alone. `python -m jobs.bench.memory` compares with measurement.
 """
 
 from __future__ import annotations
