@@ -22,7 +22,14 @@ from cluster.signature import abstract_text, message_text, surface_of, system_te
 from training.encoders import HASHED, fit_encoder
 from training.identity import similarity
 from training.naming import json_keys
-from training.topics import cap_per_client, find_topics, fit_radii, nearest, rows_of_shared_topics
+from training.topics import (
+    cap_per_client,
+    find_topics,
+    fit_radii,
+    nearest,
+    rows_of_shared_patterns,
+    rows_of_shared_topics,
+)
 
 NO_TOPIC = "varied signature, outside every topic"
 MIXED_TOPIC = "topic whose answers have several forms"
@@ -209,11 +216,14 @@ def fit_topics(
     """Topics of one site, the group key of each (None: mixed answers), and the kind of answer of each key.
 
     Centroids come from train alone and radii from validation, so that a radius is calibrated on calls it has not seen.
-    A topic that is mostly one client's is fitted away, so that it moves neither the encoder nor another's centroid.
+    A pattern or a topic that is mostly one client's is fitted away, so that it moves neither the encoder
+    nor another's centroid.
     """
     texts = [variable_text(e.request) for e in fitted]
     clients = [e.client_ids[0] if e.client_ids else "" for e in fitted]
-    kept = cap_per_client(clients, texts, config.max_client_share)
+    shared = rows_of_shared_patterns(clients, texts)
+    capped = cap_per_client([clients[i] for i in shared], [texts[i] for i in shared], config.max_client_share)
+    kept = [shared[row] for row in capped]
     kept = sorted(kept, key=lambda i: _hash(texts[i]))[: config.max_clustered]
     while True:
         encoder = fit_encoder(config.encoder, [texts[i] for i in kept], config.num_dimensions)
