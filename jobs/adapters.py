@@ -20,7 +20,7 @@ from cluster.store import Store, content_hash
 from jobs.plan import plan_run
 from jobs.provenance import code
 from jobs.recipe import Recipe
-from training.catalog import HubModel, find_entry
+from training.catalog import known_license
 from training.dataset import TaskData, num_answer_tokens, save_dataset
 from training.finetune import ask_to_yield, finetune
 from training.fleet import FleetReport, FleetRun, num_places, run_fleet
@@ -206,8 +206,7 @@ def _publish_adapter(
     Args:
         seconds: how long it held its place; of a run with several adapters, its share.
     """
-    entry = find_entry(store.manifest(facts["base"])["base"])
-    license_name = entry.license.value if isinstance(entry, HubModel) and entry.license else None
+    license_name = known_license(store.manifest(facts["base"])["base"])
     write_card(model, plan.task, facts["base"], license_name, recipe.finetune, facts["metrics"], facts["snapshot"])
     used = plan_run(recipe.finetune)
     cost = training_cost(seconds, cpus=used.total_cpus, gpus=used.total_gpus, config=recipe.prices)

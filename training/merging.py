@@ -71,8 +71,9 @@ class DiscoverConfig(Config):
     """Share of a topic's held-out examples that its radius reaches."""
     measure_splits: bool = False
     """Whether a call site whose answers have one form is split where specialists of its parts surely agree more often
-    on validation than one joint specialist. Costs short fine-tunes on Ray: for every such task that has topics 1 joint
-    one and 2 + 3 + ... + max_parts of parts, of select.probe_steps steps each, and those of the best split once more."""
+    on validation than one joint specialist of as many steps in all. Costs short fine-tunes on Ray: for every such task
+    that has topics 2 + 3 + ... + max_parts of parts, of select.probe_steps steps each, as many steps of joint ones, and
+    those of the best split once more."""
     max_parts: int = Field(3, ge=2, le=8)
     """Most parts that a split is measured with."""
     llm_naming: bool = False

@@ -94,6 +94,8 @@ class ProbePlan(NamedTuple):
     """None: a scratch base, trained whole."""
     num_examples: int
     """Train examples per task at most; what a task lacks it lacks."""
+    times_steps: int = 1
+    """Optimiser steps, as a multiple of `probe_steps`."""
 
 
 class Rung(Record):
@@ -316,7 +318,7 @@ def _trial_settings(
     plan: ProbePlan, measuring: Measuring, base: pathlib.Path, few_shot: Mapping[str, Sequence[dict[str, Any]]]
 ) -> dict[str, Any]:
     contender, config, finetune = plan.contender, measuring.config, measuring.finetune
-    training = measuring.training_of(contender)
+    training, num_steps = measuring.training_of(contender), plan.times_steps * config.probe_steps
     own = base / f"{plan.num_examples}"
     validation = {task_id: data.validation for task_id, data in contender.data.items() if data.validation}
     if isinstance(contender.entry, ScratchModel) and not (base / "init").exists():
@@ -334,8 +336,8 @@ def _trial_settings(
         "few_shot_paths": _save_rows(few_shot, base / "few-shot"),
         "pad_token_id": contender.tokenizer.pad_token_id,
         "num_threads": max(1, int(finetune.cpus_per_worker)),
-        "num_steps": config.probe_steps,
-        "rungs": [quarters * config.probe_steps // _RUNGS[-1] for quarters in _RUNGS],
+        "num_steps": num_steps,
+        "rungs": [quarters * num_steps // _RUNGS[-1] for quarters in _RUNGS],
         "num_scored": {task_id: measuring.num_scored[task_id] for task_id in contender.data},
         "target": config.target,
         "epsilon": measuring.epsilon,

@@ -1,7 +1,8 @@
 """Measures on Ray whether a task's calls are answered better by one specialist or by several, a part of them each (S3).
 
-For every task one joint probe and one probe per part of every proposed cut are trained alike: the same base, the same
-number of steps each, the same tokenizer. All answer the same validation calls, one per session, each call by its part's
+For every proposed cut into k parts one joint probe and one probe per part are trained alike, on the same base with the same
+tokenizer; the joint one for k times as many steps, so that both ways cost the same and being split is not being trained
+more. All answer the same validation calls, one per session, each call by its part's
 probe. A call that does not fit a probe's prompt counts as answered wrongly by it. The best cut that is surely better
 (training/usefulness.py) is trained and compared once more from another seed, because two trainings differ by chance as
 well as by what they are trained on. Knows nothing of how parts are found or what becomes of them.
@@ -40,7 +41,7 @@ class SplitMeasurement(NamedTuple):
     """What came of one trial."""
 
     joint: float | None
-    """Share of the validation calls that the joint specialist answers rightly; None where a probe failed."""
+    """Share of the validation calls that the joint specialist of fewest steps answers rightly; None where a probe failed."""
     compared: tuple[Comparison, ...]
     """One for each cut; empty where a probe failed."""
     chosen: int | None = None
@@ -83,7 +84,8 @@ def measure_splits(
 
 def count_probes(trials: Sequence[SplitTrial]) -> int:
     """Probes that the measurement trains, those of a confirmation left out."""
-    return sum(1 + sum(len(set(cut.values())) for cut in trial.cuts) for trial in trials)
+    parts = [[len(set(cut.values())) for cut in trial.cuts] for trial in trials]
+    return sum(len(set(own)) + sum(own) for own in parts)
 
 
 def validation_sample(validation: Sequence[Example]) -> list[Example]:
@@ -97,9 +99,12 @@ def _compare_all(
     """Every trial measured once; nothing is chosen."""
     if not trials:
         return []
-    joints = [_specialist(trial, trial.task.task_id, None, 0, max_prompt_tokens) for trial in trials]
+    joints = [_joint_of(trial, max_prompt_tokens) for trial in trials]
     apart = [[_parts_of(trial, n, max_prompt_tokens) for n in range(len(trial.cuts))] for trial in trials]
-    everyone = [*joints, *(one for cuts in apart for parts in cuts for one in parts.values())]
+    everyone = [
+        *(one for own in joints for one in own.values()),
+        *(one for cuts in apart for parts in cuts for one in parts.values()),
+    ]
     scored = {name: max(1, len(one.keys)) for one in everyone for name in one.plan.contender.data}
     results = measure(
         [one.plan for one in everyone], measuring._replace(num_scored=scored, with_answers=True), halving=False
@@ -107,18 +112,28 @@ def _compare_all(
     by_name = {one.plan.contender.name: result for one, result in zip(everyone, results, strict=True)}
     found = []
     for trial, joint, cuts in zip(trials, joints, apart, strict=True):
-        own = [joint, *(one for parts in cuts for one in parts.values())]
+        own = [*joint.values(), *(one for parts in cuts for one in parts.values())]
         error = next((e for one in own if (e := by_name[one.plan.contender.name].error)), None)
         if error:
             found.append(SplitMeasurement(None, (), error=error))
             continue
         ids = [example.example_id for example in trial.validation]
-        of_joint = [_is_right(joint, i, by_name) for i in ids]
+        of_joint = {k: [_is_right(one, i, by_name) for i in ids] for k, one in joint.items()}
         compared = []
         for cut, parts in zip(trial.cuts, cuts, strict=True):
             of_parts = [_is_right(parts[cut[i]], i, by_name) for i in ids]
-            compared.append(compare(of_joint, of_parts, num_parts=len(parts), num_compared=num_compared))
-        found.append(SplitMeasurement(sum(of_joint) / len(ids), tuple(compared)))
+            told = compare(of_joint[len(parts)], of_parts, num_parts=len(parts), num_compared=num_compared)
+            compared.append(told)
+        found.append(SplitMeasurement(sum(of_joint[min(of_joint)]) / len(ids), tuple(compared)))
+    return found
+
+
+def _joint_of(trial: SplitTrial, max_prompt_tokens: int) -> dict[int, _Specialist]:
+    """Number of parts -> the joint specialist that is trained as long as so many parts together."""
+    found = {}
+    for num_parts in sorted({len(set(cut.values())) for cut in trial.cuts}):
+        one = _specialist(trial, f"{trial.task.task_id}-joint{num_parts}", None, 0, max_prompt_tokens)
+        found[num_parts] = one._replace(plan=one.plan._replace(times_steps=num_parts))
     return found
 
 

@@ -50,7 +50,7 @@ class Usefulness(Record):
     base: str = ""
     """What specialists were probed on; empty where nothing was measured."""
     num_steps: int = 0
-    """Optimiser steps of every specialist, joint or of a part: those of k parts cost about k times the joint one."""
+    """Optimiser steps of a part's specialist; a joint one beside k parts has k times as many."""
     compared: tuple[Comparison, ...] = ()
     confirmed: Comparison | None = None
     """The best split, trained and compared anew from another seed; None where none was better."""

@@ -61,6 +61,8 @@ def run(trial: SplitTrial, monkeypatch, is_right) -> tuple[split_probe.SplitMeas
         results = []
         for plan in plans:
             ((name, data),) = plan.contender.data.items()
+            joint = name.partition("joint")[2]
+            assert plan.times_steps == int(joint or 1), "both ways are trained equally long"
             right = is_right(name, measuring.pretrain.seed)
             answers = {(name, row_key(row["input_ids"])): right for row in data.validation}
             results.append(
@@ -80,7 +82,7 @@ def test_a_cut_that_is_better_from_both_seeds_is_chosen(trial, monkeypatch):
     assert found.compared[0].apart == found.joint == 0.0
     assert found.confirmed.num_parts == 3 and found.confirmed.num_examples == 100, "one call per session"
     assert found.compared[1].apart >= 0.99
-    assert count_probes([trial]) == 1 + 2 + 3
+    assert count_probes([trial]) == 2 + 2 + 3
 
 
 def test_what_another_seed_does_not_confirm_and_what_ties_stays_together(trial, monkeypatch):
@@ -108,7 +110,7 @@ def test_answers_are_known_by_their_rows_whatever_the_order_of_batches(tmp_path)
     rows = [{"input_ids": [rng.randrange(9) for _ in range(2 + n % 5)], "num_prompt": 1} for n in range(37)]
     save_dataset(rows, tmp_path / "rows")
     settings = {"batch_size": 4, "seed": 5, "pad_token_id": 0}
-    from training.loop import Rows
+    from training.batches import Rows
 
     batches = Rows(str(tmp_path / "rows"), settings, 0, 1)
     right = []
