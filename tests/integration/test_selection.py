@@ -97,7 +97,9 @@ def test_the_smallest_good_enough_candidate_is_chosen_and_the_others_are_recorde
         "qwen3-8b": "rejected",
     }
     assert "cannot be loaded" in found[ABSENT].reason
-    assert found[folders.broken].reason.startswith("probe failed: OSError"), found[folders.broken].reason
+    assert found[folders.broken].reason.startswith("probe failed: ") and "OSError" in found[folders.broken].reason, (
+        found[folders.broken].reason
+    )
     assert "> budget 2.000 GiB" in found["qwen3-8b"].reason
     able = found[folders.able]
     assert [rung.num_steps for rung in able.rungs] == [0, 2, 4, 8]
@@ -157,7 +159,7 @@ def test_a_conversion_on_a_base_from_a_folder_trains_its_chat_format_and_publish
         learned.append(rows)
         save_dataset(rows, path)
 
-    monkeypatch.setattr("jobs.train.save_dataset", save)
+    monkeypatch.setattr("jobs.adapters.save_dataset", save)
     select = {"base": folders.large}
     settings = {"store": store.uri, "select": select, "specialists": {"max_model_tokens": WINDOW}}
     settings["gate"] = {"epsilon": 0.2, "delta": 0.2}  # 60 calibration calls can certify this
