@@ -8,6 +8,7 @@ UnderstudyError
 |   `-- KeyAccessError              content is encrypted and its key is not to be had
 |-- UpstreamError (RuntimeError)    the LLM behind `upstream.base_url` did not answer
 |-- TrainingError (RuntimeError)    a fine-tune failed; the other tasks go on
+|   `-- RunYielded                    a fine-tune stopped at a checkpoint because it was asked to; it can go on from there
 |-- EngineError (RuntimeError)      the serving engine refused or failed a generation
 `-- ReleaseError (RuntimeError)     a release cannot be promoted or served
 
@@ -52,6 +53,10 @@ class UpstreamError(UnderstudyError, RuntimeError):
 
 class TrainingError(UnderstudyError, RuntimeError):
     """A fine-tune that failed after its retries."""
+
+
+class RunYielded(TrainingError):
+    """A fine-tune that stopped at a checkpoint because serving needs its place."""
 
 
 class EngineError(UnderstudyError, RuntimeError):

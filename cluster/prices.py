@@ -17,6 +17,10 @@ class PriceConfig(Config):
 
     replica_usd_per_hour: float = Field(default=0.0, ge=0)
     """US dollars for one hour of one specialist replica, all its CPUs and GPUs; 0 leaves it out of the cost."""
+    watts_per_cpu: float = Field(default=10.0, ge=0)
+    """Power of one CPU under load, for the energy estimate; the default is a server processor's 250 W over 24 cores."""
+    watts_per_gpu: float = Field(default=700.0, ge=0)
+    """Power of one GPU under load, for the energy estimate; the default is an H100 SXM's limit."""
 
 
 def tokens_cost_usd(usage: Usage, *, prompt_usd_per_million: float, completion_usd_per_million: float) -> float | None:
@@ -25,6 +29,13 @@ def tokens_cost_usd(usage: Usage, *, prompt_usd_per_million: float, completion_u
         return None
     spent = usage.prompt_tokens * prompt_usd_per_million + usage.completion_tokens * completion_usd_per_million
     return spent / 1e6
+
+
+def training_cost(seconds: float, *, cpus: float, gpus: float, config: PriceConfig) -> dict[str, float]:
+    """What holding CPUs and GPUs for `seconds` costs: hours of each, and an upper estimate of the energy in Wh."""
+    hours = seconds / 3600
+    watts = cpus * config.watts_per_cpu + gpus * config.watts_per_gpu
+    return {"cpu_hours": cpus * hours, "gpu_hours": gpus * hours, "energy_wh_estimate": watts * hours}
 
 
 def seconds_cost_usd(seconds: float, *, num_sharing: int, config: PriceConfig) -> float:

@@ -130,7 +130,7 @@ class TaskSpec(Record):
     task_id: str
     """Made of the call site and the form of its answers alone; other tasks and more calls leave it as it is."""
     name: str
-    """Made of the task's own words; for people, never a key."""
+    """Made of the task's own words, or an LLM's; for people, never a key."""
     signature: str
     kind: AnswerKind
     reference: Reference
@@ -149,6 +149,12 @@ class TaskSpec(Record):
     topics: tuple[int, ...] = ()
     """Cluster numbers merged into this task; empty where the whole signature is one task."""
     tool_names: tuple[str, ...] = ()
+    description: str = ""
+    """One line for people, where an LLM was asked for it."""
+
+    def facts(self) -> dict[str, Any]:
+        """All but the words for people, as JSON: what shapes anything that is made of the task."""
+        return self.model_dump(mode="json", exclude={"name", "description"})
 
 
 class Gate(Record):

@@ -67,6 +67,14 @@ def local_nodes() -> list[Node]:
     return [Node(cpus=os.cpu_count() or 1, gpus=_num_local_gpus())]
 
 
+def local_memory_bytes() -> int:
+    """Main memory of this machine, or what its container may take of it (cgroup v2)."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = pathlib.Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return whole if allowed == "max" else min(whole, int(allowed))
+
+
 def check_fits(parts: Sequence[Part], nodes: Sequence[Node], limits: LimitsConfig, where: str) -> None:
     """Compare what is asked for with what there is.
 
@@ -86,6 +94,16 @@ def check_fits(parts: Sequence[Part], nodes: Sequence[Node], limits: LimitsConfi
         problems += [] if problems else _crowded_phases(parts, kind, offered, where)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def num_groups_that_fit(part: Part, nodes: Sequence[Node]) -> int:
+    """Groups of `part` that run side by side; a group's workers may stand on several nodes, a worker on one."""
+    workers = 0
+    for node in nodes:
+        asked = [(node.cpus, part.cpus), (node.gpus, part.gpus)]
+        fits = [math.floor(offered / each + _ROUNDING) for offered, each in asked if each > 0]
+        workers += min(fits, default=0)
+    return workers // part.workers
 
 
 def _too_large(part: Part, kind: str, largest: float, where: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ _LOCAL_ENVIRONMENT = {
 }
 """Of a cluster on this machine, read when Ray is imported; what the user has set stays."""
 _PROBE_TIMEOUT_S = 5.0
+_NO_PLACE = re.compile(r"has (\d+) replicas that have taken more than \S+ to be scheduled")
 
 
 def joins_cluster() -> bool:
@@ -91,6 +93,22 @@ def serve_is_running() -> bool:
     except ValueError:
         return False
     return True
+
+
+def num_replicas_without_place() -> int:
+    """Replicas that the cluster's Ray Serve wants and Ray finds no room for; told after half a minute of waiting.
+
+    Source: Serve's own status message, the one public place where a replica that waits for resources differs from one
+    that is starting (`SERVE_SLOW_STARTUP_WARNING_S`).
+    """
+    from ray import serve
+
+    if not serve_is_running():
+        return 0
+    deployments = [one for app in serve.status().applications.values() for one in app.deployments.values()]
+    # The message outlives what it tells of; replicas that are starting do not.
+    waiting = [one for one in deployments if one.replica_states.get("STARTING")]
+    return sum(int(found[1]) for one in waiting if (found := _NO_PLACE.search(one.message)))
 
 
 @contextlib.contextmanager

@@ -4,8 +4,10 @@ Three kinds of site. A system prompt that says what to do is a site by its templ
 opening such as "You are Researcher." that stands before the same instructions as other openings is a slot of one larger
 template, and its value names the site whatever follows. Where the system prompt is absent or says nothing ("You are a
 helpful assistant."), the template is in the first user message, and the site is its anchor: the opening lines that
-recur, else the closing lines with the JSON keys asked for, else the first line that recurs. Line templates follow
-Drain (He et al., ICWS 2017). A site's id is made of its own words alone, so that other traffic does not move it.
+recur, else the closing lines with the JSON keys asked for, else the first line that recurs. An opening whose closings all
+cover more messages than it does is an input that several templates were given, and names nothing. A message of several
+lines in which nothing recurs is a template seen once, and a site by its own opening. Line templates follow Drain (He et
+al., ICWS 2017). A site's id is made of its own words alone, so that other traffic does not move it.
 Only hashes of text are kept. Knows nothing of answers.
 """
 
@@ -32,6 +34,8 @@ _MAX_ANCHOR_CHARS = 200_000
 _MIN_ANCHORED_SHARE = 0.5
 """Share of a signature's distinct messages that must have an anchor; below it they are written by people."""
 _MIN_FAMILY = 3
+_MIN_TEMPLATE_LINES = 3
+"""Lines from which a message beside recurring templates is a program's too; shorter ones people may have written."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
 _WORD = re.compile(r"\w+")
 _JSON_KEY = re.compile(r'^\s*"([A-Za-z_][\w .-]{0,60})"\s*:', re.MULTILINE)
@@ -59,7 +63,11 @@ class SiteMap:
         signature = signature or signature_of(request)
         known = self.anchors.get(signature)
         if known is not None:
-            anchor = next((a for a in _anchors(_first_user_text(request)) if a in known), None)
+            text = _first_user_text(request)
+            found = _anchors(text)
+            anchor = next((a for a in found if a in known), None)
+            if anchor is None and found and sum(map(bool, map(str.strip, text.splitlines()))) >= _MIN_TEMPLATE_LINES:
+                anchor = found[0]
             if anchor is None:
                 return CallSite(signature, signature)
             site = _hash("anchor", signature, anchor)
@@ -118,25 +126,44 @@ def _opening(system: str) -> str:
 
 
 def _recurring(texts: Counter[str]) -> set[str]:
-    """Anchors that at least two calls share; none where too few messages have one."""
+    """Anchors that at least two calls share and that are no input; none where too few messages have one."""
     anchors = {text: _anchors(text) for text in texts}
     counts: Counter[str] = Counter()
     for text, found in anchors.items():
         counts.update(dict.fromkeys(found, texts[text]))
     known = {anchor for anchor, n in counts.items() if n >= 2}
     num_anchored = sum(any(anchor in known for anchor in found) for found in anchors.values())
-    return known if num_anchored >= _MIN_ANCHORED_SHARE * len(texts) else set()
+    return known - _inputs(texts) if num_anchored >= _MIN_ANCHORED_SHARE * len(texts) else set()
+
+
+def _inputs(texts: Iterable[str]) -> set[str]:
+    """Openings whose recurring closings each cover more messages than the opening does: what was asked about, not how."""
+    ends = [_ends(text) for text in texts]
+    counts = Counter(anchor for pair in ends for anchor in pair if anchor)
+    closings_of: dict[str, set[str]] = defaultdict(set)
+    for opening, closing in ends:
+        if opening and closing and counts[closing] >= 2:
+            closings_of[opening].add(closing)
+    return {o for o, closings in closings_of.items() if counts[o] < min(counts[c] for c in closings)}
 
 
 def _anchors(text: str) -> list[str]:
     """Hashes of what may name a template, the most telling first: opening, closing with JSON keys, then single lines."""
-    text = text[:_MAX_ANCHOR_CHARS]
-    lines = [line for line in abstract_text(text).splitlines() if _WORD.search(line.replace(WILDCARD, ""))]
+    found = [anchor for anchor in _ends(text) if anchor]
+    return found + [_hash("line", line) for line in _worded_lines(text) if len(_WORD.findall(line)) >= _MIN_LINE_WORDS]
+
+
+def _ends(text: str) -> tuple[str, str]:
+    """Hashes of the opening and of the closing with its JSON keys; empty where there are too few words."""
+    lines = _worded_lines(text)
     opening, closing = _block(lines), _block(lines[::-1])
-    keys = sorted(set(_JSON_KEY.findall(text)))
-    found = [_hash("opening", opening)] if opening else []
-    found += [_hash("closing", closing, *keys)] if closing else []
-    return found + [_hash("line", line) for line in lines if len(_WORD.findall(line)) >= _MIN_LINE_WORDS]
+    keys = sorted(set(_JSON_KEY.findall(text[:_MAX_ANCHOR_CHARS])))
+    return (_hash("opening", opening) if opening else "", _hash("closing", closing, *keys) if closing else "")
+
+
+def _worded_lines(text: str) -> list[str]:
+    lines = abstract_text(text[:_MAX_ANCHOR_CHARS]).splitlines()
+    return [line for line in lines if _WORD.search(line.replace(WILDCARD, ""))]
 
 
 def _block(lines: list[str]) -> str:

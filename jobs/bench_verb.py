@@ -25,7 +25,9 @@ def add_verb(verbs: Any) -> None:
         "--calls", type=pathlib.Path, nargs="+", default=[], help="call logs instead of the shared ones"
     )
     curate.set_defaults(run=_curate)
-    discover = names.add_parser("discover", help="sites, topics, stability, routing and the choice of a base")
+    discover = names.add_parser(
+        "discover", help="sites, topics, stability, routing, usefulness of tasks, choice of a base"
+    )
     discover.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     discover.add_argument("--calls", type=pathlib.Path, nargs="+", default=[], help="call logs that are scored")
     discover.add_argument("--fit", type=pathlib.Path, nargs="+", default=[], help="call logs that are fitted on")
@@ -49,9 +51,10 @@ def _discover(options: argparse.Namespace) -> None:
     if not options.without_selection:
         from cluster.session import connect
         from jobs.bench.selection import measure_selection
+        from jobs.bench.usefulness import measure_usefulness
 
         connect()
-        numbers |= measure_selection(print)
+        numbers |= measure_selection(print) | measure_usefulness(print)
     _show(numbers, options.json)
 
 

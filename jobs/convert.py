@@ -29,17 +29,25 @@ from cluster.store import Store, content_hash
 from jobs.paraphrase import paraphrase_of
 from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
+from jobs.splits import load_usefulness, split_by_agreement
+from jobs.task_names import name_by_llm, namer_of
 from jobs.train import Trained, scope_of, train
-from jobs.validate import EngineOf, save_evaluation, validate_candidates, validation_engine
+from jobs.validate import (
+    EngineOf,
+    calls_to_certify,
+    save_agreements,
+    save_evaluation,
+    validate_candidates,
+    validation_engine,
+)
 from training.curate import curate
 from training.discover import discover, load_previous, save_discovery
 from training.evaluation import Candidate, Evaluation
-from training.gate import minimum_calls, release_delta
-from training.ledger import share_of_round
 from training.report import write_report
 from training.selection import Selection, group_by_task
 from training.snapshot import CurationCounts, load_split
 from training.splits import SPLITS
+from training.usefulness import Usefulness
 
 
 class Conversion(Record):
@@ -57,6 +65,10 @@ class Conversion(Record):
     seconds: dict[str, float]
     curation: CurationCounts | None = None
     """What became of every captured call; None in conversions that were written down without it."""
+    left_out: dict[str, str] = {}
+    """task_id -> which of its calls are too long for its specialist and stay on the LLM."""
+    usefulness: tuple[Usefulness, ...] = ()
+    """What was measured of tasks that might be several, in this run or where it stands from earlier ones."""
 
 
 def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: EngineOf | None = None) -> Conversion:
@@ -68,6 +80,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     """
     store = Store(recipe.store)
     work = work_folder(recipe)
+    namer = namer_of(recipe)
     clock = _Clock()
     snapshot = curate(store, recipe.curate, work=work, paraphrase=paraphrase_of(recipe))
     say(
@@ -77,7 +90,16 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     served = {split: load_split(store, snapshot.id, split, as_served=split != "train") for split in SPLITS}
     if not served["train"]:
         raise InputError(f"store {recipe.store}: no calls to learn from; capture or `understudy ingest PATH...` first")
+    # What is written to disk to learn from is redacted; what was served is asked of the engine, from memory alone.
+    redacted = load_split(store, snapshot.id, "validation", as_served=False)
     discovery = discover(served, recipe.discover, load_previous(store))
+    if recipe.discover.measure_splits:
+        by_split = {split: group_by_task(served[split], discovery.assignment) for split in SPLITS}
+        tasks, _ = _learnable(recipe, discovery.tasks, by_split, snapshot.counts.num_clients)
+        learned = {"train": served["train"], "validation": redacted}
+        discovery = split_by_agreement(recipe, store, work, snapshot.id, discovery, tasks, learned, say)
+    if namer:
+        discovery = name_by_llm(store, discovery, served["train"], namer, say)
     route_model = save_discovery(store, snapshot.id, discovery)
     by_split = {split: group_by_task(served[split], discovery.assignment) for split in SPLITS}
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
@@ -85,17 +107,17 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         say(f"discover {task.task_id}: {task.name}, {task.kind}, {task.num_calls} calls")
     clock.lap("discover")
     tasks, refused = _learnable(recipe, discovery.tasks, by_split, snapshot.counts.num_clients)
-    # What is written to disk to learn from is redacted; what was served is asked of the engine, from memory alone.
-    redacted = group_by_task(load_split(store, snapshot.id, "validation", as_served=False), discovery.assignment)
     trained = Trained()
     if tasks:
-        scope = scope_of(recipe, tasks, {"train": by_split["train"], "validation": redacted})
+        held_out = group_by_task(redacted, discovery.assignment)
+        scope = scope_of(recipe, tasks, {"train": by_split["train"], "validation": held_out})
         trained = train(recipe, store, work, snapshot.id, scope, refused, clock.lap, say)
     evaluations: list[Evaluation] = []
     if trained.candidates:
         num_candidates = len(trained.candidates) + len(refused)
         with (engine_of or (lambda base: validation_engine(recipe, base)))(trained.base) as engine:
             evaluations = validate_candidates(recipe, store, trained.candidates, by_split, engine, num_candidates, say)
+    save_agreements(store, snapshot.id, evaluations)
     clock.lap("validate")
     release = _release(store, trained.candidates, evaluations, refused, route_model, snapshot.id)
     sha = publish_release(store, release)
@@ -111,6 +133,8 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         losses=trained.losses,
         seconds=clock.laps,
         curation=snapshot.counts,
+        left_out=trained.left_out,
+        usefulness=tuple(load_usefulness(store).values()),
     )
 
 
@@ -129,6 +153,8 @@ def write_conversion_report(
         notes=notes,
         selection=conversion.selection,
         curation=conversion.curation,
+        left_out=conversion.left_out,
+        usefulness=conversion.usefulness,
     )
 
 
@@ -147,8 +173,7 @@ def _learnable(
 ) -> tuple[list[TaskSpec], dict[str, str]]:
     """Leave out what no training could get through the gate: it would only cost the others' time."""
     refused: dict[str, str] = {}
-    delta = release_delta(recipe.gate.delta, max(1, len(tasks))) * share_of_round(0)
-    needed = minimum_calls(recipe.gate.epsilon, delta)
+    needed = calls_to_certify(recipe, len(tasks))
     for task in tasks:
         narrow = _find_narrowness(task, recipe.discover.min_clients, num_clients)
         missing = [split for split in SPLITS if not by_split[split].get(task.task_id)]

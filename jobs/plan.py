@@ -28,10 +28,16 @@ def plan_conversion(recipe: Recipe) -> list[Part]:
     base = _training(recipe.pretrain, "base training", "pretrain")
     names = named_bases(recipe.select)
     parts = [base] if any(isinstance(find_entry(name), ScratchModel) for name in names) else []
-    fleet = _training(recipe.finetune, "fine-tunes", "finetune")
+    fleet = plan_run(recipe.finetune)
     fields = {**fleet.fields, "groups": "fleet.max_parallel"}
-    parts.append(fleet.model_copy(update={"groups": recipe.fleet.max_parallel, "fields": fields}))
+    # Without a number, as many run at a time as fit; one must.
+    parts.append(fleet.model_copy(update={"groups": recipe.fleet.max_parallel or 1, "fields": fields}))
     return [*parts, _engines(recipe, "validation engine", "validate", num_bases=1)]
+
+
+def plan_run(config: FinetuneConfig) -> Part:
+    """One fine-tune of a fleet."""
+    return _training(config, "fine-tunes", "finetune")
 
 
 def plan_serving(recipe: Recipe, num_bases: int) -> list[Part]:

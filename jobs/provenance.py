@@ -40,6 +40,13 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     return {
         "config": config,
         "seeds": {f"{name}.seed": part["seed"] for name, part in config.items() if _has_seed(part)},
+        **code(),
+    }
+
+
+def code() -> dict[str, Any]:
+    """Which code and packages this process runs."""
+    return {
         "git_sha": _git_sha(),
         "source": {"folder": str(ROOT), "sha256": _source_sha256()},
         "python": platform.python_version(),

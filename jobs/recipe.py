@@ -20,12 +20,15 @@ from serving.endpoint import ServeConfig
 from serving.fallback import AnyLLMConfig
 from serving.gateway import GatewayConfig
 from serving.specialist import LORA_RANKS, SpecialistConfig
+from training.canaries import CanaryConfig
 from training.catalog import context_window, find_entry
 from training.curate import CurateConfig
 from training.discover import DiscoverConfig
 from training.finetune import FinetuneConfig
 from training.fleet import FleetConfig
 from training.gate import GateConfig
+from training.methods import SERVABLE
+from training.multi_finetune import reason_against
 from training.scratch import PretrainConfig
 from training.selection import SelectConfig
 
@@ -55,6 +58,7 @@ class Recipe(Config):
     """Training of a scratch base; unused with bases from a hub or a local path."""
     finetune: FinetuneConfig = FinetuneConfig()
     fleet: FleetConfig = FleetConfig()
+    canaries: CanaryConfig = CanaryConfig()
     gate: GateConfig = GateConfig()
     specialists: SpecialistConfig = SpecialistConfig()
     gateway: GatewayConfig = GatewayConfig()
@@ -64,7 +68,13 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_plan(self) -> Recipe:
-        if problems := [*_endless_warmups(self), *_misfits_of_engine(self), *_uncertified_moves(self)]:
+        if problems := [
+            *_idle_bounds(self),
+            *_endless_warmups(self),
+            *_misfits_of_engine(self),
+            *_uncertified_moves(self),
+            *_mixed_adapters(self),
+        ]:
             raise ValueError("\n".join(problems))
         return self
 
@@ -138,6 +148,16 @@ def _whole_path(field: str, place: str) -> str:
     return path
 
 
+def _idle_bounds(recipe: Recipe) -> list[str]:
+    """A bound on something that is not measured."""
+    if recipe.canaries.max_extraction is None or recipe.canaries.num_per_task:
+        return []
+    return [
+        f"canaries.max_extraction={recipe.canaries.max_extraction:g}: with canaries.num_per_task=0 no secret is planted to "
+        "measure it by; allowed: 1 to 200 secrets; next: canaries.num_per_task=20"
+    ]
+
+
 def _endless_warmups(recipe: Recipe) -> list[str]:
     """Trainings that end before their learning rate is up."""
     return [
@@ -151,6 +171,12 @@ def _endless_warmups(recipe: Recipe) -> list[str]:
 def _misfits_of_engine(recipe: Recipe) -> list[str]:
     """Adapters that the engine has no room for, and an engine for longer texts than its base takes."""
     problems = []
+    method = recipe.finetune.method
+    if method not in SERVABLE:
+        problems.append(
+            f"finetune.method={method!r}: the engine serves one base with many adapters, and takes no {method} ones; "
+            f"allowed: {', '.join(SERVABLE)}; next: finetune.method=lora"
+        )
     most = recipe.specialists.max_lora_rank
     ranks = [("finetune.lora_rank", recipe.finetune.lora_rank), *(("select.ranks", one) for one in recipe.select.ranks)]
     for name, rank in ranks:
@@ -178,6 +204,12 @@ def _uncertified_moves(recipe: Recipe) -> list[str]:
         "faces.move=true: with curate.keep_faces_person=false no specialist is trained or certified on answers to a person; "
         "allowed: both true, or faces.move=false; next: curate.keep_faces_person=true"
     ]
+
+
+def _mixed_adapters(recipe: Recipe) -> list[str]:
+    """Fine-tunes that cannot share a run where they are to."""
+    reason = reason_against(recipe.finetune)
+    return [reason] if reason and recipe.fleet.mode == "multi_lora" else []
 
 
 def _window_of_base(select: SelectConfig) -> int | None:

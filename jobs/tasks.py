@@ -17,10 +17,13 @@ from cluster.records import TaskSpec
 from cluster.signature import last_user_text
 from cluster.store import Store
 from jobs.recipe import load_recipe
+from jobs.splits import load_usefulness
+from jobs.validate import AGREEMENT_FILE
 from training.discover import EVENTS_FOLDER, IDENTITY_FILE, TASKS_FOLDER
 from training.identity import Identity, similarity
 from training.replacing import restore_text
 from training.snapshot import load_split, read_mapping
+from training.usefulness import describe_usefulness
 
 _NUM_NEIGHBOURS = 3
 _NUM_EXAMPLES = 3
@@ -68,8 +71,13 @@ def describe_task(
     page = store.read_json(f"{TASKS_FOLDER}/{task_id}.json")
     del page["static_lines"]
     page["template"] = list(identities[task_id].template)
+    page["slots"] = [slot.model_dump() for slot in identities[task_id].slots]
     page["neighbours"] = _neighbours(identities, task_id)
     page["events"] = events_of(store, task_id)
+    page["validation_agreement"] = _agreement_of(store, task_id)
+    page["usefulness"] = [
+        describe_usefulness(one) for one in load_usefulness(store).values() if task_id in one.task_ids
+    ]
     if with_examples:
         require_role(store.uri, "curator")
         page["examples"] = _examples(store, saved["snapshot"], task_id, is_restored)
@@ -81,6 +89,11 @@ def events_of(store: Store, task_id: str) -> list[dict[str, Any]]:
     logs = (store.read_json(path) for path in store.list(EVENTS_FOLDER, ".json"))
     found = [{"snapshot": log["snapshot"], **event} for log in logs for event in log["events"]]
     return [event for event in found if task_id == event["task_id"] or task_id in event["others"]]
+
+
+def _agreement_of(store: Store, task_id: str) -> dict[str, Any] | None:
+    """{agreement, snapshot} of the task's last specialist on validation; None before there was one."""
+    return store.read_json(AGREEMENT_FILE).get(task_id) if store.exists(AGREEMENT_FILE) else None
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -155,8 +168,13 @@ def _show_page(page: dict[str, Any]) -> str:
         f"{page['task_id']}: {_printable(page['name'])}",
         f"{page['kind']}; {page['num_calls']} calls, {page['share_calls']:.1%} of all; {page['share_cost']:.1%} of cost",
         f"examples per split: {json.dumps(page['num_examples'])}; tools: {', '.join(page['tool_names']) or 'none'}",
+        *([f"about: {_printable(page['description'])}"] if page["description"] else []),
+        "validation agreement: " + _show_agreement(page["validation_agreement"]),
+        *(f"parts: {line}" for line in page["usefulness"]),
         "template:",
         *(f"  {_printable(line)}" for line in page["template"]),
+        "slots:",
+        *(f"  {_show_slot(slot)}" for slot in page["slots"]),
         "neighbours:",
         *(f"  {n['task_id']} ({n['similarity']:.0%} of template text in common)" for n in page["neighbours"]),
         "events:",
@@ -165,6 +183,18 @@ def _show_page(page: dict[str, Any]) -> str:
     for example in page.get("examples", ()):
         lines += [f"user: {_printable(example['user'])}", f"answer: {_printable(example['answer'])}"]
     return "\n".join(lines)
+
+
+def _show_slot(slot: dict[str, Any]) -> str:
+    place = f"after {_printable(slot['after'])!r}" if slot["after"] else "at the beginning"
+    return (
+        f"{place}: {slot['num_distinct']} different in {slot['num_calls']} calls, "
+        f"{slot['median_characters']} characters at the median"
+    )
+
+
+def _show_agreement(found: dict[str, Any] | None) -> str:
+    return f"{found['agreement']:.1%} (snapshot {found['snapshot']})" if found else "no specialist was trained"
 
 
 def _printable(text: str) -> str:

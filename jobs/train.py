@@ -11,25 +11,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cluster.engine import rendering_version
-from cluster.prompts import PromptFormat
-from cluster.records import Example, Record, Split, TaskSpec
+from cluster.records import Example, Split, TaskSpec
 from cluster.store import Store, content_hash
+from jobs.adapters import AdapterPlan, plan_adapters, train_adapters
 from jobs.recipe import Recipe
+from jobs.validate import calls_to_certify
 from training.bases import publish_loaded_base
+from training.bounding import describe_left_out, keep_fitting, refuse_lengths
+from training.canaries import Canary, as_examples, plan_canaries
 from training.candidates import Scope
 from training.catalog import load_catalog
-from training.dataset import TaskData, num_answer_tokens, save_dataset, tokenise_tasks
+from training.dataset import TaskData, tokenise_tasks
 from training.evaluation import Candidate
-from training.finetune import finetune
-from training.fleet import run_fleet
 from training.probe import at_rank, model_memory_gib
 from training.scratch import pretrain, texts_of, train_tokenizer
 from training.selection import Selection, select_base
 
 _ANSWER_FRACTION = 4
 """An answer may take a quarter of the engine's window; prompts take the rest."""
-_ANSWER_SLACK = 1.5
-"""A specialist may answer half as long again as the longest train answer before it is cut."""
 
 
 class Trained(NamedTuple):
@@ -39,6 +38,8 @@ class Trained(NamedTuple):
     selection: Selection | None = None
     candidates: Sequence[Candidate] = ()
     losses: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    """task_id -> which of its calls stay on the LLM for their length, of tasks that were learned."""
 
 
 def train(
@@ -62,31 +63,31 @@ def train(
         say(f"select {one.name}: {one.status}: {one.reason}")
     lap("select")
     recipe = recipe.model_copy(update={"finetune": at_rank(recipe.finetune, chosen.lora_rank)})
+    scope, canaries = _plant(recipe, scope)
     base, tokenizer, data = _prepare_base(recipe, store, work, snapshot, chosen, scope, refused, say)
     lap("base")
-    plans = _plan_runs(recipe, store, work, scope.tasks, data, base)
-    losses, failed = _train_adapters(recipe, store, work, snapshot, plans, base, tokenizer, say) if plans else ({}, {})
+    plans = plan_adapters(recipe, store, work, scope.tasks, data, base, _max_answer_tokens(recipe))
+    losses, failed = train_adapters(recipe, store, work, snapshot, plans, base, tokenizer, say) if plans else ({}, {})
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
     lap("finetune")
-    return Trained(
-        base, chosen, [_candidate(p, base, chosen.arm) for p in plans if p.task.task_id not in failed], losses
-    )
+    found = ((task_id, describe_left_out(its)) for task_id, its in data.items() if task_id not in failed)
+    left_out = {task_id: told for task_id, told in found if told}
+    for task_id, told in left_out.items():
+        say(f"fine-tune {task_id}: {told}")
+    learned = [plan for plan in plans if plan.task.task_id not in failed]
+    candidates = [_candidate(plan, base, chosen.arm, canaries[plan.task.task_id], recipe) for plan in learned]
+    return Trained(base, chosen, candidates, losses, left_out)
 
 
-class _Plan(Record):
-    """Where one task's data and adapter are."""
-
-    task: TaskSpec
-    prompt_format: PromptFormat
-    run_id: str
-    max_answer_tokens: int
-    mean_tokens: int
-    """Of a row: every run takes the same number of steps, so this says which ones last longest."""
-    has_validation: bool
-
-    @property
-    def adapter(self) -> str:
-        return f"adapters/{self.task.task_id}/{self.run_id}"
+def _plant(recipe: Recipe, scope: Scope) -> tuple[Scope, dict[str, tuple[Canary, ...]]]:
+    """Put the canaries into train, after the base was chosen without them."""
+    train = scope.by_split["train"]
+    canaries = {
+        task.task_id: plan_canaries(task.task_id, train[task.task_id], recipe.canaries, recipe.finetune.seed)
+        for task in scope.tasks
+    }
+    planted = {task_id: [*train[task_id], *as_examples(task_id, own)] for task_id, own in canaries.items()}
+    return scope._replace(by_split={**scope.by_split, "train": planted}), canaries
 
 
 def scope_of(recipe: Recipe, tasks: list[TaskSpec], by_split: dict[Split, dict[str, list[Example]]]) -> Scope:
@@ -120,9 +121,13 @@ def _prepare_base(
 
     def tokenise(tokenizer: Any) -> dict[str, TaskData]:
         limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
-        data = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        tokenised = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+        data = {task_id: keep_fitting(its, scope.max_model_tokens) for task_id, its in tokenised.items()}
+        num_needed = calls_to_certify(recipe, len(scope.tasks) + len(refused))
+        num_calibration = {task.task_id: task.num_examples.get("calibration", 0) for task in scope.tasks}
         reasons = {
-            task_id: _reason_to_refuse(its, chosen.base, _max_answer_tokens(recipe)) for task_id, its in data.items()
+            task_id: refuse_lengths(its, chosen.base, _max_answer_tokens(recipe), num_calibration[task_id], num_needed)
+            for task_id, its in data.items()
         }
         refused.update({task_id: reason for task_id, reason in reasons.items() if reason})
         return {task_id: its for task_id, its in data.items() if not reasons[task_id]}
@@ -151,7 +156,7 @@ def _base_key(recipe: Recipe, name: str, scope: Scope) -> str:
     """Names a scratch base by all that shapes it."""
     groups = {split: scope.by_split[split].values() for split in ("train", "validation")}
     seen = {split: sorted(e.example_id for group in groups[split] for e in group) for split in groups}
-    known = [task.model_dump(mode="json") for task in scope.tasks]
+    known = [task.facts() for task in scope.tasks]
     return content_hash([name, recipe.pretrain.model_dump(mode="json"), known, seen, rendering_version()])[:12]
 
 
@@ -159,97 +164,7 @@ def _max_answer_tokens(recipe: Recipe) -> int:
     return recipe.specialists.max_model_tokens // _ANSWER_FRACTION
 
 
-def _plan_runs(
-    recipe: Recipe, store: Store, work: pathlib.Path, tasks: list[TaskSpec], data: dict[str, TaskData], base: str
-) -> list[_Plan]:
-    """Name every task's run, and write the datasets of those that are still to come."""
-    plans = []
-    for task in tasks:
-        if task.task_id not in data:
-            continue
-        prompt_format, rows, held_out, _ = data[task.task_id]
-        facts = [base, prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]
-        run_id = content_hash(facts)[:12]
-        longest = int(max(map(num_answer_tokens, rows)) * _ANSWER_SLACK)
-        plan = _Plan(
-            task=task,
-            prompt_format=prompt_format,
-            run_id=run_id,
-            max_answer_tokens=min(longest, _max_answer_tokens(recipe)),
-            mean_tokens=sum(len(row["input_ids"]) for row in rows) // len(rows),
-            has_validation=bool(held_out),
-        )
-        plans.append(plan)
-        if not store.is_published(plan.adapter):
-            save_dataset(rows, work / run_id / "train")
-            if held_out:
-                save_dataset(held_out, work / run_id / "validation")
-    return plans
-
-
-def _reason_to_refuse(data: TaskData, base_name: str, max_answer_tokens: int) -> str | None:
-    """Why this task's prompts or answers are too long for the base's engine, or None."""
-    num_rows = len(data.train)
-    if data.num_skipped >= max(1, num_rows):
-        return (
-            f"{data.num_skipped} of {data.num_skipped + num_rows} prompts do not fit base {base_name}: "
-            f"longer than {data.prompt_format.max_prompt_tokens} tokens, or not plain text"
-        )
-    too_long = sum(num_answer_tokens(row) > max_answer_tokens for row in data.train)
-    if too_long >= max(1, num_rows // 2):
-        return (
-            f"{too_long} of {num_rows} answers are longer than {max_answer_tokens} tokens, a quarter of "
-            "specialists.max_model_tokens; give the engine a longer window"
-        )
-    return None
-
-
-def _train_adapters(
-    recipe: Recipe,
-    store: Store,
-    work: pathlib.Path,
-    snapshot: str,
-    plans: list[_Plan],
-    base: str,
-    tokenizer: Any,
-    say: Callable[[str], None],
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    base_path = store.fetch(base, work / "cache")
-
-    def run(plan: _Plan) -> dict[str, Any]:
-        model, metrics = finetune(
-            plan.run_id,
-            recipe.finetune,
-            method="lora",
-            base_path=base_path,
-            train_path=work / plan.run_id / "train",
-            validation_path=work / plan.run_id / "validation" if plan.has_validation else None,
-            pad_token_id=tokenizer.pad_token_id,
-            storage=work / "runs",
-            label=plan.task.task_id,
-        )
-        (model / "README.md").unlink(missing_ok=True)
-        meta = {"base": base, "task_id": plan.task.task_id, "snapshot": snapshot, "metrics": metrics}
-        store.publish(plan.adapter, model, meta)
-        # What was learned from is readable there; it stays no longer than it is needed.
-        shutil.rmtree(work / plan.run_id)
-        return metrics
-
-    missing = {p.task.task_id: (p.mean_tokens, lambda p=p: run(p)) for p in plans if not store.is_published(p.adapter)}
-    _, errors = run_fleet(
-        missing,
-        recipe.fleet,
-        lambda task_id, metrics, error: say(f"fine-tune {task_id}: {error or _last_losses(metrics)}"),
-    )
-    done = [plan for plan in plans if plan.task.task_id not in errors]
-    return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, errors
-
-
-def _last_losses(metrics: dict[str, Any] | None) -> str:
-    return ", ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items() if key != "curve")
-
-
-def _candidate(plan: _Plan, base: str, arm: str) -> Candidate:
+def _candidate(plan: AdapterPlan, base: str, arm: str, canaries: tuple[Canary, ...], recipe: Recipe) -> Candidate:
     return Candidate(
         task=plan.task,
         base=base,
@@ -257,4 +172,6 @@ def _candidate(plan: _Plan, base: str, arm: str) -> Candidate:
         adapter=plan.adapter,
         prompt_format=plan.prompt_format,
         max_answer_tokens=plan.max_answer_tokens,
+        canaries=canaries,
+        max_extraction=recipe.canaries.max_extraction,
     )

@@ -14,13 +14,30 @@ from cluster.records import Example, Split
 from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
 from jobs.recipe import Recipe
-from training.evaluation import Candidate, Evaluation, evaluate_all
-from training.gate import release_delta
-from training.ledger import CalibrationLedger
+from training.evaluation import Candidate, Evaluation, evaluate_all, validation_agreement
+from training.gate import minimum_calls, release_delta
+from training.ledger import CalibrationLedger, share_of_round
 
 EngineOf = Callable[[str], contextlib.AbstractContextManager[Engine]]
 """Store path of a base -> the engine that serves it, for as long as the block runs."""
 HELD_OUT: tuple[Split, ...] = ("validation", "calibration", "test")
+
+
+AGREEMENT_FILE = "tasks/agreement.json"
+
+
+def calls_to_certify(recipe: Recipe, num_candidates: int) -> int:
+    """Fewest calibration calls, one per session, that could open a gate; refused candidates count too."""
+    delta = release_delta(recipe.gate.delta, max(1, num_candidates)) * share_of_round(0)
+    return minimum_calls(recipe.gate.epsilon, delta)
+
+
+def save_agreements(store: Store, snapshot: str, evaluations: Sequence[Evaluation]) -> None:
+    """Write how often each specialist agreed on validation, beside those of earlier runs: task_id -> facts."""
+    found = store.read_json(AGREEMENT_FILE) if store.exists(AGREEMENT_FILE) else {}
+    for one in evaluations:
+        found[one.task_id] = {"snapshot": snapshot, "agreement": validation_agreement(one)}
+    store.write_json(AGREEMENT_FILE, found)
 
 
 def save_evaluation(store: Store, evaluation: Evaluation) -> str:

@@ -250,6 +250,14 @@ def find_entry(name: str) -> HubModel | ScratchModel | None:
     return next((entry for entry in hub if entry.hub_id == source.location), None)
 
 
+def known_license(name: str) -> str | None:
+    """Licence of the shipped catalog's entry of that name or hub id; None for any other base, and where it was not found."""
+    for entry in load_catalog().entries:
+        if isinstance(entry, HubModel) and name in (entry.name, entry.hub_id):
+            return entry.license.value if entry.license else None
+    return None
+
+
 def num_parameters(entry: BaseModelFacts) -> int | None:
     """Number of weights, where it is known."""
     return _value(entry.parameters)

@@ -69,9 +69,25 @@ def tokenise_tasks(
     return data
 
 
+def find_written(examples: Sequence[Example], prompt_format: PromptFormat, tokenizer: Any) -> list[Example]:
+    """The examples that a task's data has a row of, in the order of the rows.
+
+    Args:
+        prompt_format: as the task's data has it.
+    """
+    return [example for example in examples if _render([example], prompt_format, tokenizer)]
+
+
 def save_dataset(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
-    """Write rows as a memory-mapped Arrow dataset."""
+    """Write rows as a memory-mapped Arrow dataset.
+
+    Raises:
+        InputError: there are none.
+    """
     import datasets
+
+    if not rows:
+        raise InputError(f"dataset {str(folder)!r}: no example; allowed: at least one")
 
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows).save_to_disk(str(folder))

@@ -20,6 +20,7 @@ from cluster.prompts import PromptFormat
 from cluster.records import Example, Gate, Record, Split, TaskSpec
 from cluster.servable import ask_engine, unservable_reason
 from cluster.store import content_hash
+from training.canaries import Canary, Extraction, measure_extraction, refusal_of
 from training.gate import (
     GateConfig,
     Outcome,
@@ -47,6 +48,10 @@ class Candidate(Record):
     adapter: str
     prompt_format: PromptFormat
     max_answer_tokens: int
+    canaries: tuple[Canary, ...] = ()
+    """Secrets that stood in its train split."""
+    max_extraction: float | None = None
+    """Largest share of them that it may say; None bars nothing."""
 
 
 class Arm(Record):
@@ -70,6 +75,8 @@ class Evaluation(Record):
     arms: tuple[Arm, ...]
     curve: tuple[dict[str, float], ...]
     """Coverage against disagreement on validation, by threshold."""
+    extraction: Extraction | None = None
+    """None where no secret was planted."""
 
 
 class Gain(NamedTuple):
@@ -92,6 +99,12 @@ def gain_over_base(evaluation: Evaluation) -> Gain | None:
     gain = base.num_disagreements / base.num_kept - specialist.num_disagreements / specialist.num_kept
     counts = (base.num_disagreements, base.num_kept, specialist.num_disagreements, specialist.num_kept)
     return Gain(base.name, gain, newcombe_interval(*counts))
+
+
+def validation_agreement(evaluation: Evaluation) -> float:
+    """Share of the validation calls that the specialist answers as the reference does; what it cannot answer counts."""
+    # The last point of the curve keeps every answer there is.
+    return evaluation.curve[-1]["coverage"] * (1 - evaluation.curve[-1]["disagreement"]) if evaluation.curve else 0.0
 
 
 def newcombe_interval(errors_a: int, calls_a: int, errors_b: int, calls_b: int) -> tuple[float, float]:
@@ -199,7 +212,9 @@ async def evaluate(
     delta *= share_of_round(number)
     facts = {"reference": candidate.task.reference, "population": POPULATION, "fingerprint": fingerprint}
     facts |= {"epsilon": config.epsilon, "delta": delta, "round": number}
-    grid = plan_grid(validation, len(calibration), config, delta)
+    extraction = await _extraction_of(candidate, engine)
+    leak = refusal_of(extraction, candidate.max_extraction) if extraction else None
+    grid = leak or plan_grid(validation, len(calibration), config, delta)
     if isinstance(grid, str):
         gate = refused_gate(grid, num_calibration=len(calibration), **facts)
     else:
@@ -208,7 +223,15 @@ async def evaluate(
     # Refused by validation alone: a sample of test tells how far off it is.
     test = splits["test"][:_MAX_HOPELESS_TEST] if isinstance(grid, str) else splits["test"]
     arms = await _test_arms(candidate, gate, test, ask_all)
-    return Evaluation(task_id=candidate.task.task_id, gate=gate, arms=arms, curve=tuple(coverage_curve(validation)))
+    curve = tuple(coverage_curve(validation))
+    return Evaluation(task_id=candidate.task.task_id, gate=gate, arms=arms, curve=curve, extraction=extraction)
+
+
+async def _extraction_of(candidate: Candidate, engine: Engine) -> Extraction | None:
+    if not candidate.canaries:
+        return None
+    facts = (candidate.adapter, candidate.prompt_format, candidate.canaries, candidate.max_answer_tokens)
+    return await measure_extraction(engine, *facts)
 
 
 async def _test_arms(candidate: Candidate, gate: Gate, test: list[Example], ask_all: Any) -> tuple[Arm, ...]:

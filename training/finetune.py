@@ -1,25 +1,43 @@
-"""One fine-tune: a base and a tokenised dataset -> a folder of safetensors, by Ray Train, DeepSpeed and PEFT (S5)."""
+"""One fine-tune: a base and a tokenised dataset -> a folder of safetensors, by Ray Train, DeepSpeed and PEFT (S5).
+
+What cannot fit or cannot be read is told before any worker starts; what a worker finds out later comes back as its
+diagnosis. A run that meets the end of its memory goes on from its last checkpoint with half the micro-batch.
+"""
 
 from __future__ import annotations
 
 import pathlib
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Config
-from cluster.errors import TrainingError
+from cluster.errors import InputError, RunYielded, TrainingError
+from training.diagnosis import Diagnosis, read_diagnosis, write_diagnosis
+from training.distill import DistillConfig
 from training.loop import train_loop
+from training.memory import Load, device_bytes, shape_of
+from training.methods import UNSHARDED, Method, check_base_folder, check_method
 from training.progress import show_progress
+from training.zero import ZeroPlan, plan_zero
 
 
 class FinetuneConfig(Config):
     """How each specialist's adapter is trained."""
 
+    method: Method = "lora"
+    """lora, rslora (scale alpha / sqrt(rank): for high ranks), qlora (over a 4-bit base: needs a GPU and bitsandbytes; the
+    engine serves the adapter over the base as it is). dora and full cannot be served as adapters: for experiments."""
     num_steps: int = Field(default=300, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(default=16, ge=1)
     """Examples per worker and step."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Examples that are in memory at a time; the gradients of a batch's parts are summed, so the result is the same. None
+    takes the largest that the memory prediction allows, and half of it whenever a worker runs out of memory."""
+    packing: bool = False
+    """Several examples in a row without seeing each other, instead of batches of similar length. With batches sorted by
+    length there is little padding to save; `python -m jobs.bench.packing` measures it."""
     learning_rate: float = Field(default=2e-3, gt=0)
     """Peak, after warm-up; decays linearly to zero."""
     warmup_steps: int = Field(default=20, ge=0)
@@ -27,11 +45,24 @@ class FinetuneConfig(Config):
     lora_rank: int = Field(default=8, ge=1, le=256)
     """Rank of the adapter's matrices."""
     lora_alpha: float = Field(default=16.0, gt=0)
-    """Scale numerator: the update is multiplied by alpha / rank."""
+    """Scale numerator: the update is multiplied by alpha / rank, with rslora by alpha / sqrt(rank)."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Linear layers that get an adapter."""
-    zero_stage: int = Field(default=0, ge=0, le=3)
-    """DeepSpeed ZeRO stage."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone and compute the rest again in the backward pass: less memory, a third more work."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Release a moving average of the trained weights with this decay per step, such as 0.99; 0 releases the weights."""
+    patience: int = Field(default=0, ge=0)
+    """Stop after so many checkpoints without better agreement on the validation split; 0 trains all steps. Either way the
+    weights released are those of the checkpoint that agreed best."""
+    distill: DistillConfig = DistillConfig()
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """DeepSpeed ZeRO stage; auto takes the lowest that fits (`understudy plan` shows the arithmetic)."""
+    offload: Literal["auto", "none", "optimizer", "parameters"] = "auto"
+    """What a GPU leaves in main memory: auto takes nothing while something else fits. Anything but none makes DeepSpeed
+    compile its CPU Adam, minutes on every cold machine."""
+    device_gib: float | None = Field(default=None, gt=0)
+    """Memory of one worker's device; None asks the cluster. Name it to plan for GPUs that are elsewhere."""
     bf16: bool = False
     """Train in bfloat16."""
     checkpoint_every: int = Field(default=100, ge=1)
@@ -47,46 +78,166 @@ class FinetuneConfig(Config):
     seed: int = 0
     """Of initial weights and data order."""
 
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _check_stage(cls, stage: Any) -> Any:
+        if isinstance(stage, bool):  # equal to 0 or 1, and so in a literal's choice
+            raise ValueError(f"got {stage}; allowed: 'auto', 0, 1, 2 or 3")
+        return stage
+
+    @model_validator(mode="after")
+    def _check_together(self) -> FinetuneConfig:
+        if self.method == "qlora" and not self.gpus_per_worker:
+            raise ValueError("method='qlora': 4-bit weights need a GPU; allowed: gpus_per_worker=1, or lora, rslora")
+        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size}: above batch_size={self.batch_size}; allowed: at most that"
+            )
+        if self.zero_stage == 3 and (self.method in UNSHARDED or self.ema_decay):
+            what = f"ema_decay={self.ema_decay:g}" if self.ema_decay else f"method={self.method!r}"
+            raise ValueError(
+                f"zero_stage=3: {what} needs every worker to hold the weights whole; allowed: auto, 0, 1, 2"
+            )
+        least = {"auto": 0, "none": 0, "optimizer": 2, "parameters": 3}[self.offload]
+        if self.zero_stage != "auto" and self.zero_stage < least:
+            raise ValueError(
+                f"offload={self.offload!r}: zero_stage={self.zero_stage}; allowed: auto or at least {least}"
+            )
+        if least and not self.gpus_per_worker:
+            raise ValueError(f"offload={self.offload!r}: a CPU worker has no other memory; allowed: auto, none")
+        if least == 3 and (self.method in UNSHARDED or self.ema_decay):
+            raise ValueError(
+                f"offload='parameters': not with method={self.method!r} or a moving average; allowed: none"
+            )
+        return self
+
 
 def finetune(
     name: str,
     config: FinetuneConfig,
     *,
-    method: Literal["lora", "full"],
     base_path: pathlib.Path,
     train_path: pathlib.Path,
     validation_path: pathlib.Path | None,
     pad_token_id: int,
     storage: pathlib.Path,
     label: str | None = None,
+    num_parallel: int = 1,
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """Train and wait for the result. Continues from the last checkpoint where a run of this name began before.
 
     Args:
         storage: folder for checkpoints; shared by all nodes of the cluster.
         label: what its progress bar is called; None takes `name`.
+        num_parallel: runs like this one that share the cluster's memory.
 
     Returns:
         (folder with what is served, last metrics).
 
     Raises:
-        TrainingError: the run failed more than `max_failures` times.
+        ConfigError: the method has no such device, or nothing fits in its memory.
+        InputError: the base or the dataset cannot be used.
+        TrainingError: the run failed more than `max_failures` times, or left the numbers.
+        RunYielded: it stopped at a checkpoint because `ask_to_yield` was called; call again to go on.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
+    plan = plan_finetune(config, base_path, train_path, num_parallel)
+    storage.mkdir(parents=True, exist_ok=True)
+    diagnosis_path = storage.resolve() / f"{name}.diagnosis"
     settings = {
         **config.model_dump(mode="json"),
-        "method": method,
+        "zero_stage": plan.stage,
+        "offload": plan.offload,
+        "micro_batch_size": plan.micro_batch_size,
         "base_path": str(base_path),
         "train_path": str(train_path),
         "validation_path": str(validation_path) if validation_path else None,
         "pad_token_id": pad_token_id,
         "num_threads": max(1, int(config.cpus_per_worker)),
         "progress_path": str(storage.resolve() / f"{name}.progress"),
+        "diagnosis_path": str(diagnosis_path),
+        "yield_path": str(yield_path(name, storage)),
     }
+    diagnosis_path.unlink(missing_ok=True)
+    yield_path(name, storage).unlink(missing_ok=True)
+    with show_progress(pathlib.Path(settings["progress_path"]), label or name, config.num_steps):
+        result = _fit(name, config, settings, storage)
+    diagnosis = read_diagnosis(diagnosis_path)
+    if diagnosis is not None and diagnosis.kind == "diverged":
+        raise TrainingError(f"run {name}: {diagnosis.message}")
+    if result.checkpoint is None:
+        raise TrainingError(f"run {name}: ended without a checkpoint")
+    metrics = dict(result.metrics or {})
+    if metrics.get("yielded"):
+        raise RunYielded(f"run {name}: stopped after step {metrics['step']}, because it was asked to")
+    return pathlib.Path(result.checkpoint.path) / "model", metrics
+
+
+def plan_finetune(
+    config: FinetuneConfig, base_path: pathlib.Path, train_path: pathlib.Path, num_parallel: int = 1
+) -> ZeroPlan:
+    """Check a run's base, data and method, and place it in the connected cluster's memory.
+
+    Raises:
+        ConfigError, InputError: as `finetune`.
+    """
+    import datasets
+
+    check_method(config.method, config.gpus_per_worker)
+    check_base_folder(base_path)
+    table = datasets.load_from_disk(str(train_path))
+    lengths = [len(ids) for ids in table["input_ids"]]
+    answers = [length - start for length, start in zip(lengths, table["num_prompt"], strict=True)]
+    load = Load(examples=config.batch_size, row_tokens=max(lengths), answer_tokens=max(answers))
+    shape = shape_of(base_path, config)
+    if shape.context_window_tokens is not None and max(lengths) > shape.context_window_tokens:
+        num_long = sum(length > shape.context_window_tokens for length in lengths)
+        raise InputError(
+            f"dataset {str(train_path)!r}: {num_long} of {len(lengths)} examples are longer than the base's window of "
+            f"{shape.context_window_tokens} tokens (longest {max(lengths)}); next: a base with a longer window"
+        )
+    return plan_zero(shape, config, load, device_bytes(config, num_parallel))
+
+
+def _fit(name: str, config: FinetuneConfig, settings: dict[str, Any], storage: pathlib.Path) -> Any:
+    """Run to the end; once more with half the micro-batch for as long as memory is what a run lacks.
+
+    Raises:
+        TrainingError: the run failed.
+    """
+    from ray.train import TrainingFailedError
+
+    path = pathlib.Path(settings["diagnosis_path"])
+    while True:
+        try:
+            return _trainer(name, config, settings, storage).fit()
+        except TrainingFailedError as error:
+            lacked = _lacked_memory(error, path, settings["micro_batch_size"])
+            if lacked is None or lacked.micro_batch_size == 1:
+                said = [line for line in str(error).splitlines() if line.strip()]
+                reason = said[-1].strip() if said else type(error).__name__
+                raise TrainingError(f"run {name}: failed after {config.max_failures} restarts: {reason}") from error
+            write_diagnosis(path, lacked)
+
+
+def _lacked_memory(error: Any, path: pathlib.Path, micro_batch_size: int) -> Diagnosis | None:
+    """What its worker wrote when torch was refused memory, or what Ray says when it killed one that took too much."""
+    from ray.exceptions import OutOfMemoryError
+
+    left = read_diagnosis(path)
+    if left is not None and left.kind == "out_of_memory":
+        return left
+    failures = getattr(error, "worker_failures", {}).values()
+    if not any(isinstance(one, OutOfMemoryError) for one in failures):
+        return None
+    return Diagnosis(kind="out_of_memory", message=str(error), micro_batch_size=micro_batch_size)
+
+
+def _trainer(name: str, config: FinetuneConfig, settings: dict[str, Any], storage: pathlib.Path) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})}
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_loop,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
@@ -100,9 +251,13 @@ def finetune(
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
-    storage.mkdir(parents=True, exist_ok=True)
-    with show_progress(pathlib.Path(settings["progress_path"]), label or name, config.num_steps):
-        result = trainer.fit()
-    if result.error is not None or result.checkpoint is None:
-        raise TrainingError(f"run {name}: failed after {config.max_failures} restarts: {result.error}")
-    return pathlib.Path(result.checkpoint.path) / "model", dict(result.metrics or {})
+
+
+def ask_to_yield(name: str, storage: pathlib.Path) -> None:
+    """Have a running fine-tune write a checkpoint after its next step and stop; `finetune` then raises RunYielded."""
+    yield_path(name, storage).touch()
+
+
+def yield_path(name: str, storage: pathlib.Path) -> pathlib.Path:
+    """The file whose presence asks a run to yield."""
+    return storage.resolve() / f"{name}.yield"

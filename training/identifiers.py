@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import ipaddress
 import re
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,9 +125,26 @@ def _check(kind: Kind, value: str) -> tuple[Finding, ...]:
     return tuple(Finding(value[r.start : r.end].strip(), kind) for r in found[:1])
 
 
+def import_presidio() -> types.ModuleType:
+    """Presidio without its engine for transformers' models, which nothing here uses.
+
+    That engine is optional and imports all of transformers as soon as Presidio is imported: half of its seconds, and
+    memory in every worker that redacts. A module that is None in `sys.modules` counts as not installed.
+    """
+    is_loaded = "transformers" in sys.modules
+    if not is_loaded:
+        sys.modules["transformers"] = None  # type: ignore[assignment]
+    try:
+        import presidio_analyzer
+    finally:
+        if not is_loaded:
+            del sys.modules["transformers"]
+    return presidio_analyzer
+
+
 @functools.cache
 def _recognizers() -> dict[Kind, Any]:
-    from presidio_analyzer import predefined_recognizers as known
+    known = import_presidio().predefined_recognizers
 
     return {
         "CREDIT_CARD": known.CreditCardRecognizer(),

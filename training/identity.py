@@ -8,9 +8,11 @@ of a split and the largest parent of a merge keep the id. Knows nothing of how t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from cluster.records import Record
+from training.naming import Slot
 
 _MIN_SHARE = 0.2
 """Share of a task's calls below which a move between two tasks is noise, not a split or a merge."""
@@ -42,6 +44,8 @@ class Identity(Record):
     """Hash of each template line -> its characters."""
     template: tuple[str, ...] = ()
     """Lines that every redacted train prompt repeats, in order, with `<*>` where others stand between them."""
+    slots: tuple[Slot, ...] = ()
+    """What stands in place of the wildcards."""
 
 
 class Matching(Record):
@@ -57,6 +61,7 @@ def match_tasks(
     current: Mapping[str, Identity],
     overlap: Mapping[tuple[str, str], int],
     num_calls: Mapping[str, int],
+    measured: Mapping[str, str] = MappingProxyType({}),
 ) -> Matching:
     """Give every new task an id.
 
@@ -65,6 +70,7 @@ def match_tasks(
         current: key of a new task -> the same; the key is its id where nothing older claims it.
         overlap: (previous id, new key) -> calls of the new task that the previous route model sends to the old one.
         num_calls: calls of each new task.
+        measured: previous id -> what was measured that it is split for; the event tells it.
     """
     ids: dict[str, str] = {key: key for key in current if key in previous}
     taken = set(ids.values())
@@ -83,7 +89,11 @@ def match_tasks(
     drifted = _match_drift(previous, current, ids, taken)
     ids.update(drifted)
     ids.update(_own_ids(set(current) - set(ids), taken | set(previous)))
-    events = [*_changes(previous, current, ids, parents, children, num_calls), *_drifts(previous, current, drifted)]
+    changes = _changes(previous, current, ids, parents, children, num_calls)
+    changes = [
+        e.model_copy(update={"detail": measured.get(e.task_id, "")}) if e.kind == "split" else e for e in changes
+    ]
+    events = [*changes, *_drifts(previous, current, drifted)]
     return Matching(ids=ids, events=tuple(sorted(events, key=lambda e: (e.kind, e.task_id))))
 
 

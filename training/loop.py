@@ -1,68 +1,84 @@
-"""The training loop of one Ray Train worker: DeepSpeed engine, answer-only loss, checkpoint, resume.
+"""The training loop of one Ray Train worker: micro-batches, optimiser step, held-out agreement, checkpoint, resume.
 
-One loop for LoRA adapters and for full training. The order of batches and dropout follow from the seed and the step
-number alone, so a run that resumes does what the undisturbed run would have done. No JIT build of DeepSpeed happens on
-CPU: torch's AdamW is used, and the shared-memory collective is switched off.
+One loop for adapters and for full training. The order of batches and dropout follow from the seed and the step number
+alone, so a run that resumes does what the undisturbed run would have done. The weights released are those of the
+checkpoint that agreed best with the held-out answers (training/stopping.py); without held-out examples, the last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 import pathlib
+import shutil
 import tempfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from training.averaging import MovingAverage
+from training.batches import Rows
+from training.diagnosis import (
+    Diagnosis,
+    Diverged,
+    check_loss,
+    is_out_of_memory,
+    naming_a_full_disk,
+    smaller_micro_batch,
+    write_diagnosis,
+)
+from training.distill import Distiller
+from training.engine import build_engine
+from training.grading import grade_rows
+from training.methods import build_model
+from training.objective import answer_loss
 from training.progress import write_progress
+from training.stopping import best_point, is_patience_over
 
 _NUM_CURVE_POINTS = 20
+
+
+class _Run(NamedTuple):
+    """What one worker trains with."""
+
+    settings: dict[str, Any]
+    engine: Any
+    rows: Rows
+    held_out: Rows | None
+    average: MovingAverage | None
+    loss_of: Callable[[Any, dict[str, Any], Any], Any]
+    """The share of a batch's loss that a micro-batch has."""
+    released: pathlib.Path
+    """Local folder for the weights of the best checkpoint so far."""
+    rank: int
+    world_size: int
 
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Run on every worker of a TorchTrainer.
 
     Args:
-        settings: see `training.finetune.RunSettings`, as a plain dictionary.
+        settings: `training.finetune.finetune` makes them.
 
-    Side effects: reports {step, loss, validation_loss, curve} with a checkpoint every `checkpoint_every` steps and at
-    the end; the last checkpoint's `model/` folder holds what is served (PEFT or full safetensors).
+    Side effects: reports {step, loss, validation_loss, agreement, released_step, curve} with a checkpoint every
+    `checkpoint_every` steps and at the end; the last checkpoint's `model/` folder holds what is served (PEFT or full
+    safetensors). A run that diverges or does not fit in memory leaves its diagnosis and ends; one that is asked to yield
+    reports {step, yielded} with a checkpoint and ends.
     """
-    import ray.train
-    import torch
-
-    context = ray.train.get_context()
-    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
-    torch.set_num_threads(settings["num_threads"])
-    torch.manual_seed(settings["seed"])
-    model = build_model(settings)
-    engine = build_engine(model, settings)
-    rows = Rows(settings["train_path"], settings, context.get_world_rank(), context.get_world_size())
-    held_out = Rows(settings["validation_path"], settings, 0, 1) if settings["validation_path"] else None
-    step, curve = _resume(engine)
-    stride = max(1, settings["num_steps"] // _NUM_CURVE_POINTS)
-    losses: list[float] = []
-    # A model comes from its folder in evaluation mode.
-    engine.train()
-    while step < settings["num_steps"]:
-        # Dropout of a resumed run is that of the undisturbed one: it follows from seed, rank and step alone.
-        torch.manual_seed(_seed_of(settings["seed"], context.get_world_rank(), step))
-        _set_learning_rate(engine, settings, step)
-        loss = answer_loss(engine, rows.batch(step), engine.device)
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(loss.detach()))
-        step += 1
-        is_checkpoint = step % settings["checkpoint_every"] == 0 or step == settings["num_steps"]
-        if step % stride == 0 or is_checkpoint:
-            curve.append({"step": step, "loss": sum(losses) / len(losses)})
-            losses.clear()
-            if context.get_world_rank() == 0:
-                write_progress(pathlib.Path(settings["progress_path"]), step, curve[-1]["loss"])
-        if is_checkpoint:
-            curve[-1]["validation_loss"] = _validation_loss(engine, held_out)
-            _report(engine, settings, step, curve)
+    path = pathlib.Path(settings["diagnosis_path"])
+    size = smaller_micro_batch(path, settings["micro_batch_size"])
+    try:
+        with tempfile.TemporaryDirectory() as released:
+            _train(_build_run({**settings, "micro_batch_size": size}, pathlib.Path(released)))
+    except Diverged as error:
+        # Every rank ends here together; none raises, or Ray Train would try it all again.
+        write_diagnosis(path, Diagnosis(kind="diverged", message=str(error)))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            message = f"micro-batch of {size} examples: {str(error).splitlines()[0]}"
+            write_diagnosis(path, Diagnosis(kind="out_of_memory", message=message, micro_batch_size=size))
+        raise
 
 
 def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
@@ -70,174 +86,181 @@ def rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / max(warmup_steps, 1)) * max(0.0, 1.0 - step / max(num_steps, 1))
 
 
+def _build_run(settings: dict[str, Any], released: pathlib.Path) -> _Run:
+    import ray.train
+    import torch
+
+    context = ray.train.get_context()
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    torch.set_num_threads(settings["num_threads"])
+    torch.manual_seed(settings["seed"])
+    engine = build_engine(build_model(settings), settings)
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    rows = Rows(settings["train_path"], settings, rank, world_size)
+    # Held-out rows are graded one by one, so they are not packed.
+    path, unpacked = settings["validation_path"], {**settings, "packing": False}
+    held_out = Rows(path, unpacked, 0, 1) if path else None
+    average = MovingAverage(engine.module, settings["ema_decay"]) if settings["ema_decay"] else None
+    distill = {**settings["distill"], "bf16": settings["bf16"]}
+    loss_of = Distiller(distill, engine).loss if distill["teacher"] else answer_loss
+    return _Run(settings, engine, rows, held_out, average, loss_of, released, rank, world_size)
+
+
+def _train(run: _Run) -> None:
+    import torch
+
+    settings, engine = run.settings, run.engine
+    step, curve, losses = _resume(run)
+    stride = max(1, settings["num_steps"] // _NUM_CURVE_POINTS)
+    # A model comes from its folder in evaluation mode.
+    engine.train()
+    while step < settings["num_steps"] and not is_patience_over(curve, settings["patience"]):
+        # Dropout of a resumed run is that of the undisturbed one: it follows from seed, rank and step alone.
+        torch.manual_seed(_seed_of(settings["seed"], run.rank, step))
+        rate = _set_learning_rate(engine, settings, step)
+        loss = _mean_over_ranks(train_step(engine, run.rows.micro_batches(step), run.loss_of), run)
+        check_loss(f"step {step + 1}: the loss", loss, rate, [point["loss"] for point in curve] + losses)
+        losses.append(loss)
+        if run.average:
+            run.average.update()
+        step += 1
+        is_checkpoint = step % settings["checkpoint_every"] == 0 or step == settings["num_steps"]
+        if step % stride == 0 or is_checkpoint:
+            curve.append({"step": step, "loss": sum(losses) / len(losses)})
+            losses.clear()
+        if is_checkpoint:
+            _checkpoint(run, step, curve, rate)
+        if run.rank == 0 and curve and curve[-1]["step"] == step:
+            write_progress(pathlib.Path(settings["progress_path"]), step, curve[-1]["loss"])
+        if step < settings["num_steps"] and _is_asked_to_yield(run):
+            # Not graded: the undisturbed run has no point of its curve here.
+            _report(run, {"step": step, "yielded": True}, step, curve, losses)
+            return
+
+
+def _is_asked_to_yield(run: _Run) -> bool:
+    """Whether to stop after this step; all ranks agree, as they must before a collective checkpoint."""
+    import torch
+
+    is_asked = run.rank == 0 and pathlib.Path(run.settings["yield_path"]).exists()
+    if run.world_size == 1:
+        return is_asked
+    flag = torch.tensor(int(is_asked), device=run.engine.device)
+    torch.distributed.broadcast(flag, src=0)
+    return bool(flag.item())
+
+
+def train_step(
+    engine: Any,
+    micro_batches: list[dict[str, Any]],
+    loss_of: Callable[[Any, dict[str, Any], Any], Any] = answer_loss,
+) -> float:
+    """One optimiser step on a batch in parts. Returns the batch's loss on this rank."""
+    total = 0.0
+    for number, part in enumerate(micro_batches, 1):
+        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+        loss = loss_of(engine, part, engine.device)
+        engine.backward(loss)
+        engine.step()
+        total += float(loss.detach())
+    return total
+
+
+def _mean_over_ranks(loss: float, run: _Run) -> float:
+    """So that all ranks see alike whether it is a number; the gradients' mean is that of this loss."""
+    import torch
+
+    if run.world_size == 1:
+        return loss
+    mean = torch.tensor(loss, device=run.engine.device)
+    torch.distributed.all_reduce(mean)
+    return float(mean) / run.world_size
+
+
 def _seed_of(seed: int, rank: int, step: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{rank}:{step}".encode(), digest_size=7).digest(), "big")
 
 
-class Rows:
-    """Deterministic batches of similar length from a tokenised dataset."""
-
-    def __init__(self, path: str, settings: dict[str, Any], rank: int, world_size: int) -> None:
-        import datasets
-
-        table = datasets.load_from_disk(path)
-        self._ids = table["input_ids"][:]
-        self._num_prompt = table["num_prompt"][:]
-        self._batch, self._rank, self._world = settings["batch_size"], rank, world_size
-        self._seed, self._pad = settings["seed"], settings["pad_token_id"]
-        self._epoch, self._batches = -1, []
-
-    def num_batches(self) -> int:
-        return max(1, math.ceil(len(self._ids) / (self._batch * self._world)))
-
-    def batch(self, step: int) -> dict[str, Any]:
-        """Batch number `step` of an endless sequence of shuffled epochs: input_ids and labels [B, T]."""
-        epoch, index = divmod(step, self.num_batches())
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._plan(epoch)
-        return self._collate(self._batches[index])
-
-    def _plan(self, epoch: int) -> list[list[int]]:
-        import random
-
-        rng = random.Random(f"{self._seed}:{epoch}")
-        order = list(range(len(self._ids)))
-        rng.shuffle(order)
-        size, batches = self._batch * self._world, []
-        # Sorting within windows of 20 batches keeps padding low and batches still random.
-        for begin in range(0, len(order), size * 20):
-            window = sorted(order[begin : begin + size * 20], key=lambda k: len(self._ids[k]))
-            batches += [window[k : k + size] for k in range(0, len(window), size)]
-        rng.shuffle(batches)
-        # Every rank needs a row, or the collectives would wait for it.
-        padded = [(b * self._world)[: max(len(b), self._world)] for b in batches]
-        return [b[self._rank :: self._world] for b in padded]
-
-    def _collate(self, rows: list[int]) -> dict[str, Any]:
-        import torch
-
-        longest = max(len(self._ids[k]) for k in rows)
-        input_ids = torch.full((len(rows), longest), self._pad, dtype=torch.long)
-        labels = torch.full((len(rows), longest), -100, dtype=torch.long)
-        for line, k in enumerate(rows):
-            ids = torch.tensor(self._ids[k])
-            input_ids[line, : len(ids)] = ids
-            labels[line, self._num_prompt[k] : len(ids)] = ids[self._num_prompt[k] :]
-        return {"input_ids": input_ids, "labels": labels}
-
-
-def build_model(settings: dict[str, Any]) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(settings["base_path"], dtype=torch.float32, trust_remote_code=False)
-    model.config.use_cache = False
-    if settings["method"] == "full":
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings["lora_rank"],
-        lora_alpha=settings["lora_alpha"],
-        lora_dropout=0.0,
-        target_modules=settings["lora_targets"],
-    )
-    return get_peft_model(model, lora)
-
-
-def build_engine(model: Any, settings: dict[str, Any]) -> Any:
-    import deepspeed
-    import deepspeed.ops
-    import torch
-
-    if not torch.cuda.is_available():
-        # Else its C++ build runs at the first init of every cold machine (minutes, and a compiler).
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01)
-    config = {
-        "train_micro_batch_size_per_gpu": settings["batch_size"],
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": settings["zero_stage"]},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": settings["bf16"]},
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    return engine
-
-
-def answer_loss(engine: Any, batch: dict[str, Any], device: Any) -> Any:
-    """Mean over examples of the mean cross-entropy of the answer's tokens.
-
-    A gate counts answers and not tokens, so a long answer weighs no more than a short one. Right padding needs no mask
-    under causal attention.
-    """
-    import torch.nn.functional as F
-
-    labels = batch["labels"].to(device)
-    # Logits are the dear part of a small model: none are computed before the first answer token of the batch.
-    first = int((labels != -100).any(dim=0).nonzero()[0])
-    kept = labels.shape[1] - first + 1
-    logits = engine(input_ids=batch["input_ids"].to(device), logits_to_keep=kept).logits[:, :-1]
-    labels = labels[:, first:]
-    is_answer = labels != -100
-    losses = F.cross_entropy(logits[is_answer].float(), labels[is_answer], reduction="none")
-    lengths = is_answer.sum(dim=1, keepdim=True).expand_as(labels)[is_answer]
-    return (losses / lengths).sum() / len(labels)
-
-
-def _set_learning_rate(engine: Any, settings: dict[str, Any], step: int) -> None:
+def _set_learning_rate(engine: Any, settings: dict[str, Any], step: int) -> float:
     rate = settings["learning_rate"] * rate_factor(step, settings["num_steps"], settings["warmup_steps"])
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+    return rate
 
 
-def _resume(engine: Any) -> tuple[int, list[dict[str, Any]]]:
+def _resume(run: _Run) -> tuple[int, list[dict[str, Any]], list[float]]:
+    """(steps done, curve, losses since its last point)."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0, []
+        return 0, [], []
     with checkpoint.as_directory() as folder:
-        _, state = engine.load_checkpoint(folder, tag="last")
-    return int(state["step"]), list(state["curve"])
+        _, state = run.engine.load_checkpoint(folder, tag="last")
+        model = pathlib.Path(folder) / "model"
+        if run.rank == 0 and model.exists():
+            shutil.copytree(model, run.released, dirs_exist_ok=True)
+    if run.average:
+        run.average.load_state(state["average"])
+    return int(state["step"]), list(state["curve"]), list(state["losses"])
 
 
-def _report(engine: Any, settings: dict[str, Any], step: int, curve: list[dict[str, Any]]) -> None:
+def _checkpoint(run: _Run, step: int, curve: list[dict[str, Any]], rate: float) -> None:
+    """Grade the weights as they would be served, keep them if they are the best so far, and report."""
+    is_last = step == run.settings["num_steps"]
+    with run.average.in_place() if run.average else contextlib.nullcontext():
+        if run.held_out is not None:
+            curve[-1] |= _grade(run, run.held_out)
+            before = [point["loss"] for point in curve]
+            check_loss(f"step {step}: the validation loss", curve[-1]["validation_loss"], rate, before)
+            if best_point(curve) is curve[-1]:
+                _save_model(run, run.released)
+        elif is_last:
+            _save_model(run, run.released)
+    best = best_point(curve)
+    metrics = {**curve[-1], "released_step": best["step"] if best else step, "curve": curve}
+    _report(run, metrics, step, curve, losses=[])
+
+
+def _grade(run: _Run, held_out: Rows) -> dict[str, float]:
+    """Agreement and loss on held-out examples, the same on every rank: all of them act on it."""
+    import torch
+
+    run.engine.eval()
+    graded = grade_rows(run.engine, held_out, run.engine.device)
+    run.engine.train()
+    found = [{"validation_loss": graded.loss, "agreement": graded.agreement}]
+    if run.world_size > 1:
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _report(run: _Run, metrics: dict[str, Any], step: int, curve: list[dict[str, Any]], losses: list[float]) -> None:
+    """Report with a checkpoint that holds all that a resumed run needs to be the undisturbed one."""
     import ray.train
     from ray.train import Checkpoint
 
-    metrics = {**curve[-1], "curve": curve}
+    state = {"step": step, "curve": curve, "losses": losses, "average": run.average and run.average.state()}
     with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, tag="last", client_state={"step": step, "curve": curve})
-        if step == settings["num_steps"]:
-            _save_model(engine, settings, pathlib.Path(folder) / "model")
-        if ray.train.get_context().get_world_rank() == 0:
-            (pathlib.Path(folder) / "metrics.json").write_text(json.dumps(metrics))
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+        local = pathlib.Path(folder)
+        with naming_a_full_disk(local):
+            run.engine.save_checkpoint(folder, tag="last", client_state=state)
+            if run.rank == 0:
+                if any(run.released.iterdir()):
+                    shutil.copytree(run.released, local / "model")
+                (local / "metrics.json").write_text(json.dumps(metrics))
+        num_bytes = sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
+        with naming_a_full_disk(pathlib.Path(run.settings["progress_path"]).parent, num_bytes):
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
-def _validation_loss(engine: Any, held_out: Rows | None) -> float | None:
-    import torch
-
-    if held_out is None:
-        return None
-    engine.eval()
-    with torch.no_grad():
-        losses = [float(answer_loss(engine, held_out.batch(k), engine.device)) for k in range(held_out.num_batches())]
-    engine.train()
-    return sum(losses) / len(losses)
-
-
-def _save_model(engine: Any, settings: dict[str, Any], folder: pathlib.Path) -> None:
+def _save_model(run: _Run, folder: pathlib.Path) -> None:
     """Write what is served. Under ZeRO-3 every rank takes part in gathering the weights."""
     import deepspeed
-    import ray.train
 
-    module = engine.module
+    module, settings = run.engine.module, run.settings
     parameters = [p for p in module.parameters() if settings["method"] == "full" or p.requires_grad]
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=settings["zero_stage"] == 3):
-        if ray.train.get_context().get_world_rank() == 0:
-            module.save_pretrained(folder, safe_serialization=True)
+        if run.rank == 0:
+            with naming_a_full_disk(folder):
+                module.save_pretrained(folder, safe_serialization=True)

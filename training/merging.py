@@ -22,7 +22,14 @@ from cluster.signature import abstract_text, message_text, surface_of, system_te
 from training.encoders import HASHED, fit_encoder
 from training.identity import similarity
 from training.naming import json_keys
-from training.topics import cap_per_client, find_topics, fit_radii, nearest, rows_of_shared_topics
+from training.topics import (
+    cap_per_client,
+    find_topics,
+    fit_radii,
+    nearest,
+    rows_of_shared_patterns,
+    rows_of_shared_topics,
+)
 
 NO_TOPIC = "varied signature, outside every topic"
 MIXED_TOPIC = "topic whose answers have several forms"
@@ -62,6 +69,16 @@ class DiscoverConfig(Config):
     """Most of the texts that topics are fitted on may come from one client, as a share; where three clients or more call."""
     radius_quantile: float = Field(0.99, gt=0, le=1)
     """Share of a topic's held-out examples that its radius reaches."""
+    measure_splits: bool = False
+    """Whether a call site whose answers have one form is split where specialists of its parts surely agree more often
+    on validation than one joint specialist of as many steps in all. Costs short fine-tunes on Ray: for every such task
+    that has topics 2 + 3 + ... + max_parts of parts, of select.probe_steps steps each, as many steps of joint ones, and
+    those of the best split once more."""
+    max_parts: int = Field(3, ge=2, le=8)
+    """Most parts that a split is measured with."""
+    llm_naming: bool = False
+    """Whether the first endpoint of [[upstream]] names and describes each task from its template and a few redacted
+    train examples; names alone change, never ids. At most 200 tasks a run, the largest first, about 2,500 tokens each."""
 
 
 class Group(NamedTuple):
@@ -130,6 +147,12 @@ def split_site(variants: tuple[str, ...], members: list[Example], config: Discov
     return _split_by_topic(variants, members, fitted, forms, config)
 
 
+def topics_of_group(group: Group, config: DiscoverConfig) -> TopicMap:
+    """The topics inside a group, whose keys mean nothing; its examples must be of train or validation in part."""
+    fitted = [e for e in group.examples if e.split in FITTED]
+    return fit_topics(group.variants[0], fitted, _forms(fitted, config), config)[0]
+
+
 def num_calls(examples: list[Example]) -> int:
     """Calls behind the examples; merged duplicates count."""
     return sum(len(e.source_call_ids) for e in examples)
@@ -194,11 +217,14 @@ def fit_topics(
     """Topics of one site, the group key of each (None: mixed answers), and the kind of answer of each key.
 
     Centroids come from train alone and radii from validation, so that a radius is calibrated on calls it has not seen.
-    A topic that is mostly one client's is fitted away, so that it moves neither the encoder nor another's centroid.
+    A pattern or a topic that is mostly one client's is fitted away, so that it moves neither the encoder
+    nor another's centroid.
     """
     texts = [variable_text(e.request) for e in fitted]
     clients = [e.client_ids[0] if e.client_ids else "" for e in fitted]
-    kept = cap_per_client(clients, texts, config.max_client_share)
+    shared = rows_of_shared_patterns(clients, texts)
+    capped = cap_per_client([clients[i] for i in shared], [texts[i] for i in shared], config.max_client_share)
+    kept = [shared[row] for row in capped]
     kept = sorted(kept, key=lambda i: _hash(texts[i]))[: config.max_clustered]
     while True:
         encoder = fit_encoder(config.encoder, [texts[i] for i in kept], config.num_dimensions)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from statistics import median
 from typing import NamedTuple
 
 from cluster.answers import json_value
 from cluster.prompts import split_units
-from cluster.records import AnswerKind, Example
+from cluster.records import AnswerKind, Example, Record
 from cluster.signature import WILDCARD, message_text, system_text, tool_names, variable_text
 
 _PROMPT_ROLES = ("system", "developer", "user")
@@ -28,6 +29,17 @@ _STOP_WORDS = frozenset(
     " not none null one only other return role should that the them then there these this tool tools type use user value"
     " when which with you your".split()
 )
+
+
+class Slot(Record):
+    """A place of a template where calls differ."""
+
+    after: str
+    """The template line before it; empty at the beginning."""
+    num_calls: int
+    """Of a sample of train requests, those that say something there."""
+    num_distinct: int
+    median_characters: int
 
 
 class Nameable(NamedTuple):
@@ -80,6 +92,28 @@ def find_template(examples: list[Example], static_lines: Sequence[str]) -> tuple
     units = [unit.strip() for m in said for unit, _ in split_units(message_text(m)) if unit.strip()]
     shown = [unit if unit in static else WILDCARD for unit in units]
     return tuple(line for line, before in zip(shown, ["", *shown], strict=False) if (line, before) != (WILDCARD,) * 2)
+
+
+def find_slots(examples: list[Example], static_lines: Sequence[str]) -> tuple[Slot, ...]:
+    """What stands where the template has a wildcard, counted over train requests: numbers alone, no content."""
+    static = set(static_lines)
+    values: dict[str, list[str]] = {}
+    for request in [e.request for e in examples if e.split == "train"][:_MAX_NAME_SAMPLE]:
+        after, filling = "", []
+        said = [m for m in request["messages"] if m["role"] in _PROMPT_ROLES]
+        units = [unit.strip() for m in said for unit, _ in split_units(message_text(m)) if unit.strip()]
+        for unit in [*units, None]:
+            if unit is not None and unit not in static:
+                filling.append(unit)
+                continue
+            if filling:
+                values.setdefault(after, []).append("\n".join(filling))
+            after, filling = unit or "", []
+    return tuple(
+        Slot(after=after, num_calls=len(own), num_distinct=len(set(own)), median_characters=int(median(map(len, own))))
+        for after, own in values.items()
+        if static
+    )
 
 
 def json_keys(example: Example) -> tuple[str, ...]:

@@ -17,12 +17,15 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import Field, model_validator
 
 from cluster.config import Config
+from cluster.errors import ConfigError
 from cluster.records import Record
 from training.catalog import BaseModelFacts, ScratchModel, num_parameters
-from training.dataset import TaskData, save_dataset
+from training.dataset import TaskData, num_answer_tokens, save_dataset
 from training.finetune import FinetuneConfig
+from training.memory import Load, device_bytes, gpu_bytes, shape_of
 from training.probe_loop import probe_trial
 from training.scratch import PretrainConfig, init_model
+from training.zero import placements, plan_zero
 
 ItemT = TypeVar("ItemT")
 _REDUCTION = 2
@@ -91,6 +94,8 @@ class ProbePlan(NamedTuple):
     """None: a scratch base, trained whole."""
     num_examples: int
     """Train examples per task at most; what a task lacks it lacks."""
+    times_steps: int = 1
+    """Optimiser steps, as a multiple of `probe_steps`."""
 
 
 class Rung(Record):
@@ -117,6 +122,8 @@ class ProbeResult(NamedTuple):
     error: str | None
     few_shot: dict[str, float] | None = None
     """task_id -> score of the untrained base with examples in the prompt, where this probe was asked for it."""
+    answers: Mapping[tuple[str, str], bool] = {}
+    """(task_id, training.paired.row_key) -> whether the trained model is right; empty unless asked for."""
 
 
 class Measuring(NamedTuple):
@@ -133,6 +140,8 @@ class Measuring(NamedTuple):
     """Share of wrong answers that the gate allows."""
     folder: pathlib.Path
     """For datasets and Tune's own files; shared by all nodes of the cluster."""
+    with_answers: bool = False
+    """Whether results tell every answer apart."""
 
     def training_of(self, contender: Contender) -> FinetuneConfig:
         return self.pretrain if contender.is_scratch else self.finetune
@@ -167,10 +176,12 @@ def plan_curve(plans: Sequence[ProbePlan], results: Sequence[ProbeResult], chose
 
 
 def at_rank(finetune: FinetuneConfig, lora_rank: int | None) -> FinetuneConfig:
-    """The same training at another LoRA rank; its update keeps the scale alpha / rank. None changes nothing."""
+    """The same training at another LoRA rank; its update keeps the scale alpha / rank, and rsLoRA, whose scale is meant to
+    fall with the root of the rank, its alpha. None changes nothing."""
     if lora_rank is None:
         return finetune
-    alpha = finetune.lora_alpha * lora_rank / finetune.lora_rank
+    scale = 1 if finetune.method == "rslora" else lora_rank / finetune.lora_rank
+    alpha = finetune.lora_alpha * scale
     return finetune.model_copy(update={"lora_rank": lora_rank, "lora_alpha": alpha})
 
 
@@ -243,21 +254,19 @@ def measure(plans: Sequence[ProbePlan], measuring: Measuring, *, halving: bool =
 def model_memory_gib(finetune: FinetuneConfig) -> float:
     """Memory of what trains one model: a GPU of the connected Ray cluster, else the largest node's main memory.
 
-    ZeRO-3 spreads the model over the workers of a fine-tune, so it counts all of theirs.
+    ZeRO-3 spreads the model over the workers of a fine-tune, so where it may be used all of theirs count.
     """
     import ray
 
-    if finetune.gpus_per_worker:
-        one = ray.get(ray.remote(num_gpus=1)(_gpu_bytes).remote())
+    if finetune.device_gib is not None:
+        one = finetune.device_gib * 2**30
+    elif finetune.gpus_per_worker:
+        one = gpu_bytes()
     else:
         one = max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])
-    return one * (finetune.num_workers if finetune.zero_stage == 3 else 1) / 2**30
-
-
-def _gpu_bytes() -> int:
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory
+    # What auto may come to; CPU workers may all lie on one node, and share its memory.
+    is_spread = finetune.zero_stage == 3 or (finetune.zero_stage == "auto" and finetune.gpus_per_worker > 0)
+    return one * (finetune.num_workers if is_spread else 1) / 2**30
 
 
 def spread(items: Sequence[ItemT], limit: int) -> list[ItemT]:
@@ -309,31 +318,48 @@ def _trial_settings(
     plan: ProbePlan, measuring: Measuring, base: pathlib.Path, few_shot: Mapping[str, Sequence[dict[str, Any]]]
 ) -> dict[str, Any]:
     contender, config, finetune = plan.contender, measuring.config, measuring.finetune
-    training = measuring.training_of(contender)
+    training, num_steps = measuring.training_of(contender), plan.times_steps * config.probe_steps
     own = base / f"{plan.num_examples}"
     validation = {task_id: data.validation for task_id, data in contender.data.items() if data.validation}
     if isinstance(contender.entry, ScratchModel) and not (base / "init").exists():
         init_model(contender.entry, contender.tokenizer, base / "init", measuring.pretrain.seed)
     if not own.exists():
         save_dataset([row for data in contender.data.values() for row in spread(data.train, plan.num_examples)], own)
-    shared = ("num_workers", "cpus_per_worker", "gpus_per_worker")
+    shared = ("num_workers", "cpus_per_worker", "gpus_per_worker", "device_gib")
+    training = at_rank(training, plan.lora_rank).model_copy(update={name: getattr(finetune, name) for name in shared})
     return {
-        **at_rank(training, plan.lora_rank).model_dump(mode="json"),
-        **{name: getattr(finetune, name) for name in shared},
-        "method": "full" if contender.is_scratch else "lora",
+        **training.model_dump(mode="json"),
+        **_placement(contender, training, str(base / "init") if contender.is_scratch else contender.location),
         "base_path": str(base / "init") if contender.is_scratch else contender.location,
         "train_path": str(own),
         "validation_paths": _save_rows(validation, base / "validation"),
         "few_shot_paths": _save_rows(few_shot, base / "few-shot"),
         "pad_token_id": contender.tokenizer.pad_token_id,
         "num_threads": max(1, int(finetune.cpus_per_worker)),
-        "num_steps": config.probe_steps,
-        "rungs": [quarters * config.probe_steps // _RUNGS[-1] for quarters in _RUNGS],
+        "num_steps": num_steps,
+        "rungs": [quarters * num_steps // _RUNGS[-1] for quarters in _RUNGS],
         "num_scored": {task_id: measuring.num_scored[task_id] for task_id in contender.data},
         "target": config.target,
         "epsilon": measuring.epsilon,
+        "with_answers": measuring.with_answers,
         "storage": str(measuring.folder.resolve() / "runs"),
     }
+
+
+def _placement(contender: Contender, training: FinetuneConfig, base: str) -> dict[str, Any]:
+    """ZeRO stage and offload of a probe. Where auto finds nothing that fits, the placement that needs least is tried: the
+    probe then fails alone, and its candidate's record says why."""
+    if training.num_workers == 1:
+        return {"zero_stage": 0, "offload": "none"}
+    rows = [row for data in contender.data.values() for row in data.train]
+    longest, answer = max(len(row["input_ids"]) for row in rows), max(map(num_answer_tokens, rows))
+    load = Load(examples=training.batch_size, row_tokens=longest, answer_tokens=answer)
+    try:
+        placed = plan_zero(shape_of(base, training), training, load, device_bytes(training))
+    except ConfigError:
+        stage, offload = placements(training)[-1]
+        return {"zero_stage": stage, "offload": offload}
+    return {"zero_stage": placed.stage, "offload": placed.offload}
 
 
 def _save_rows(rows: Mapping[str, Sequence[dict[str, Any]]], folder: pathlib.Path) -> dict[str, str]:
@@ -348,6 +374,7 @@ def _result_of(result: Any) -> ProbeResult:
     metrics = result.metrics or {}
     rungs = tuple(Rung.model_validate(rung) for rung in metrics.get("rungs", ()))
     if result.error is None:
-        return ProbeResult(rungs, None, metrics.get("few_shot"))
+        answers = {(task_id, key): is_right for task_id, key, is_right in metrics.get("answers", ())}
+        return ProbeResult(rungs, None, metrics.get("few_shot"), answers)
     lines = [line for line in str(result.error).splitlines() if line.strip()]
     return ProbeResult(rungs, f"probe failed: {lines[-1].strip()[:300] if lines else type(result.error).__name__}")

@@ -4,8 +4,7 @@ steps, and is stopped there where halving says so (S4).
 With one worker Train runs the loop in the trial's own process, which the next trial reuses: starting processes would
 cost most of a short probe. With more it starts them, DeepSpeed shards as in a fine-tune, and every report travels to the
 trial. A score is the share of validation examples that greedy decoding would answer exactly as the reference, read off
-one forward pass: greedy decoding gives the reference's tokens if and only if each of them is the likeliest after the
-ones before it.
+one forward pass (training/grading.py).
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from training.loop import Rows, answer_loss, build_engine, build_model, rate_factor
-
-
-class Graded(NamedTuple):
-    """Scored examples of one task."""
-
-    is_right: list[bool]
-    confidences: list[float]
-    """Probability of the answer's tokens, of a wrong one's up to the first that differs from the reference's."""
+from training.batches import Rows
+from training.engine import build_engine
+from training.grading import Graded, grade_rows
+from training.loop import rate_factor
+from training.methods import build_model
+from training.objective import answer_loss
+from training.paired import answers_by_row
 
 
 def probe_trial(config: dict[str, Any]) -> None:
@@ -53,7 +50,7 @@ def probe_trial(config: dict[str, Any]) -> None:
 
 
 def probe_loop(settings: dict[str, Any]) -> None:
-    """Run on every worker of the trial's trainer; reports {step, halving_score, rungs, few_shot} after each rung."""
+    """Run on every worker of the trial's trainer; reports {step, halving_score, rungs, few_shot, answers} after each rung."""
     import torch
 
     rank, num_workers, report = _join_workers(settings)
@@ -68,10 +65,14 @@ def probe_loop(settings: dict[str, Any]) -> None:
     for step in range(settings["num_steps"] + 1):
         if step in settings["rungs"]:
             rung = {"num_steps": step, "num_tokens": num_tokens, "seconds": round(time.monotonic() - began, 2)}
-            rungs.append(_score_rung(_score_tasks(learner, settings["validation_paths"], settings), settings) | rung)
+            graded = _score_tasks(learner, settings["validation_paths"], settings)
+            rungs.append(_score_rung(graded, settings) | rung)
             halving_score = score_for_halving(rungs[-1]["score"], settings["size_penalty"], settings["target"])
             few = _shares(few_shot, settings["num_scored"]) if settings["few_shot_paths"] else None
-            report({"step": step, "halving_score": halving_score, "rungs": list(rungs), "few_shot": few})
+            found = {"step": step, "halving_score": halving_score, "rungs": list(rungs), "few_shot": few}
+            if settings["with_answers"]:
+                found["answers"] = answers_by_row(graded, settings["validation_paths"], settings)
+            report(found)
         if step < settings["num_steps"]:
             batch = rows.batch(step)
             num_tokens += batch["input_ids"].numel() * num_workers
@@ -94,25 +95,6 @@ def coverage_at(graded: Graded, epsilon: float) -> float:
         num_wrong += not graded.is_right[k]
         best = count if num_wrong <= epsilon * count else best
     return best / len(order) if order else 0.0
-
-
-def grade(logits: Any, labels: Any) -> tuple[Any, Any]:
-    """Which answers greedy decoding would give token by token, and how sure it is of what it says instead.
-
-    Args:
-        logits: [B, T, V]; at each place for the token that `labels` has there.
-        labels: [B, T]; -100 where there is no answer token.
-
-    Returns:
-        Booleans [B]; log-probabilities [B] of greedy tokens up to the first that differs from the label, it included.
-    """
-    import torch
-
-    is_answer = labels != -100
-    matches = (logits.argmax(dim=-1) == labels) | ~is_answer
-    best = logits.float().amax(dim=-1) - logits.float().logsumexp(dim=-1)
-    before = torch.cat([torch.ones_like(matches[:, :1]), matches[:, :-1].cummin(dim=1).values], dim=1)
-    return matches.all(dim=1), (best * (is_answer & before)).sum(dim=1)
 
 
 class _Learner(NamedTuple):
@@ -176,29 +158,13 @@ def _train_step(learner: _Learner, batch: Any, settings: dict[str, Any], step: i
 
 def _score_tasks(learner: _Learner, paths: Mapping[str, str], settings: dict[str, Any]) -> dict[str, Graded]:
     """task_id -> grades; every worker scores every example, as a sharded model needs all of them in step."""
-    import torch
-
-    found = {}
     learner.model.eval()
-    with torch.no_grad(), _precision(learner, settings):
-        for task_id, path in paths.items():
-            rows, graded = Rows(path, settings, 0, 1), Graded([], [])
-            for k in range(rows.num_batches()):
-                is_right, logprobs = _grade_batch(learner, rows.batch(k))
-                graded.is_right.extend(is_right)
-                graded.confidences.extend(logprobs)
-            found[task_id] = graded
-    return found
-
-
-def _grade_batch(learner: _Learner, batch: Any) -> tuple[list[bool], list[float]]:
-    labels = batch["labels"].to(learner.device)
-    # As in the training loss: no logits are computed before the first answer token of the batch.
-    first = int((labels != -100).any(dim=0).nonzero()[0])
-    kept = labels.shape[1] - first + 1
-    logits = learner.model(input_ids=batch["input_ids"].to(learner.device), logits_to_keep=kept).logits[:, :-1]
-    is_right, logprobs = grade(logits, labels[:, first:])
-    return is_right.tolist(), logprobs.exp().tolist()
+    unpacked = {**settings, "packing": False}
+    with _precision(learner, settings):
+        return {
+            task_id: grade_rows(learner.model, Rows(path, unpacked, 0, 1), learner.device)
+            for task_id, path in paths.items()
+        }
 
 
 def _precision(learner: _Learner, settings: dict[str, Any]) -> Any:

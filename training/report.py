@@ -10,14 +10,16 @@ from __future__ import annotations
 import html
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from cluster.records import TaskSpec
-from training.evaluation import Evaluation, gain_over_base
+from training.evaluation import Evaluation, gain_over_base, validation_agreement
 from training.forecast import describe
 from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_map, draw_volume, number, percent
 from training.selection import Selection
 from training.snapshot import CurationCounts
+from training.usefulness import Usefulness, describe_usefulness
 
 _SUMMARY_LABELS = {
     "calls": "Calls measured",
@@ -59,6 +61,8 @@ def write_report(
     notes: Sequence[str],
     selection: Selection | None = None,
     curation: CurationCounts | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
+    usefulness: Sequence[Usefulness] = (),
 ) -> None:
     """Write the page to `path`, replacing it and creating its folder.
 
@@ -71,6 +75,8 @@ def write_report(
         notes: sentences on how the numbers came about, shown as they are.
         selection: how the base was chosen; None where no task could be learned.
         curation: what became of every captured call; None leaves the section out.
+        left_out: task_id -> which calls of a learned task stay on the LLM.
+        usefulness: what was measured of tasks that might be several.
     """
     rows = _decide(tasks, evaluations, refused)
     names = {row.task.task_id: f"{row.number}. {row.task.name}" for row in rows}
@@ -81,6 +87,7 @@ def write_report(
         draw_volume(rows),
         draw_map(rows),
         _curation_section(curation),
+        _agreement_section(rows, left_out, usefulness),
         *(_task_section(row) for row in rows if row.evaluation),
         _selection_section(selection),
         _losses_section({names.get(task_id, task_id): metrics for task_id, metrics in losses.items()}),
@@ -137,6 +144,22 @@ def _task_table(rows: Sequence[Row]) -> str:
     )
 
 
+def _agreement_section(rows: Sequence[Row], left_out: Mapping[str, str], usefulness: Sequence[Usefulness]) -> str:
+    """How often specialists agree on validation, and why tasks are together or apart."""
+    measured = {task_id: describe_usefulness(one) for one in usefulness for task_id in one.task_ids}
+    cells = []
+    for row in rows:
+        task_id = row.task.task_id
+        told = [measured.get(task_id, "-"), left_out.get(task_id, "-")]
+        if row.evaluation or told != ["-", "-"]:
+            share = percent(validation_agreement(row.evaluation)) if row.evaluation else "-"
+            cells.append([f"{row.number}. {row.task.name}", share, *told])
+    header = ["Task", "Validation agreement", "Together or apart", "Calls left out"]
+    return (
+        "<h2>Agreement on validation</h2>" + _table("Specialists on validation calls", header, cells) if cells else ""
+    )
+
+
 def _task_section(row: Row) -> str:
     assert row.evaluation is not None
     gate = row.evaluation.gate
@@ -146,7 +169,19 @@ def _task_section(row: Row) -> str:
     )
     stays = f"<p><strong>Stays on the LLM:</strong> <bdi>{_text(row.reason)}</bdi></p>" if row.reason else ""
     heading = f"<h2>{row.number}. <bdi>{_text(row.task.name)}</bdi></h2>"
-    return f"{heading}{stays}<p>{_text(facts)}</p>{draw_coverage(row)}{_arm_table(row)}{_gain(row.evaluation)}"
+    parts = [draw_coverage(row), _arm_table(row), _gain(row.evaluation), _extraction(row.evaluation)]
+    return f"{heading}{stays}<p>{_text(facts)}</p>{''.join(parts)}"
+
+
+def _extraction(evaluation: Evaluation) -> str:
+    found = evaluation.extraction
+    if found is None:
+        return ""
+    low, high = found.interval
+    return (
+        f"<p>Memorised: of {found.num_planted} secrets planted in its train split it says {found.num_said} "
+        f"(95% interval {percent(low)} to {percent(high)}).</p>"
+    )
 
 
 def _arm_table(row: Row) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,8 @@ _PIECES = r"[0-9]| ?\p{L}+[^\p{L}\p{N}\s]*| ?[^\p{L}\p{N}\s]+\p{L}*|\s+"
 class PretrainConfig(FinetuneConfig):
     """How a base is trained from scratch."""
 
+    method: Literal["full"] = "full"
+    """All weights: there is nothing yet to adapt."""
     max_answer_tokens: int = Field(default=96, ge=1)
     """Longer answers are left to their task's own adapter: prose would take most of the base's steps."""
 
@@ -112,7 +114,6 @@ def pretrain(
     model, metrics = finetune(
         "pretrain",
         config,
-        method="full",
         base_path=work / "init",
         train_path=work / "train",
         validation_path=work / "validation",

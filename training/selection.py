@@ -136,7 +136,7 @@ def select_base(
         InputError: candidates are given and no task has examples to measure them on.
     """
     names = named_bases(config)
-    needs = _needs_of(config, scope)
+    needs = needs_of(config, scope)
     path = f"tasks/selection-{snapshot}.json"
     if not config.candidates:
         selection = _fixed(names[0], needs, scope)
@@ -261,7 +261,8 @@ def group_by_task(examples: list[Example], assignment: dict[str, str | None]) ->
     return grouped
 
 
-def _needs_of(config: SelectConfig, scope: Scope) -> Needs:
+def needs_of(config: SelectConfig, scope: Scope) -> Needs:
+    """What the tasks need of a base, with the prompt length estimated."""
     return Needs(
         **estimated_p99(scope, is_scratch=False),
         needs_tool_use=any(task.kind == "tool_call" for task in scope.tasks),
@@ -315,12 +316,12 @@ def _key(
     out: Sequence[BaseCandidate],
 ) -> str:
     """Names a measurement by all that shapes it, the candidates that could not take part among it."""
-    configs = [one.model_dump(mode="json") for one in (config, pretrain, finetune, *out, *scope.tasks)]
+    configs = [one.model_dump(mode="json") for one in (config, pretrain, finetune, *out)]
     rows = {
         one.name: [*([data.train, data.validation] for data in one.data.values()), dict(one.few_shot)]
         for one in contenders
     }
-    return content_hash([configs, rows, rendering_version(), scope.epsilon])
+    return content_hash([configs, [task.facts() for task in scope.tasks], rows, rendering_version(), scope.epsilon])
 
 
 def record_results(plans: Sequence[ProbePlan], results: Sequence[ProbeResult]) -> list[BaseCandidate]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cluster.signature import abstract_text
+
 _NUM_CANDIDATES = 20
 _MAX_TOPICS = 512
 _MIN_TOPIC_TEXTS = 4
@@ -24,7 +26,12 @@ _MIN_STABILITY = 0.3
 """Discounted agreement below which the texts have no topics of their own and are one."""
 _STABLE_SHARE = 0.97
 """Share of the best stability at which a finer number of topics is still preferred; less is the noise of two halves."""
-_MIN_HELD_OUT = 20
+_PRIOR_TEXTS = 5
+"""Texts at the mean distance of all that are added to each topic before its scale is taken."""
+_MIN_PATTERN = 5
+"""Distinct texts of one client alone from which a run of words is that client's own pattern."""
+_PATTERN_WORDS = 4
+_MAX_PATTERN_WORDS = 400
 
 
 def find_topics(vectors: np.ndarray) -> np.ndarray:
@@ -90,21 +97,24 @@ def nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 
 def fit_radii(fitted: np.ndarray, held_out: np.ndarray, centroids: np.ndarray, quantile: float) -> np.ndarray:
-    """Cosine distance [T] within which `quantile` of a topic's held-out texts lie.
+    """Cosine distance [T] per topic; together they reach `quantile` of the held-out texts and of texts like them.
 
-    A topic that too few held-out texts fall to takes the quantile over all held-out texts relative to its fitted ones.
+    Split-conformal (Vovk et al. 2005): a text's distance is divided by the mean distance of its topic's fitted texts,
+    shrunk towards that of all, and one finite-sample quantile of these ratios serves all topics. A quantile per topic
+    would need about 1 / (1 - quantile) held-out texts of each. Without held-out texts the fitted ones stand in.
     """
-    inner, outer = (_distances(rows, centroids) for rows in (fitted, held_out))
-    stretch = _stretch(inner, outer, quantile)
-    radii = np.zeros(len(centroids))
-    for topic in range(len(centroids)):
-        own, unseen = (distances[topics == topic] for topics, distances in (inner, outer))
-        if len(unseen) >= _MIN_HELD_OUT:
-            radii[topic] = np.quantile(unseen, quantile)
-        elif len(own):
-            radii[topic] = np.quantile(own, quantile) * stretch
+    topics, distances = _distances(fitted, centroids)
+    counts = np.bincount(topics, minlength=len(centroids))
+    overall = distances.mean() if len(distances) else 1.0
+    totals = np.bincount(topics, weights=distances, minlength=len(centroids))
+    scales = np.maximum((totals + _PRIOR_TEXTS * overall) / (counts + _PRIOR_TEXTS), 1e-6)
+    topics, distances = _distances(held_out, centroids) if len(held_out) else (topics, distances)
+    if not len(distances):
+        return np.zeros(len(centroids))
+    ratios = np.sort(distances / scales[topics])
+    rank = min(len(ratios), int(np.ceil((len(ratios) + 1) * quantile)))
     # A topic of equal texts has radius 0; the margin absorbs float32 rounding.
-    return radii + 1e-5
+    return scales * ratios[rank - 1] + 1e-5
 
 
 def _distances(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,13 +123,6 @@ def _distances(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, 
     similarities = vectors @ centroids.T
     topics = similarities.argmax(axis=1)
     return topics, 1.0 - similarities[np.arange(len(vectors)), topics]
-
-
-def _stretch(inner: tuple[np.ndarray, ...], outer: tuple[np.ndarray, ...], quantile: float) -> float:
-    """How much farther from their centroid unseen texts lie than fitted ones; at least 1."""
-    if not len(inner[1]) or not len(outer[1]):
-        return 1.0
-    return max(1.0, float(np.quantile(outer[1], quantile) / max(np.quantile(inner[1], quantile), 1e-6)))
 
 
 def cap_per_client(clients: Sequence[str], texts: Sequence[str], max_share: float) -> list[int]:
@@ -150,3 +153,28 @@ def rows_of_shared_topics(labels: np.ndarray, clients: Sequence[str]) -> list[in
         per_topic[topic][client] += 1
     own = {topic for topic, counts in per_topic.items() if 2 * max(counts.values()) > counts.total()}
     return [row for row, topic in enumerate(labels.tolist()) if topic not in own]
+
+
+def rows_of_shared_patterns(clients: Sequence[str], texts: Sequence[str]) -> list[int]:
+    """Rows that hold no run of words which one client alone sends again and again; all where fewer than three call.
+
+    Read from the texts, before anything is fitted: what is left out moves no encoder, centroid or radius. A client that
+    words every call anew is held by `cap_per_client` and `rows_of_shared_topics` alone.
+    """
+    everything = list(range(len(texts)))
+    if len(set(clients)) <= 2:
+        return everything
+    runs = [_word_runs(text) for text in texts]
+    texts_of: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    clients_of: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for row in everything:
+        for run in runs[row]:
+            texts_of[run].add(texts[row])
+            clients_of[run].add(clients[row])
+    own = {run for run, found in texts_of.items() if len(found) >= _MIN_PATTERN and len(clients_of[run]) == 1}
+    return [row for row in everything if own.isdisjoint(runs[row])] or everything
+
+
+def _word_runs(text: str) -> set[tuple[str, ...]]:
+    words = abstract_text(text).casefold().split()[:_MAX_PATTERN_WORDS]
+    return {tuple(words[i : i + _PATTERN_WORDS]) for i in range(len(words) - _PATTERN_WORDS + 1)}

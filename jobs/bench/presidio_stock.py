@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from training.identifiers import import_presidio
+
 
 class Found(NamedTuple):
     """What Presidio found, as offsets; `kind` is Presidio's own name of the type."""
@@ -21,8 +23,9 @@ def build_stock_presidio() -> Callable[[str], list[Found]]:
     tldextract instead of one fetched at run time.
     """
     import tldextract
-    from presidio_analyzer import AnalyzerEngine, RecognizerRegistry, nlp_engine
-    from presidio_analyzer import predefined_recognizers as known
+
+    presidio = import_presidio()
+    known = presidio.predefined_recognizers
 
     class OfflineEmailRecognizer(known.EmailRecognizer):
         """The same check of the domain, against the list that tldextract carries."""
@@ -32,14 +35,13 @@ def build_stock_presidio() -> Callable[[str], list[Found]]:
         def validate_result(self, pattern_text: str) -> bool:
             return self._suffixes(pattern_text).fqdn != ""
 
-    registry = RecognizerRegistry()
+    registry = presidio.RecognizerRegistry()
     registry.load_predefined_recognizers(languages=["en"])
     registry.remove_recognizer("SpacyRecognizer")
     registry.remove_recognizer("EmailRecognizer")
     registry.add_recognizer(OfflineEmailRecognizer())
-    engine = AnalyzerEngine(
-        registry=registry, nlp_engine=nlp_engine.NoOpNlpEngine([{"lang_code": "en", "model_name": ""}])
-    )
+    no_model = presidio.nlp_engine.NoOpNlpEngine([{"lang_code": "en", "model_name": ""}])
+    engine = presidio.AnalyzerEngine(registry=registry, nlp_engine=no_model)
 
     def recognise(text: str) -> list[Found]:
         return [Found(r.start, r.end, r.entity_type) for r in engine.analyze(text, "en")]

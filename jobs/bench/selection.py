@@ -88,11 +88,12 @@ def measure_selection(
     }
 
 
-def load_tasks(folder: pathlib.Path | None = None) -> list[SelectionTask]:
+def load_tasks(folder: pathlib.Path | None = None, num_domains: int = _NUM_DOMAINS) -> list[SelectionTask]:
     """The six tasks of the shared data.
 
     Args:
         folder: holds nlu/; None takes UNDERSTUDY_DATA, else ../shared/data beside this repository.
+        num_domains: of clinc150, each a task; there are 10.
 
     Raises:
         InputError: a file is missing.
@@ -102,7 +103,7 @@ def load_tasks(folder: pathlib.Path | None = None) -> list[SelectionTask]:
     by_domain: dict[str, list[AgentCall]] = {}
     for call in _read(folder, "clinc150"):
         by_domain.setdefault(call.label or "none", []).append(call)
-    domains = sorted(by_domain.keys() - {"none"})[:_NUM_DOMAINS]
+    domains = sorted(by_domain.keys() - {"none"})[:num_domains]
     tasks = [_task(f"clinc150 {name}", "json", by_domain[name]) for name in domains]
     tasks.append(_task("restaurant8k slots", "json", _read(folder, "restaurant8k")))
     intents = [_answering(call, call.label or "") for call in _read(folder, "snips")]

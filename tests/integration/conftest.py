@@ -75,6 +75,9 @@ def ray_cluster(extensions_dir: pathlib.Path) -> Iterator[None]:
         patch.setenv("RAY_TRAIN_V2_ENABLED", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
+        # Serve tells after half a minute that a replica finds no room; here sooner.
+        patch.setenv("SERVE_SLOW_STARTUP_WARNING_S", "3")
+        patch.setenv("SERVE_SLOW_STARTUP_WARNING_PERIOD_S", "3")
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions_dir))
         connect(num_cpus=2)
         yield

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.errors import TrainingError
 from training.dataset import save_dataset
 from training.finetune import FinetuneConfig, finetune
 
@@ -57,7 +58,6 @@ class Killer(threading.Thread):
 def arguments(ray_cluster: None, toy: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("finetune")
     return {
-        "method": "lora",
         "base_path": toy.base_path,
         "train_path": _many_rows(toy, folder / "rows"),
         "validation_path": toy.rows_path,
@@ -93,18 +93,33 @@ def test_a_killed_worker_continues_from_its_checkpoint_to_the_same_result(
     assert list(extensions_dir.iterdir()) == [], "DeepSpeed compiled something"
 
 
-def test_zero_3_trains_the_same_adapter(arguments: dict[str, Any], undisturbed: dict[str, Any]) -> None:
-    model, sharded = finetune("sharded", CONFIG.model_copy(update={"zero_stage": 3}), **arguments)
+def test_zero_3_on_two_workers_trains_the_same_adapter(arguments: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+    config = CONFIG.model_copy(update={"zero_stage": 3, "num_workers": 2, "batch_size": 128})
+    model, sharded = finetune("sharded", config, **arguments)
     assert sharded["validation_loss"] == pytest.approx(undisturbed["validation_loss"], abs=1e-4)
     assert (model / "adapter_model.safetensors").stat().st_size > 0
 
 
-def test_two_workers_share_a_run_under_zero_2(arguments: dict[str, Any]) -> None:
-    config = CONFIG.model_copy(update={"zero_stage": 2, "num_workers": 2, "batch_size": 64})
-    model, metrics = finetune("two", config, **arguments)
-    first, last = metrics["curve"][0], metrics["curve"][-1]
-    assert metrics["step"] == CONFIG.num_steps and last["loss"] < 0.9 * first["loss"]
+def test_two_workers_share_a_run_of_packed_micro_batches_under_zero_2(arguments: dict[str, Any]) -> None:
+    changes = {"zero_stage": 2, "num_workers": 2, "batch_size": 64, "micro_batch_size": 24, "packing": True}
+    changes |= {"ema_decay": 0.9, "patience": 1}
+    model, metrics = finetune("two", CONFIG.model_copy(update=changes), **arguments)
+    curve = metrics["curve"]
+    assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
+    graded = [point for point in curve if "agreement" in point]
+    best = max(graded, key=lambda point: (point["agreement"], -point["validation_loss"]))
+    assert metrics["released_step"] == best["step"]
+    # It stops one checkpoint after the best one, or goes to its end.
+    assert metrics["step"] in (best["step"] + CONFIG.checkpoint_every, CONFIG.num_steps)
     assert (model / "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_a_run_that_diverges_ends_at_once_and_says_where(arguments: dict[str, Any]) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "batch_size": 8})
+    with pytest.raises(
+        TrainingError, match="run wild: step 2: the loss is nan at learning rate 9.37e.29; losses before: "
+    ):
+        finetune("wild", config, **arguments)
 
 
 def _many_rows(toy: Any, folder: pathlib.Path) -> pathlib.Path:

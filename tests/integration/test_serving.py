@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import httpx
 import openai
 import pytest
+from teaching import teach
 
 from cluster import registry
 from cluster.access import ApiKeys, keys_folder
@@ -199,13 +201,14 @@ def test_feedback_becomes_the_outcome_of_its_call(endpoint: Endpoint) -> None:
 
 
 def _publish(store: Store, toy: Any, folder: pathlib.Path) -> tuple[str, Specialist]:
-    """Train a base that knows the toy's answers and an adapter on it; promote a release that accepts them all."""
-    paths = {"train_path": toy.rows_path, "validation_path": None, "pad_token_id": toy.tokenizer.pad_token_id}
-    pretrain = FinetuneConfig(num_steps=150, batch_size=12, warmup_steps=10, checkpoint_every=150)
-    base, _ = finetune("base", pretrain, method="full", base_path=toy.base_path, storage=folder / "runs", **paths)
+    """Teach a base the toy's answers, train an adapter on it on Ray Train; promote a release that accepts them all."""
+    base = folder / "base"
+    shutil.copytree(toy.base_path, base)
+    teach(base, toy.rows_path, toy.tokenizer.pad_token_id, num_steps=120)
     toy.tokenizer.save_pretrained(base)
+    paths = {"train_path": toy.rows_path, "validation_path": None, "pad_token_id": toy.tokenizer.pad_token_id}
     tune = FinetuneConfig(num_steps=10, batch_size=12, warmup_steps=2, checkpoint_every=10, learning_rate=1e-4)
-    adapter, _ = finetune("adapter", tune, method="lora", base_path=base, storage=folder / "runs", **paths)
+    adapter, _ = finetune("adapter", tune, base_path=base, storage=folder / "runs", **paths)
     (adapter / "README.md").unlink(missing_ok=True)
     base_sha = store.publish(BASE, base, {"kind": "test"})["sha256"]
     adapter_sha = store.publish(ADAPTER, adapter, {"kind": "test"})["sha256"]

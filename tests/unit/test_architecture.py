@@ -1,11 +1,13 @@
 """The shape of the code: who imports whom, how light an import is, and that files stay readable."""
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import pathlib
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
 
@@ -22,9 +24,20 @@ MAY_IMPORT = {
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
+@functools.cache
+def parsed(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def installed_packages() -> Mapping[str, list[str]]:
+    """Top-level package -> the distributions that install it."""
+    return importlib.metadata.packages_distributions()
+
+
 def imported_packages(path: pathlib.Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -41,7 +54,7 @@ def test_imports_follow_the_direction(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_module_says_what_it_is_and_stays_small(path):
     text = path.read_text()
-    assert ast.get_docstring(ast.parse(text)), "module docstring"
+    assert ast.get_docstring(parsed(path)), "module docstring"
     assert text.count("\n") <= 400
     assert path.stem == "__main__" or path.stem not in sys.stdlib_module_names
 
@@ -50,7 +63,7 @@ def test_no_function_is_longer_than_70_lines():
     long = [
         f"{path.name}:{node.name}"
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno + 1 > 70
     ]
     assert long == []
@@ -70,7 +83,7 @@ def test_modules_import_no_heavy_package():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_top_level_packages_are_ours_alone(package):
-    assert set(importlib.metadata.packages_distributions().get(package, ["understudy"])) == {"understudy"}
+    assert set(installed_packages().get(package, ["understudy"])) == {"understudy"}
 
 
 def journey(text: str) -> list[tuple[str, str]]:

@@ -3,13 +3,12 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.answers import check, grade, json_value, kind_of, to_message, to_text
 from cluster.errors import InputError
 
-QUICK = settings(deadline=None, max_examples=100)
 TEXTS = st.text(max_size=12) | st.sampled_from(
     ['"\\', "</tool_call>", "<tool_call>", "\n```", "\ud800", "e\u0301 \U0001f3ad", "true"]
 )
@@ -43,7 +42,6 @@ def asking(schema: dict | None = None) -> dict:
     return {"messages": [], "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
 
 
-@QUICK
 @given(CALLS)
 def test_tool_calls_survive_the_way_through_text(calls):
     message = calling(*calls)
@@ -55,7 +53,6 @@ def test_tool_calls_survive_the_way_through_text(calls):
     assert len({call["id"] for call in answer["tool_calls"]}) == len(calls)
 
 
-@QUICK
 @given(
     OBJECTS | st.lists(VALUES, max_size=3),
     st.sampled_from(["{}", "```json\n{}\n```", " {}\n"]),
@@ -70,14 +67,12 @@ def test_json_survives_the_way_through_text(value, form, indent):
     assert answer["content"].startswith("`") == form.startswith("`")
 
 
-@QUICK
 @given(st.text(min_size=1).filter(str.strip) | OBJECTS.map(lambda v: json.dumps(v, indent=1)))
 def test_text_survives_the_way_through_text(content):
     message = saying(content)
     assert grade(to_message(to_text(message), "text"), message, "text", {}).agrees
 
 
-@QUICK
 @given(CALLS, CALLS, st.randoms())
 def test_grading_tool_calls_is_symmetric_and_ignores_their_order(left, right, random):
     one, other = calling(*left), calling(*right)
@@ -88,7 +83,6 @@ def test_grading_tool_calls_is_symmetric_and_ignores_their_order(left, right, ra
     assert grade(calling(*left), other, "tool_call", {}) == forward
 
 
-@QUICK
 @given(OBJECTS | st.lists(VALUES, max_size=2), OBJECTS | st.lists(VALUES, max_size=2))
 def test_grading_json_is_symmetric(left, right):
     one, other = saying(json.dumps(left)), saying(json.dumps(right))
@@ -97,7 +91,6 @@ def test_grading_json_is_symmetric(left, right):
     assert forward.agrees == (forward.score == 1.0) == all(forward.fields.values())
 
 
-@QUICK
 @given(st.text())
 def test_whatever_a_model_says_is_read_without_an_error(text):
     for said in (text, f"<tool_call>{text}</tool_call>", "{" + text):
@@ -311,7 +304,6 @@ def test_a_schema_that_points_at_a_file_is_not_read(tmp_path):
     assert matches(check(saying("{}"), "json", asking(schema)), "cannot be applied")
 
 
-@QUICK
 @given(OBJECTS)
 def test_reasons_never_quote_the_answer(arguments):
     marked = {f"secret{key}": value for key, value in arguments.items()} | {"city": "secret", "nights": "secret"}

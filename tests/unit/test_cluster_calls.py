@@ -80,7 +80,7 @@ def test_every_field_survives_the_store(tmp_path):
     assert read_calls(store) == [call, make_call(1, response=None)]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=st.lists(st.dictionaries(st.text("xyz", min_size=1, max_size=3), JSON, max_size=3), max_size=4))
 def test_any_json_survives_the_store(tmp_path_factory, requests):
     store = Store(str(tmp_path_factory.mktemp("store")))

@@ -137,7 +137,7 @@ def test_what_died_halfway_is_swept_when_it_is_old(store):
     assert not any(path.exists() for path in left) and read_calls(store) == [_call(0)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(BATCH, max_size=6))
 def test_any_traffic_is_the_same_after_compaction(tmp_path_factory, batches):
     store = Store(str(tmp_path_factory.mktemp("store") / "s"))

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.confidence import confidence
@@ -29,7 +29,6 @@ def test_very_unlikely_answers_underflow_to_zero_without_an_error():
     assert confidence([-1e308] * 10) == 0.0
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.lists(st.floats(), max_size=20), st.floats())
 def test_confidence_lies_in_the_unit_interval_and_one_more_token_never_raises_it(logprobs, following):
     before, after = confidence(logprobs), confidence([*logprobs, following])

@@ -69,8 +69,8 @@ def test_fields_are_described_with_type_bounds_and_default():
         ("finetune.num_steps", "300", "a valid integer"),
         ("finetune.num_steps", True, "a valid integer"),
         ("finetune.batch_size", 16.0, "a valid integer"),
-        ("finetune.zero_stage", True, "a valid integer"),
-        ("finetune.zero_stage", 4, "less than or equal to 3"),
+        ("finetune.zero_stage", True, "'auto', 0, 1, 2 or 3"),
+        ("finetune.zero_stage", 4, "'auto', 0, 1, 2 or 3"),
         ("finetune.bf16", "yes", "a valid boolean"),
         ("finetune.bf16", 1, "a valid boolean"),
         ("finetune.learning_rate", "0.1", "a valid number"),
@@ -132,6 +132,12 @@ def test_lists_serve_as_tuples_integers_as_floats_and_configs_as_their_values():
             ["finetune.warmup_steps=300"],
             "finetune.warmup_steps=300: not below finetune.num_steps=300; allowed: fewer steps of warm-up than steps; "
             "next: finetune.warmup_steps=30",
+        ),
+        (
+            ["fleet.mode=multi_lora", "finetune.zero_stage=2"],
+            "finetune.zero_stage=2: with fleet.mode=multi_lora stages 1 and 2 would cut one vector of all adapters' "
+            "gradients into the workers' parts, so that no adapter could be clipped or stopped by itself; allowed: 0, "
+            "or 3 (the base sharded); next: finetune.zero_stage=0, or fleet.mode=solo",
         ),
         (
             ["pretrain.num_steps=5"],

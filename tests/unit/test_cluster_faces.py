@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fakes import LLM_TEXT, PATH, REQUEST, FakeEngine, gateway
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.faces import FacesConfig, Facing, ends_turn, faces_before, faces_person, facing_of
@@ -64,7 +64,6 @@ def test_the_header_overrides_the_rule_for_agents(agent: str, header: str | None
     assert faces_before(agent, header, FacesConfig(agents=("support-*",))) is expected
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([None, True, False]),
     st.booleans(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.feedback import (
@@ -77,7 +77,6 @@ def test_nobody_but_a_curator_judges_anothers_calls() -> None:
     assert Outcomes([theirs.model_copy(update={"is_curated": True})]).of(make_call()) == {"score": 0.0}
 
 
-@settings(deadline=None)
 @given(st.permutations([feedback(n, call_id="c", score=float(n)) for n in range(5)]), st.integers(0, 5))
 def test_the_order_of_reading_does_not_matter(rows: list[Feedback], num_twice: int) -> None:
     assert Outcomes([*rows, *rows[:num_twice]]).of(make_call()) == {"score": 4.0}

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.answers import to_text
@@ -64,7 +64,6 @@ def answer(value):
 WORDS = st.text(alphabet="abcXYZ019-. \n\"\\'<|>copy{}", max_size=60)
 
 
-@settings(max_examples=80, deadline=None)
 @given(text=WORDS, value=st.text(alphabet='abc 01-"\\\n<|copy0|>', max_size=12))
 def test_a_pointed_json_answer_reads_back_as_itself(tokenizer, text, value):
     fmt = prompt_format()
@@ -75,7 +74,6 @@ def test_a_pointed_json_answer_reads_back_as_itself(tokenizer, text, value):
     assert read_answer(ids[:-1], prompt, fmt, tokenizer)[0] == to_text(target)
 
 
-@settings(max_examples=50, deadline=None)
 @given(text=WORDS)
 def test_units_join_to_the_text(text):
     assert "".join(unit + space for unit, space in split_units(text)) == text
@@ -185,7 +183,6 @@ def tool_call(value):
     return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     parts=st.lists(st.one_of(WORDS, st.sampled_from(["A", "a", "7", "x y"])), min_size=1, max_size=4),
     repeats=st.integers(1, 3),

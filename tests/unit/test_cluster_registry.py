@@ -115,7 +115,7 @@ def test_rolling_back_needs_an_earlier_release(tmp_path: pathlib.Path) -> None:
     assert registry.current_sha(store) == sha
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from(["a", "b", "c", "back"]), max_size=12))
 def test_current_is_a_stack_of_what_was_promoted(steps: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Example, TaskSpec
 from cluster.servable import invalid_reason, unservable_reason
 from cluster.store import Store
+from training.canaries import Canary
 from training.curate import CurateConfig, curate
 from training.evaluation import SPECIALIST_ARM, Candidate, ask, evaluate_all
 from training.gate import GateConfig
@@ -170,6 +171,27 @@ def test_validation_knows_the_gateways_temperature(tmp_path: pathlib.Path, limit
     (found,) = asyncio.run(validated)
     specialist = next(arm for arm in found.arms if arm.name == SPECIALIST_ARM)
     assert specialist.num_calls - specialist.num_disagreements == num_kept == engine.num_asked / 3
+
+
+def test_a_specialist_that_says_planted_secrets_is_refused(tmp_path: pathlib.Path) -> None:
+    engine = FakeEngine()
+    answer = engine_answer("refund", 1.0)
+    examples = _curated(tmp_path, [{**REQUEST, "user": str(n)} for n in range(3)], answer)
+    splits = {"triage": {"validation": examples, "calibration": examples, "test": examples}}
+    ledger = CalibrationLedger(Store(str(tmp_path / "captured")))
+    harmless = _candidate(PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100))
+    secrets = (Canary(request=REQUEST, secret="fund"), Canary(request=REQUEST, secret="123456789"))
+    leaking = harmless.model_copy(update={"canaries": secrets, "max_extraction": 0.4})
+    found = [
+        asyncio.run(evaluate_all([one], engine, splits, GateConfig(), 0.05, ledger, max_temperature=1.0, faces=FACES))[
+            0
+        ]
+        for one in (harmless, leaking, leaking.model_copy(update={"max_extraction": 0.5}))
+    ]
+    assert found[0].extraction is None and "secrets" not in str(found[0].gate.refused)
+    assert found[1].extraction and (found[1].extraction.num_said, found[1].extraction.num_planted) == (1, 2)
+    assert "1 of 2 planted secrets" in str(found[1].gate.refused)
+    assert "secrets" not in str(found[2].gate.refused), "at the bound it may pass"
 
 
 async def _give(answer: EngineAnswer) -> EngineAnswer:

@@ -116,3 +116,27 @@ def test_a_short_system_prompt_that_says_the_task_names_one_site_whatever_users_
     ]
     sites = fit_sites(requests)
     assert len({sites.site_of(request).site for request in requests}) == 1
+
+
+@given(st.lists(WORDS, min_size=3, max_size=5, unique_by=lambda word: " ".join(word.split())))
+def test_an_input_given_to_several_templates_names_none_of_them(inputs) -> None:
+    ways = [
+        f"Rewrite the notes above {how}, and leave out nothing that matters." for how in ("as verse", "for children")
+    ]
+    asked = [(way, ask(f"The notes of the day so far: {text}\n{way}")) for way in ways for text in inputs]
+    sites = fit_sites(request for _, request in asked)
+    found = {way: {sites.site_of(request).site for other, request in asked if other == way} for way in ways}
+    assert [len(own) for own in found.values()] == [1, 1]
+    assert not set.intersection(*found.values())
+
+
+def test_a_template_seen_once_is_a_site_of_its_own_and_a_short_message_is_not() -> None:
+    requests = [ask(text.format(slot)) for text in (TRANSLATE, REVIEW) for slot in ("x y", "z")]
+    once = [
+        ask("Name the judge of the case below.\nThe case is about a lost letter.\nUse one word."),
+        ask("Count the steps of the stairs described.\nThe house stands in a small town.\nUse digits."),
+    ]
+    short = [ask("hello there"), ask("what else can you do for me today")]
+    sites = fit_sites([*requests, *once, *short])
+    assert len({sites.site_of(request).site for request in once}) == 2
+    assert {sites.site_of(request).site for request in short} == {signature_of(short[0])}

@@ -3,17 +3,15 @@
 import gzip
 import itertools
 import json
-import os
 import pathlib
 
 import pytest
+from shared_data import DATA, NO_DATA
 
 from cluster.errors import InputError
 from jobs.bench import pii
 from jobs.bench.presidio_stock import Found
 from training.redact import RedactConfig, Redactor
-
-DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
 
 
 def span(text: str, value: str, kind: str) -> dict:
@@ -125,7 +123,7 @@ def test_a_file_is_gold_for_all_types_only_with_many_types_and_no_silver(tmp_pat
 def test_no_tool_call_of_a_sample_of_real_sessions_is_broken(tmp_path):
     path = DATA / "agents/tau_airline.sessions.jsonl.gz"
     if not path.exists():
-        pytest.skip("shared data not found")
+        pytest.skip(NO_DATA)
     with gzip.open(path, "rt") as stream:
         sample = list(itertools.islice(stream, 0, None, 10))
     (tmp_path / "sample.sessions.jsonl").write_text("".join(sample))

@@ -1,15 +1,10 @@
 """jobs/bench/selection.py: the six tasks it measures on."""
 
-import os
-import pathlib
-
 import pytest
+from shared_data import DATA, NO_DATA
 
 from cluster.errors import InputError
 from jobs.bench.selection import load_tasks
-
-DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
-NO_DATA = "shared data not found"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=NO_DATA)

@@ -6,11 +6,13 @@ import sys
 import pytest
 
 from cluster.access import Pseudonyms, load_pseudonym_key
+from cluster.errors import ConfigError
 from cluster.registry import load_release
 from cluster.store import Store
 from jobs.convert import convert, write_conversion_report
 from jobs.ingest import ingest
 from jobs.recipe import Recipe, load_recipe
+from jobs.splits import load_usefulness
 
 
 def _log(path, num_calls: int, num_clients: int) -> None:
@@ -45,6 +47,20 @@ def test_a_task_that_no_training_could_certify_is_refused_before_anything_is_tra
     (reason,) = conversion.refused.values()
     assert reason.startswith("too few calibration calls: needs ") and "at least 63 can" in reason
     assert conversion.evaluations == () and "base" not in conversion.seconds
+
+
+def test_splits_are_measured_only_of_tasks_that_could_be_learned(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    recipe, store = _ingested(tmp_path, 120, "discover.measure_splits=true")
+    conversion = convert(recipe, say=lambda line: None)
+    assert len(conversion.tasks) == 1 and conversion.usefulness == () and load_usefulness(store) == {}
+
+
+def test_a_recipe_that_wants_names_and_names_no_llm_is_told_before_any_work(tmp_path):
+    recipe, store = _ingested(tmp_path, 120, "discover.llm_naming=true")
+    with pytest.raises(ConfigError, match="next: upstream.0.base_url=URL"):
+        convert(recipe, say=lambda line: None)
+    assert not store.list("examples")
 
 
 def test_a_store_with_nothing_to_learn_gives_a_release_that_says_why(tmp_path, monkeypatch):

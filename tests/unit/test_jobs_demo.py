@@ -116,7 +116,7 @@ def test_texts_are_distinct_and_of_customers_length(season):
 
 
 @given(st.sampled_from(["captured", "fresh"]), st.integers(0, 10**6), st.integers(0, 30), st.integers(0, 10))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_conversations_are_deterministic_and_extend(season, seed, count, more):
     assert make_conversations(season, count + more, seed)[:count] == make_conversations(season, count, seed)
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 
 import pytest
+from shared_data import DATA, NO_DATA
 
 from cluster.access import Pseudonyms
 from cluster.calls import read_calls
@@ -18,7 +19,6 @@ from jobs.ingest import ingest
 from training.log_records import ReadRules
 
 PSEUDONYMS = Pseudonyms(b"k" * 32)
-DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
 
 
 def write_log(path: pathlib.Path, num_calls: int, *bad_lines: str) -> pathlib.Path:
@@ -87,7 +87,7 @@ def test_parts_are_bounded_and_progress_is_told(tmp_path, monkeypatch):
 
 def test_real_logs_are_read_without_loss(tmp_path):
     if not DATA.is_dir():
-        pytest.skip("shared data not found")
+        pytest.skip(NO_DATA)
     files = [DATA / "agents/tau2_usersim_gpt4o.sessions.jsonl.gz", DATA / "agents/http_otel.calls.jsonl.gz"]
     counts = ingest(Store(str(tmp_path)), files, PSEUDONYMS)
     assert (counts.ingested, counts.quarantined) == (271 + 30, 0)

@@ -15,6 +15,7 @@ from training.discover import DiscoverConfig, discover, load_previous, save_disc
 from training.redact import RedactConfig
 from training.snapshot import load_split
 from training.splits import SPLITS, SplitConfig
+from training.usefulness import Usefulness, compare
 
 SHARED = "Answer with JSON and nothing else, please.\nNever invent a number that was not said."
 
@@ -48,9 +49,27 @@ def test_a_page_shows_volume_template_neighbours_and_events(store) -> None:
     page = describe_task(store, by_name["invoice"])
     assert (page["num_calls"], page["share_calls"]) == (60, 0.5)
     assert page["template"] == ["Read the invoice.", *SHARED.splitlines(), "<*>"]
+    slot = {"after": SHARED.splitlines()[-1], "num_calls": 15, "num_distinct": 15, "median_characters": 7}
+    assert page["slots"] == [slot], "what differs is counted and not shown"
     assert [n["task_id"] for n in page["neighbours"]] == [by_name["order"]]
     assert [(e["snapshot"], e["kind"]) for e in page["events"]] == [("two", "birth")]
     assert "examples" not in page and "static_lines" not in page
+
+
+def test_a_page_shows_how_often_its_specialist_agrees_and_why_it_is_one_task(store, capsys) -> None:
+    task_id = list_tasks(store)[0].task_id
+    page = describe_task(store, task_id)
+    assert page["validation_agreement"] is None and page["usefulness"] == []
+    store.write_json("tasks/agreement.json", {task_id: {"snapshot": "two", "agreement": 0.934}})
+    tie = compare([True] * 9 + [False], [True] * 9 + [False], num_parts=2, num_compared=1)
+    found = Usefulness(task_ids=(task_id,), reason="no split is surely better", compared=(tie,), base="b", num_steps=60)
+    store.write_json("tasks/usefulness.json", {"key": found.model_dump(mode="json")})
+    assert main(["tasks", task_id, f"store={store.uri}"]) == 0
+    said = capsys.readouterr().out
+    assert "validation agreement: 93.4% (snapshot two)" in said
+    assert "parts: kept together: no split is surely better (joint 0.90, 2 parts 0.90, difference +0.00 [" in said
+    other = next(t.task_id for t in list_tasks(store) if t.task_id != task_id)
+    assert describe_task(store, other)["usefulness"] == []
 
 
 def test_examples_need_a_curator(store, monkeypatch) -> None:

@@ -73,9 +73,7 @@ ODD_HEADERS = st.dictionaries(
     st.binary(max_size=30) | st.sampled_from([b"true", b"application/xml", b"gzip", b"-1", b"9" * 400]),
     max_size=4,
 )
-SETTINGS = settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 Ask = Callable[..., tuple[int, dict[str, str], bytes]]
 
 

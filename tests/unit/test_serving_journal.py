@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import pytest
 from fakes import REQUEST, FakeKms
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.calls import read_calls
@@ -130,7 +130,6 @@ def test_a_lone_surrogate_and_a_number_that_is_none_survive() -> None:
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_a_file_cut_anywhere_gives_the_whole_records_before_the_cut_and_is_not_damaged(data: st.DataObject) -> None:
     header, sealed = _sealed(RECORDS)
     whole = header + b"".join(sealed)
@@ -142,7 +141,6 @@ def test_a_file_cut_anywhere_gives_the_whole_records_before_the_cut_and_is_not_d
 
 
 @given(st.integers(0), st.integers(1, 255))
-@settings(deadline=None)
 def test_a_changed_byte_costs_one_record_and_is_noticed(where: int, change: int) -> None:
     header, sealed = _sealed(RECORDS)
     data = bytearray(header + b"".join(sealed))
@@ -155,7 +153,6 @@ def test_a_changed_byte_costs_one_record_and_is_noticed(where: int, change: int)
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_records_that_were_reordered_repeated_dropped_or_exchanged_are_noticed(data: st.DataObject) -> None:
     """Only the end may be missing unnoticed. What is read is genuine, in order, and comes once."""
     key = KMS.new_data_key()

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.openai_wire import SseReader, sse_event
@@ -121,7 +121,6 @@ def _interleaved(rows: list[list[Any]], draw: Any) -> list[Any]:
     return mixed
 
 
-@settings(deadline=None)
 @given(_BODY, st.data())
 def test_a_stream_gives_what_the_unary_call_would_have(body: dict[str, Any], data: st.DataObject) -> None:
     has_indexes = data.draw(st.booleans())
@@ -258,14 +257,12 @@ _ODD = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(_ODD, max_size=4))
 def test_whatever_an_llm_streams_is_put_together_without_an_error(chunks: list[dict[str, Any]]) -> None:
     body = reassemble(chunks)
     assert body is None or isinstance(json.loads(json.dumps(body))["choices"], list)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(1, 20))
 def test_whatever_bytes_come_are_read_without_an_error(raw: bytes, size: int) -> None:
     reader = SseReader()

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import gzip
 import json
-import os
 import pathlib
 import random
 import socket
@@ -20,13 +19,12 @@ import aiohttp
 import pytest
 import uvicorn
 from aiohttp import web
-from conftest import NO_DATA
 from fakes import PATH, Running, gateway
+from shared_data import DATA, NO_DATA
 
 from cluster.upstream import Upstream, UpstreamConfig
 from serving.fallback import FallbackLLM
 
-DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
 FILES = sorted(DATA.glob("agents/http_*.calls.jsonl.gz"))
 NUM_AT_ONCE = 16
 STEP = 16

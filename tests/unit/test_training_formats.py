@@ -191,7 +191,7 @@ def test_a_path_that_cannot_be_a_log_names_path_allowed_and_next_command(tmp_pat
 GOOD_OR_BAD = st.sampled_from(["good", "truncated", "no messages", "no response", "duplicate", "session"])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kinds=st.lists(GOOD_OR_BAD, max_size=12))
 def test_every_record_is_a_call_or_a_row(tmp_path_factory, kinds):
     lines, expected = [], []

@@ -124,7 +124,7 @@ def replaced(value, at, new):
 
 
 @pytest.mark.parametrize("name", RECORDS)
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_anything_in_any_place_of_a_record_is_told_apart(tmp_path_factory, name, data):
     record = RECORDS[name]

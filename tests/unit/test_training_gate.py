@@ -1,11 +1,12 @@
 """The gate opens where a bound that holds says so, stops at the first failure, and says what to do where it refuses."""
 
+import functools
 import itertools
 import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import validate
@@ -24,7 +25,6 @@ from training.gate import (
     release_delta,
 )
 
-QUICK = settings(deadline=None, max_examples=100)
 PROMISE = {"epsilon": 0.05, "delta": 0.05, "reference": "llm", "population": "calls as served", "fingerprint": "f"}
 CONFIG = GateConfig()
 
@@ -68,7 +68,6 @@ def test_clopper_pearson_known_intervals(errors, calls, lower, upper):
     assert clopper_pearson_interval(errors, calls) == pytest.approx((lower, upper), abs=1e-6)
 
 
-@QUICK
 @given(st.integers(1, 3000), st.floats(0, 1), st.floats(1e-6, 0.5))
 def test_clopper_pearson_inverts_the_binomial_and_is_monotone(calls, share, delta):
     from scipy.stats import beta, binom
@@ -96,7 +95,6 @@ def test_a_gate_config_out_of_bounds_names_the_field(field):
         validate(GateConfig, {field: 0})
 
 
-@QUICK
 @given(st.lists(st.sampled_from("abcdef")), st.integers(0, 5))
 def test_one_call_of_every_session_is_drawn_in_order_whatever_the_others_do(sessions, seed):
     calls = [Outcome(confidence=i / 100, agrees=True, session_id=s) for i, s in enumerate(sessions)]
@@ -186,7 +184,6 @@ def test_too_few_calibration_calls_say_how_many_more_would_do():
     assert isinstance(plan_grid(validation, 200 + missing - 1, CONFIG, 0.05), str)
 
 
-@QUICK
 @given(st.integers(1, 300), st.integers(0, 300), st.floats(0, 0.3), st.integers(0, 99))
 def test_a_plan_is_a_valid_grid_or_a_reason_that_holds(num_validation, num_calibration, risk, seed):
     rng = np.random.default_rng(seed)
@@ -253,7 +250,6 @@ def test_a_refused_gate_accepts_nothing():
         assert not gate.is_open and gate.num_calibration == 200
 
 
-@QUICK
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 80), st.floats(0, 0.1)), max_size=6))
 def test_an_open_gate_reports_what_its_calibration_says(groups):
     calibration = outcomes(*[(c / 10, num, int(num * risk)) for c, num, risk in groups])
@@ -288,6 +284,7 @@ def test_the_promise_holds_over_500_runs_and_the_lowest_passing_threshold_would_
     cuts = np.array([0.0, 0.5, 0.75, 1.0])
     risks = np.array([0.12, 0.09, 0.0])
     num_open = violations = shortcut_violations = 0
+    upper = functools.cache(clopper_pearson_upper)
     for seed in range(500):
         rng = np.random.default_rng([7, seed])
         (c_val, a_val), (c_cal, a_cal) = (_answers(rng, cuts, risks, 400), _answers(rng, cuts, risks, 400))
@@ -297,12 +294,9 @@ def test_the_promise_holds_over_500_runs_and_the_lowest_passing_threshold_would_
         num_open += gate.is_open
         violations += gate.is_open and _true_risk(gate.threshold, cuts, risks) > 0.05
         every = np.linspace(0.01, 0.99, 99)
-        passing = [
-            t
-            for t in every
-            if clopper_pearson_upper(int((~a_cal[c_cal >= t]).sum()), int((c_cal >= t).sum()), 0.05) <= 0.05
-        ]
-        shortcut_violations += bool(passing) and _true_risk(min(passing), cuts, risks) > 0.05
+        passing = (t for t in every if upper(int((~a_cal[c_cal >= t]).sum()), int((c_cal >= t).sum()), 0.05) <= 0.05)
+        lowest = next(passing, None)
+        shortcut_violations += lowest is not None and _true_risk(lowest, cuts, risks) > 0.05
     assert num_open > 250
     assert violation_share_is_within(violations, 500, 0.05)
     assert violations < shortcut_violations

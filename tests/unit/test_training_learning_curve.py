@@ -45,7 +45,7 @@ def test_more_scored_examples_narrow_the_interval():
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.floats(800, 1e6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_interval_holds_the_value_and_stays_a_share(shares, asked):
     found = predict_share(points_of(shares, 64), asked)
     assert 0 <= found.low <= found.value <= found.high <= 1

@@ -127,7 +127,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(JSON.filter(lambda value: value is not None), max_size=5), indent=st.sampled_from([None, 1]))
 def test_an_array_gives_exactly_its_items(tmp_path_factory, values, indent):
     path = tmp_path_factory.mktemp("logs") / "a.json"
@@ -135,7 +135,6 @@ def test_an_array_gives_exactly_its_items(tmp_path_factory, values, indent):
     assert [value for _, value in LogFile(path)] == values
 
 
-@settings(max_examples=200, deadline=None)
 @given(content=st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode(errors="replace")))
 def test_any_bytes_are_a_value_or_a_reason(content):
     try:

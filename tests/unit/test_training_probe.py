@@ -11,6 +11,7 @@ from cluster.errors import ConfigError
 from training.catalog import FoundModel, load_catalog
 from training.dataset import TaskData
 from training.finetune import FinetuneConfig
+from training.grading import Graded, grade
 from training.probe import (
     Contender,
     Measuring,
@@ -23,7 +24,7 @@ from training.probe import (
     plan_probes,
     train_flops,
 )
-from training.probe_loop import Graded, coverage_at, grade, score_for_halving
+from training.probe_loop import coverage_at, score_for_halving
 from training.scratch import PretrainConfig
 
 ROWS = [{"input_ids": [1] * 20, "num_prompt": 10}] * 500

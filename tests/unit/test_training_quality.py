@@ -1,10 +1,10 @@
 """training/quality.py and cleaning.py: what is a bad target or one too many leaves train alone, for one reason, counted."""
 
+import itertools
 import json
-import os
-import pathlib
 
 import pytest
+from shared_data import DATA, NO_DATA
 
 from cluster.access import Pseudonyms
 from cluster.calls import write_calls
@@ -19,15 +19,14 @@ from training.quality import HIDDEN_TEXT, INVALID_ANSWER, PLANTED_INSTRUCTION, R
 from training.snapshot import CurationCounts, load_split, read_rows
 from training.splits import SPLITS, SplitConfig, split_of
 
-DATA = pathlib.Path(os.environ.get("UNDERSTUDY_DATA", pathlib.Path(__file__).parents[2] / "../shared/data"))
 SHARES = SplitConfig(test_by="hash")
 SCHEMA = {"type": "object", "properties": {"level": {"type": "integer"}}, "required": ["level"]}
 TOOLS = [{"type": "function", "function": {"name": "dim", "parameters": SCHEMA}}]
 
 
 def sessions_in(split: str, num: int) -> list[str]:
-    names = (f"{split}-{i}" for i in range(100_000))
-    return [name for name in names if split_of(name, SHARES) == split][:num]
+    names = (f"{split}-{i}" for i in itertools.count())
+    return list(itertools.islice((name for name in names if split_of(name, SHARES) == split), num))
 
 
 def make_call(number: int, session: str, text: str, answer: str | dict = "yes", **fields) -> AgentCall:
@@ -211,7 +210,7 @@ def test_wrong_options_are_config_errors(field, value):
 def test_real_traffic_is_hardly_ever_flagged_or_taken_for_a_refusal():
     """Gold answers refuse nothing, and the words of bank customers and function callers plant nothing."""
     if not DATA.is_dir():
-        pytest.skip("shared data not found")
+        pytest.skip(NO_DATA)
     reader = LogReader(Pseudonyms(b"k" * 32), 0.0)
     calls = [c for name in ("nlu/banking77", "fc/bfcl") for c in reader.read(DATA / f"{name}.calls.jsonl.gz")]
     texts = [str(m.get("content")) for c in calls for m in c.request["messages"] if m["role"] == "user"]

@@ -193,9 +193,7 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(fields=FIELDS)
 def test_tool_calls_parse_and_what_must_be_copied_can_be_copied(redactor, fields):
     text = json.dumps(fields)

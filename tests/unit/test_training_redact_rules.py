@@ -162,7 +162,7 @@ PEOPLE = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(people=PEOPLE, numbers=st.lists(st.integers(10_000, 99_999), max_size=4), word=st.text(max_size=12))
 def test_what_was_replaced_can_be_restored(people, numbers, word):
     redactor = Redactor(RedactConfig(reversible=True), KEY)

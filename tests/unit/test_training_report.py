@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from cluster.records import Gate, TaskSpec
 from training.candidates import BaseCandidate
 from training.catalog import Needs
-from training.evaluation import Arm, Evaluation, newcombe_interval
+from training.evaluation import Arm, Evaluation, newcombe_interval, validation_agreement
 from training.gate import Outcome, clopper_pearson_interval, coverage_curve
+from training.pictures import percent
 from training.report import write_report
 from training.selection import Selection
 from training.snapshot import CurationCounts
+from training.usefulness import Usefulness, compare
 
 HOSTILE = '<script>alert("x")</script>\' onerror=$\\frac$ \u202e\u0416\ud800\x07'
 REASON = "too few calibration calls: needs 12 more & <b>better</b> examples"
@@ -240,3 +242,17 @@ def test_the_page_says_what_curation_left_out_and_flagged(tmp_path):
     for said in ("answer is a refusal", "planted instruction", "PERSON", "40 by time", "4 clients", "90 calls, 10 of"):
         assert said in page
     assert "<script>" not in page
+
+
+def test_the_page_says_how_often_specialists_agree_and_why_tasks_are_together_or_apart(tmp_path):
+    tie = compare([True] * 93 + [False] * 7, [True] * 92 + [False] * 8, num_parts=2, num_compared=1)
+    found = Usefulness(task_ids=("t1",), reason=REASON, compared=(tie,), base="scratch-micro", num_steps=60)
+    told = {"usefulness": [found], "left_out": {"t1": "70 of 100 train prompts are longer than 768 tokens"}}
+    write_report(tmp_path / "report.html", **{**INPUTS, **told})
+    page = Page()
+    page.feed((tmp_path / "report.html").read_text())
+    assert "joint 0.93, 2 parts 0.92, difference -0.01 [" in page.text
+    assert f"kept together: {REASON}" in page.text, "escaped where it stands"
+    assert (
+        "70 of 100 train prompts" in page.text and percent(validation_agreement(INPUTS["evaluations"][0])) in page.text
+    )

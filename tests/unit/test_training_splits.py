@@ -95,7 +95,7 @@ def test_four_sessions_give_test_one(tmp_path):
     assert [name for name, split in found.items() if split == "test"] == ["s3"]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     times=st.lists(st.integers(0, 10**6), min_size=1, max_size=30, unique=True),
     later=st.lists(st.integers(0, 2 * 10**6), max_size=30, unique=True),

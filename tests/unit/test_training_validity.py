@@ -113,7 +113,7 @@ def good_calls() -> list[AgentCall]:
     return calls
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(damaged=st.lists(damaged_calls(), min_size=1, max_size=2))
 def test_no_call_stops_a_conversion_and_every_call_is_counted(tmp_path_factory, tokenizer, damaged):
     store = Store(str(tmp_path_factory.mktemp("store")))

@@ -1,0 +1,129 @@
+"""`understudy plan`: what a conversion would ask for and where its training would live in memory, with the arithmetic.
+
+Nothing is started and no weights are read. With RAY_ADDRESS the cluster is asked for its memory; else this machine's is
+taken, or finetune.device_gib, which also plans for GPUs that are elsewhere. The rows are the longest that the engine
+takes: a task's own are shorter, and its run is planned again from them before it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import BaseUnavailableError, ConfigError
+
+if TYPE_CHECKING:
+    from jobs.recipe import Recipe
+    from training.finetune import FinetuneConfig
+    from training.memory import ModelShape
+
+_ANSWER_FRACTION = 4
+"""An answer may take a quarter of the engine's window (jobs/train.py)."""
+
+
+def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> None:
+    """Add `plan` to the verbs of the command line."""
+    plan = verbs.add_parser(
+        "plan",
+        help="show ZeRO stage, offload and memory of the training, base by base; starts nothing",
+        sections=sections,
+    )
+    plan.add_argument("words", **words)
+    plan.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from jobs.plan import check_here, plan_conversion
+    from jobs.recipe import load_recipe
+
+    recipe = load_recipe(options.words)
+    parts = plan_conversion(recipe)
+    for part in parts:
+        print(
+            f"{part.name}: {part.groups} x {part.workers} workers of {part.cpus:g} CPUs and {part.gpus:g} GPUs "
+            f"({part.total_cpus:g} CPUs, {part.total_gpus:g} GPUs)"
+        )
+    lines, problems = plan_training(recipe)
+    print("\n".join(lines))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    # GPUs that device_gib describes are elsewhere.
+    if recipe.finetune.device_gib is None:
+        check_here(parts, recipe)
+
+
+def plan_training(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """The arithmetic of every named base's training, and why those that cannot fit do not.
+
+    Returns:
+        (lines to show, one problem for each training that fits nowhere).
+    """
+    from training.catalog import ScratchModel, find_entry
+    from training.memory import Load
+    from training.selection import named_bases
+    from training.zero import explain, plan_zero
+
+    window = recipe.specialists.max_model_tokens
+    lines, problems = [], []
+    for name in named_bases(recipe.select):
+        entry = find_entry(name)
+        trainings = [("finetune", recipe.finetune, recipe.fleet.max_parallel)]
+        if isinstance(entry, ScratchModel):
+            trainings.insert(0, ("pretrain", recipe.pretrain, 1))
+        for section, config, num_parallel in trainings:
+            load = Load(examples=config.batch_size, row_tokens=window, answer_tokens=window // _ANSWER_FRACTION)
+            lines.append(f"\n{name}, {section}:")
+            try:
+                plan = plan_zero(_shape(name, config), config, load, _device_bytes(recipe, section, num_parallel))
+            except ConfigError as error:
+                problems.append(f"{name}, {section}: {error}")
+                lines.append("  does not fit")
+                continue
+            lines += [f"  {line}" for line in explain(plan, config)]
+    return lines, problems
+
+
+def _shape(name: str, config: FinetuneConfig) -> ModelShape:
+    """Of a base by its catalog entry, its own description, or its size alone.
+
+    Raises:
+        ConfigError: nothing says how large it is.
+    """
+    from training.bases import open_base
+    from training.catalog import ScratchModel, find_entry, num_parameters
+    from training.memory import estimate_shape, shape_of_config, shape_of_scratch
+
+    entry = find_entry(name)
+    if isinstance(entry, ScratchModel):
+        return shape_of_scratch(entry, config)
+    try:
+        return shape_of_config(open_base(name).config, config)
+    except BaseUnavailableError:
+        parameters = None if entry is None else num_parameters(entry)
+        if parameters is None:
+            raise
+        return estimate_shape(parameters, config)
+
+
+def _device_bytes(recipe: Recipe, section: str, num_parallel: int) -> int:
+    """Memory of one worker's device.
+
+    Raises:
+        ConfigError: GPUs that nothing describes.
+    """
+    from cluster.resources import local_memory_bytes, local_nodes
+    from cluster.session import connect, joins_cluster
+    from training.memory import device_bytes
+
+    config = getattr(recipe, section)
+    if config.device_gib is not None or joins_cluster():
+        if config.device_gib is None:
+            connect()
+        return device_bytes(config, num_parallel)
+    if config.gpus_per_worker:
+        raise ConfigError(
+            f"{section}.gpus_per_worker={config.gpus_per_worker}: nobody to ask for a GPU's memory; allowed: RAY_ADDRESS of a "
+            f"cluster, or its size; next: {section}.device_gib=80"
+        )
+    seats = max(1, int(local_nodes()[0].cpus // config.cpus_per_worker))
+    return int(local_memory_bytes() / min(seats, num_parallel * config.num_workers))

@@ -1,0 +1,46 @@
+"""`understudy plan`: the arithmetic of every base's training, and exit code 2 with numbers where one fits nowhere."""
+
+import pytest
+
+from jobs.__main__ import main
+
+GPUS = ["finetune.gpus_per_worker=1", "finetune.bf16=true", "specialists.max_model_tokens=1024"]
+
+
+@pytest.fixture
+def plan(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(["plan", f"store={tmp_path / 'store'}", *words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_scratch_base_shows_both_of_its_trainings(plan):
+    code, out, _ = plan("recipe=demo", "fleet.max_parallel=1")
+    assert code == 0
+    assert "scratch-tiny, pretrain:" in out and "of which full trains 688,768" in out
+    assert "scratch-tiny, finetune:" in out and "of which lora trains 40,960" in out
+    assert "fine-tunes: 1 x 1 workers of 1 CPUs" in out
+
+
+def test_gpus_that_are_elsewhere_are_planned_by_their_size(plan):
+    words = [*GPUS, "select.base=qwen3-8b", "finetune.device_gib=16", "finetune.num_workers=4"]
+    code, out, _ = plan(*words)
+    assert code == 0
+    assert "base: about 8,190,735,360 parameters" in out and "ZeRO stage 3, offload none, 4 workers" in out
+    assert "of   16.000 GiB on each GPU" in out and "summed to a batch of 16" in out
+
+
+def test_what_fits_nowhere_is_refused_with_what_would(plan):
+    code, out, err = plan(*GPUS, "select.base=qwen3-8b", "finetune.device_gib=8", "finetune.zero_stage=0")
+    assert code == 2 and "does not fit" in out
+    assert "8,190,735,360 parameters by lora need" in err and "a device has 8.000 GiB" in err and "would fit" in err
+
+
+def test_gpus_that_nobody_describes_are_asked_for(plan):
+    code, _, err = plan(*GPUS, "select.base=qwen3-8b")
+    assert code == 2 and "next: finetune.device_gib=80" in err

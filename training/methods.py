@@ -1,0 +1,159 @@
+"""How a specialist's weights are changed: the base model of a run, with what its method trains on top of it.
+
+LoRA (arXiv 2106.09685), rsLoRA (2312.03732: scale alpha / sqrt(rank)), DoRA (2402.09353), QLoRA (2305.14314: LoRA over a
+base held in 4-bit NormalFloat) and full training. What is saved is an ordinary PEFT folder, or the whole model. The
+engine that serves specialists, vLLM, takes LoRA and rsLoRA adapters and refuses DoRA ("vLLM does not yet support
+DoRA", vllm/lora/peft_helper.py); merging one would mean a whole base per specialist. So DoRA and full training are for
+experiments and for bases, and a conversion refuses them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+from typing import Any, Literal
+
+from cluster.errors import ConfigError, InputError, TrainingError
+
+Method = Literal["lora", "rslora", "dora", "qlora", "full"]
+SERVABLE: tuple[Method, ...] = ("lora", "rslora", "qlora")
+"""Whose adapters the serving engine loads."""
+UNSHARDED: tuple[Method, ...] = ("dora", "qlora")
+"""Cannot run under ZeRO-3: DoRA reads the base's weights outside their layer's forward pass, where they are sharded away;
+4-bit weights are packed and have no shards."""
+
+
+def build_model(settings: dict[str, Any]) -> Any:
+    """Load the base of a run and put on it what the method trains.
+
+    Raises:
+        TrainingError: the base cannot be read, or 4-bit weights are asked of a device that has none.
+    """
+    method: Method = settings["method"]
+    model = load_base(settings, method)
+    if settings.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model if method == "full" else add_adapter(model, settings, method)
+
+
+def add_adapter(model: Any, settings: dict[str, Any], method: Method) -> Any:
+    """Put an untrained adapter on a base; its weights follow from torch's seed."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=0.0,
+        target_modules=settings["lora_targets"],
+        use_rslora=method == "rslora",
+        use_dora=method == "dora",
+    )
+    return get_peft_model(model, lora)
+
+
+def why_no_4bit(num_gpus: int) -> str | None:
+    """Why 4-bit weights cannot be had by a worker with so many GPUs, or None."""
+    if num_gpus == 0:
+        return "4-bit weights need a CUDA GPU and this worker has none"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "4-bit weights need the package bitsandbytes, which is not installed"
+    return None
+
+
+def check_method(method: Method, gpus_per_worker: int) -> None:
+    """Refuse 4-bit weights that cannot be had here, before any Ray call.
+
+    Raises:
+        ConfigError: the package for them is not installed, or the run has no GPU.
+    """
+    if method == "qlora" and (reason := why_no_4bit(gpus_per_worker)):
+        raise ConfigError(
+            f"finetune.method='qlora': {reason}; allowed: lora, rslora, or finetune.gpus_per_worker=1 where bitsandbytes is "
+            "installed; next: finetune.method=lora"
+        )
+
+
+def check_base_folder(folder: pathlib.Path) -> None:
+    """Open a base's description and the headers of its weights: what is missing or cut off is told before any worker starts.
+
+    Raises:
+        InputError: names the folder, the file and what is wrong with it.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"base folder {str(folder)!r}: no config.json; allowed: a folder of save_pretrained")
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"base folder {str(folder)!r}: config.json cannot be read: {error}") from None
+    files = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
+    for index in folder.glob("*.safetensors.index.json"):
+        files |= {name: folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))}
+    if not files:
+        raise InputError(f"base folder {str(folder)!r}: no *.safetensors; allowed: a folder of save_pretrained")
+    for file in files.values():
+        if not file.exists():
+            raise InputError(
+                f"base folder {str(folder)!r}: {file.name} is missing; next: fetch or train the base again"
+            )
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"base folder {str(folder)!r}: {file.name} is corrupt ({error}); next: fetch or train the base again"
+            ) from None
+
+
+def load_base(settings: dict[str, Any], method: Method) -> Any:
+    """The base of a run, ready to be trained on.
+
+    Raises:
+        TrainingError: it cannot be read, or 4-bit weights are asked of a device that has none.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if method == "qlora":
+        options = _options_of_4bit(settings)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(settings["base_path"], trust_remote_code=False, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TrainingError(
+            f"base {settings['base_path']!r} cannot be loaded: {type(error).__name__}: {error}"
+        ) from None
+    if method == "qlora":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model.config.use_cache = False
+    return model
+
+
+def _options_of_4bit(settings: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` needs to hold the base in 4-bit NormalFloat with quantised constants, as QLoRA does."""
+    import torch
+
+    if reason := why_no_4bit(torch.cuda.device_count()):
+        raise TrainingError(f"finetune.method='qlora': {reason}; allowed here: lora, rslora, dora, full")
+    from transformers import BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if settings["bf16"] else torch.float32
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {
+        "dtype": dtype,
+        "quantization_config": quantised,
+        "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))},
+    }

@@ -1,0 +1,198 @@
+"""Many fine-tunes over one base as one Ray Train run: tokenised datasets -> a PEFT folder each (S5).
+
+Each adapter comes out as `training.finetune.finetune` would make it alone, within float tolerance; what is saved is the
+start of a run's processes for every task, and on a GPU the passes of many small batches. One that leaves the numbers
+stops with a diagnosis, and the others go on.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cluster.errors import ConfigError, RunYielded, TrainingError
+from training.finetune import FinetuneConfig, yield_path
+from training.multi_loop import multi_loop
+from training.progress import show_progress
+
+_OF_THE_RUN = (
+    "zero_stage",
+    "bf16",
+    "num_workers",
+    "gpus_per_worker",
+    "cpus_per_worker",
+    "max_failures",
+)
+"""Fields that all adapters of a run have in common; in all others they may differ."""
+_ALLOWED = {
+    "method": ("lora", "rslora"),
+    "packing": (False,),
+    "ema_decay": (0.0,),
+    "gradient_checkpointing": (False,),
+    "offload": ("auto", "none"),
+}
+"""What the loop of many adapters can do of what a solo run can."""
+_TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
+"""On a CPU more tokens at a time are slower: their activations leave the caches. The GPU's number is not measured."""
+
+
+class AdapterTask(NamedTuple):
+    """One adapter to train."""
+
+    name: str
+    config: FinetuneConfig
+    train_path: pathlib.Path
+    validation_path: pathlib.Path | None
+
+
+class ManyTrained(NamedTuple):
+    """What a run made."""
+
+    done: dict[str, tuple[pathlib.Path, dict[str, Any]]]
+    """Task -> (PEFT folder, last metrics), as `finetune` returns them."""
+    failed: dict[str, str]
+    """Task -> why it stopped."""
+
+
+def finetune_many(
+    name: str,
+    tasks: Sequence[AdapterTask],
+    *,
+    base_path: pathlib.Path,
+    pad_token_id: int,
+    storage: pathlib.Path,
+    label: str | None = None,
+) -> ManyTrained:
+    """Train and wait for the result. Continues from the last checkpoint where a run of this name began before.
+
+    Args:
+        storage: folder for checkpoints; shared by all nodes of the cluster.
+        label: what its progress bar is called; None takes `name`.
+
+    Raises:
+        ConfigError: the tasks cannot share a run.
+        TrainingError: the run failed more than `max_failures` times.
+        RunYielded: it stopped at a checkpoint because `ask_to_yield` was called; call again to go on.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = common_config(tasks)
+    kind = "cuda" if config.gpus_per_worker else "cpu"
+    settings = {
+        "adapters": [adapter_settings(task, pad_token_id) for task in tasks],
+        "base_path": str(base_path),
+        "zero_stage": 3 if config.zero_stage == 3 else 0,
+        "bf16": config.bf16,
+        "num_threads": max(1, int(config.cpus_per_worker)),
+        "tokens_per_pass": _TOKENS_PER_PASS[kind],
+        "progress_path": str(storage.resolve() / f"{name}.progress"),
+        "yield_path": str(yield_path(name, storage)),
+    }
+    resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})}
+    trainer = TorchTrainer(
+        multi_loop,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage.resolve()),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    storage.mkdir(parents=True, exist_ok=True)
+    yield_path(name, storage).unlink(missing_ok=True)
+    num_rounds = max(task.config.num_steps for task in tasks)
+    with show_progress(pathlib.Path(settings["progress_path"]), label or name, num_rounds):
+        result = trainer.fit()
+    if result.error is not None or result.checkpoint is None or result.metrics is None:
+        raise TrainingError(f"run {name}: failed after {config.max_failures} restarts: {result.error}")
+    if result.metrics["yielded"]:
+        raise RunYielded(f"run {name}: stopped after round {result.metrics['step']}, because it was asked to")
+    return _collect(pathlib.Path(result.checkpoint.path), result.metrics["adapters"])
+
+
+def common_config(tasks: Sequence[AdapterTask]) -> FinetuneConfig:
+    """The configuration whose fields of the run all tasks share.
+
+    Raises:
+        ConfigError: they differ, two tasks have one name, or the ZeRO stage cannot keep adapters apart.
+    """
+    first = tasks[0]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ConfigError(f"tasks of a multi-LoRA run: {[task.name for task in tasks]}; allowed: each name once")
+    for field in _OF_THE_RUN:
+        values = {str(getattr(task.config, field)) for task in tasks}
+        if len(values) > 1:
+            raise ConfigError(
+                f"finetune.{field}: {', '.join(sorted(values))} in one multi-LoRA run; allowed: one value for all its "
+                "tasks; next: runs apart, or fleet.mode=solo"
+            )
+    if reason := next(filter(None, (reason_against(task.config) for task in tasks)), None):
+        raise ConfigError(reason)
+    return first.config
+
+
+def reason_against(config: FinetuneConfig) -> str | None:
+    """Why adapters of this configuration cannot share a run, or None."""
+    for field, allowed in _ALLOWED.items():
+        value = getattr(config, field)
+        if value not in allowed:
+            choices = ", ".join(str(one) for one in allowed)
+            return (
+                f"finetune.{field}={value}: not with fleet.mode=multi_lora; allowed: {choices}; next: "
+                f"finetune.{field}={allowed[0]}, or fleet.mode=solo"
+            )
+    if config.distill.teacher is not None:
+        return (
+            f"finetune.distill.teacher={config.distill.teacher!r}: not with fleet.mode=multi_lora; allowed: none; next: "
+            "fleet.mode=solo"
+        )
+    return _reason_against_stage(config.zero_stage)
+
+
+def _reason_against_stage(stage: int | str) -> str | None:
+    """Why a ZeRO stage cannot keep the adapters of a run apart, or None."""
+    if stage in ("auto", 0, 3):
+        return None
+    return (
+        f"finetune.zero_stage={stage}: with fleet.mode=multi_lora stages 1 and 2 would cut one vector of all "
+        "adapters' gradients into the workers' parts, so that no adapter could be clipped or stopped by itself; "
+        "allowed: 0, or 3 (the base sharded); next: finetune.zero_stage=0, or fleet.mode=solo"
+    )
+
+
+def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
+    """What the loop needs to know of a task."""
+    paths = [path for path in (task.train_path, task.validation_path) if path is not None]
+    longest = max(_longest_row(path) for path in paths)
+    return {
+        **task.config.model_dump(mode="json"),
+        "name": task.name,
+        "train_path": str(task.train_path),
+        "validation_path": str(task.validation_path) if task.validation_path else None,
+        "pad_token_id": pad_token_id,
+        "max_tokens": task.config.batch_size * longest,
+    }
+
+
+def _longest_row(path: pathlib.Path) -> int:
+    import datasets
+
+    return max(len(ids) for ids in datasets.load_from_disk(str(path))["input_ids"])
+
+
+def _collect(checkpoint: pathlib.Path, adapters: dict[str, dict[str, Any]]) -> ManyTrained:
+    done, failed = {}, {}
+    for name, facts in adapters.items():
+        if facts["reason"]:
+            failed[name] = facts["reason"]
+        else:
+            metrics = {key: value for key, value in facts.items() if key != "reason"}
+            done[name] = (checkpoint / "models" / name, metrics)
+    return ManyTrained(done, failed)
