@@ -2,7 +2,7 @@
 
 A task that has such a name keeps it and is not asked about again, unless it was split or merged; tasks/names.json
 remembers. Where the LLM does not answer, or what it proposes may not stand (training/llm_naming.py), the name made of
-the task's own words stays, and the reason is told and kept. At most MAX_ASKED questions a run, the largest tasks first,
+the task's own words stays, and the reason is told. At most MAX_ASKED questions a run, the largest tasks first,
 and no more once the LLM was silent three times in a row.
 """
 

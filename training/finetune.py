@@ -7,6 +7,7 @@ diagnosis. A run that meets the end of its memory goes on from its last checkpoi
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -209,7 +210,7 @@ def _fit(name: str, config: FinetuneConfig, settings: dict[str, Any], storage: p
     path = pathlib.Path(settings["diagnosis_path"])
     while True:
         try:
-            return _trainer(name, config, settings, storage).fit()
+            return build_trainer(train_loop, name, config, settings, storage).fit()
         except TrainingFailedError as error:
             lacked = _lacked_memory(error, path, settings["micro_batch_size"])
             if lacked is None or lacked.micro_batch_size == 1:
@@ -232,13 +233,24 @@ def _lacked_memory(error: Any, path: pathlib.Path, micro_batch_size: int) -> Dia
     return Diagnosis(kind="out_of_memory", message=str(error), micro_batch_size=micro_batch_size)
 
 
-def _trainer(name: str, config: FinetuneConfig, settings: dict[str, Any], storage: pathlib.Path) -> Any:
+def build_trainer(
+    loop: Callable[[dict[str, Any]], None],
+    name: str,
+    config: FinetuneConfig,
+    settings: dict[str, Any],
+    storage: pathlib.Path,
+) -> Any:
+    """The TorchTrainer of a run; not started.
+
+    Args:
+        loop: run on every worker with `settings`.
+    """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})}
     return TorchTrainer(
-        train_loop,
+        loop,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources

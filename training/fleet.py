@@ -172,8 +172,9 @@ class _Fleet(Generic[ResultT]):
         names = [name for name, _ in self._running.values() if name not in self._yielding]
         surplus = len(self._running) - len(self._yielding) - self._room
         # The longest runs decide when the fleet is done, so they are the last to stop.
-        for name in sorted(names, key=lambda name: (self._runs[name].size, name))[: max(0, surplus)]:
-            self._yielding.add(name)
+        self._yielding |= set(sorted(names, key=lambda name: (self._runs[name].size, name))[: max(0, surplus)])
+        for name in self._yielding:
+            # Again at every look: a run that was only starting forgets what it was asked before.
             self._runs[name].ask_to_yield()
 
     def start_runs(self, pool: concurrent.futures.Executor) -> None:

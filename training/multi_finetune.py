@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError, RunYielded, TrainingError
-from training.finetune import FinetuneConfig, yield_path
+from training.finetune import FinetuneConfig, build_trainer, yield_path
 from training.multi_loop import multi_loop
 from training.progress import show_progress
 
@@ -75,9 +75,6 @@ def finetune_many(
         TrainingError: the run failed more than `max_failures` times.
         RunYielded: it stopped at a checkpoint because `ask_to_yield` was called; call again to go on.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     config = common_config(tasks)
     kind = "cuda" if config.gpus_per_worker else "cpu"
     settings = {
@@ -90,26 +87,11 @@ def finetune_many(
         "progress_path": str(storage.resolve() / f"{name}.progress"),
         "yield_path": str(yield_path(name, storage)),
     }
-    resources = {"CPU": config.cpus_per_worker, **({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})}
-    trainer = TorchTrainer(
-        multi_loop,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(storage.resolve()),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-        ),
-    )
     storage.mkdir(parents=True, exist_ok=True)
     yield_path(name, storage).unlink(missing_ok=True)
     num_rounds = max(task.config.num_steps for task in tasks)
     with show_progress(pathlib.Path(settings["progress_path"]), label or name, num_rounds):
-        result = trainer.fit()
+        result = build_trainer(multi_loop, name, config, settings, storage).fit()
     if result.error is not None or result.checkpoint is None or result.metrics is None:
         raise TrainingError(f"run {name}: failed after {config.max_failures} restarts: {result.error}")
     if result.metrics["yielded"]:

@@ -8,6 +8,7 @@ most short utterances as noise; `understudy bench discover` measures both. Knows
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -164,17 +165,31 @@ def rows_of_shared_patterns(clients: Sequence[str], texts: Sequence[str]) -> lis
     everything = list(range(len(texts)))
     if len(set(clients)) <= 2:
         return everything
-    runs = [_word_runs(text) for text in texts]
-    texts_of: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    clients_of: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    for row in everything:
-        for run in runs[row]:
-            texts_of[run].add(texts[row])
-            clients_of[run].add(clients[row])
-    own = {run for run, found in texts_of.items() if len(found) >= _MIN_PATTERN and len(clients_of[run]) == 1}
-    return [row for row in everything if own.isdisjoint(runs[row])] or everything
+    numbers = {client: number for number, client in enumerate(dict.fromkeys(clients))}
+    first = {pair: row for row, pair in reversed(list(enumerate(zip(clients, texts, strict=True))))}
+    distinct = sorted(first.values())
+    runs = [_word_runs(texts[row]) for row in distinct]
+    lengths = [len(own) for own in runs]
+    if not any(lengths):
+        return everything
+    owners = np.repeat([numbers[clients[row]] for row in distinct], lengths)
+    _, group, counts = np.unique(np.concatenate(runs), return_inverse=True, return_counts=True)
+    lowest, highest = np.full(len(counts), len(numbers)), np.full(len(counts), -1)
+    np.minimum.at(lowest, group, owners)
+    np.maximum.at(highest, group, owners)
+    is_own = (lowest == highest) & (counts >= _MIN_PATTERN)
+    num_own = np.bincount(np.repeat(np.arange(len(distinct)), lengths), weights=is_own[group], minlength=len(distinct))
+    left_out = {(clients[row], texts[row]) for row, num in zip(distinct, num_own, strict=True) if num}
+    return [row for row in everything if (clients[row], texts[row]) not in left_out] or everything
 
 
-def _word_runs(text: str) -> set[tuple[str, ...]]:
+def _word_runs(text: str) -> np.ndarray:
+    """Hashes of the distinct runs of `_PATTERN_WORDS` words: eight bytes each, because many texts have many."""
     words = abstract_text(text).casefold().split()[:_MAX_PATTERN_WORDS]
-    return {tuple(words[i : i + _PATTERN_WORDS]) for i in range(len(words) - _PATTERN_WORDS + 1)}
+    # zlib.crc32 is the same in every process; hash() is salted.
+    codes = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words], dtype=np.uint64)
+    size = max(0, len(codes) - _PATTERN_WORDS + 1)
+    total = np.zeros(size, dtype=np.uint64)
+    for offset in range(_PATTERN_WORDS):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + codes[offset : offset + size]
+    return np.unique(total)

@@ -101,6 +101,28 @@ def test_the_smallest_run_makes_room_for_serving_and_goes_on_where_it_stopped():
     assert found.report.num_yields == 1 and small.left == 0 and sorted(done) == ["large", "small"]
 
 
+def test_a_run_that_forgot_that_it_was_asked_is_asked_again():
+    asked_twice, starts, asks = threading.Event(), [], []
+
+    def start():
+        starts.append(1)
+        if len(starts) == 1:
+            assert asked_twice.wait(10)
+            raise RunYielded("asked to")
+        return "done"
+
+    def ask():
+        asks.append(1)
+        if len(asks) == 2:
+            asked_twice.set()
+
+    def wanted():
+        return int(len(starts) == 1 and not asked_twice.is_set())
+
+    found = run_fleet({"run": FleetRun(1, start, ask)}, 1, lambda *_: None, wanted, poll_s=0.01)
+    assert found.results == {"run": "done"} and found.report.num_yields == 1 and len(starts) == 2
+
+
 def test_places_follow_the_recipe_or_the_nodes_or_what_a_cluster_may_grow_to():
     nodes = [Node(cpus=3, gpus=0), Node(cpus=1.5, gpus=2)]
     pair = Part(name="fine-tune", phase="finetune", cpus=1, workers=2)
