@@ -1,4 +1,4 @@
-"""A task of one answer form with two topics: measured on real Ray; and split, with its ids kept and split still in the next run."""
+"""A task of one answer form with two topics: its split is measured on real Ray; split, it keeps its ids and stays split."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import pathlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from fakes import FakeEngine
@@ -20,7 +21,7 @@ from jobs.splits import load_usefulness
 from jobs.tasks import describe_task, list_tasks
 from training.discover import DiscoverConfig, discover, load_previous
 from training.snapshot import load_split
-from training.split_probe import SplitMeasurement, SplitTrial, validation_sample
+from training.split_probe import SplitMeasurement, SplitTrial, measure_splits
 from training.splits import SPLITS
 from training.usefulness import compare
 
@@ -83,35 +84,26 @@ def convert_planted(store: Store) -> tuple[Conversion, list[str]]:
     return convert(recipe, say=said.append, engine_of=engine_of), said
 
 
-def test_what_one_specialist_of_equal_cost_answers_as_well_stays_together(
-    ray_cluster: None, tmp_path: pathlib.Path
-) -> None:
-    """The topics answer alike cues differently, which a joint specialist can learn when it is trained as long as both."""
-    store = Store(str(tmp_path / "store"))
-    conversion, said = convert_planted(store)
-    (task,) = conversion.tasks
-    (found,) = load_usefulness(store).values()
-    (one,) = found.compared
-    assert found.chosen is None and found.task_ids == (task.task_id,) and not found.has_failed
-    assert one.num_parts == 2 and 0 < one.num_examples <= conversion.curation.num_sessions["validation"]
-    assert one.interval[0] <= 0 or (found.confirmed and found.confirmed.interval[0] <= 0)
-    assert any("4 probes of 40 steps" in line or "3 probes of 40 steps" in line for line in said)
-    assert f"joint {one.joint:.2f}" in str(describe_task(store, task.task_id)["usefulness"])
-
-
-def test_a_conversion_splits_what_is_surely_better_apart_and_the_next_run_finds_it_so(
+def test_a_split_is_measured_applied_and_found_again_by_the_next_run(
     ray_cluster: None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(trials: list[SplitTrial], *_: object) -> list[SplitMeasurement]:
-        """What real probes would have to say: parts right in all calls, the joint one in half of them."""
-        (trial,) = trials
-        num = len(validation_sample(trial.validation))
+    def measured(trials: list[SplitTrial], *arguments: Any) -> list[SplitMeasurement]:
+        """Measured on real Ray, and then said to be what these topics never are: surely better apart at equal cost."""
+        (found,) = measure_splits(trials, *arguments)
+        real.append(found)
+        num = found.compared[0].num_examples
         told = compare([n % 2 == 0 for n in range(num)], [True] * num, num_parts=2, num_compared=1)
         return [SplitMeasurement(0.5, (told,), chosen=0, confirmed=told)]
 
+    real: list[SplitMeasurement] = []
     monkeypatch.setattr("jobs.splits.measure_splits", measured)
     store = Store(str(tmp_path / "store"))
-    conversion, _ = convert_planted(store)
+    conversion, said = convert_planted(store)
+    assert any("3 probes of 40 steps" in line for line in said), "a joint one, and one for each part"
+    (one,) = real[0].compared
+    assert real[0].error is None and real[0].chosen is None, "one specialist trained as long as two answers as well"
+    assert one.num_parts == 2 and one.joint > 0.2, "answers came back from the probes"
+    assert 0 < one.num_examples <= conversion.curation.num_sessions["validation"]
     assert len(conversion.tasks) == 2 and sum(task.num_calls for task in conversion.tasks) == 600
     assert set(conversion.losses) == {task.task_id for task in conversion.tasks}, "each part has its own specialist"
     (found,) = load_usefulness(store).values()
