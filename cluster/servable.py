@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.acceptance import deformed_reason
 from cluster.answers import check
 from cluster.engine import Engine, EngineAnswer
 from cluster.faces import FACES_REASON, Facing
 from cluster.prompts import PromptFormat
-from cluster.records import AnswerKind
 
+REJECTED_REASON = "confidence below threshold, known early"
+"""Of an answer that the engine gave up."""
 _UNLESS_PLAIN: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "logprobs": (None, False),
@@ -49,18 +51,23 @@ def unservable_reason(request: Mapping[str, Any], max_temperature: float, facing
     return None
 
 
-def invalid_reason(answer: EngineAnswer, kind: AnswerKind, request: Mapping[str, Any], facing: Facing) -> str | None:
+def invalid_reason(
+    answer: EngineAnswer, prompt_format: PromptFormat, request: Mapping[str, Any], facing: Facing
+) -> str | None:
     """Why an answer must not be kept whatever its confidence, or None."""
+    if answer.finish_reason == "rejected":
+        return REJECTED_REASON
     if answer.finish_reason == "length":
         return "the answer was cut"
     if answer.message is None:
         return "the answer is not of the task's kind"
-    limits = [request.get("max_completion_tokens"), request.get("max_tokens")]
-    if any(isinstance(limit, int) and answer.completion_tokens > limit for limit in limits):
+    if any(answer.completion_tokens > limit for limit in _token_limits(request)):
         return "the answer is longer than the request allows"
     if facing.bars_answer(request, answer.message):
         return FACES_REASON
-    return check(answer.message, kind, dict(request))
+    return check(answer.message, prompt_format.answer_kind, dict(request)) or deformed_reason(
+        answer.text, request, prompt_format.answer_form
+    )
 
 
 async def ask_engine(
@@ -70,15 +77,26 @@ async def ask_engine(
     request: dict[str, Any],
     max_answer_tokens: int,
     facing: Facing,
+    stop_below: float = 0.0,
 ) -> tuple[EngineAnswer, str | None]:
     """Ask a request that is servable; the answer, and why it must not be kept (None: its confidence decides).
+
+    Args:
+        stop_below: the gate's threshold where it is known: it changes when an answer is refused, never whether.
 
     Raises:
         InputError: the prompt is not for this specialist.
         EngineError: the engine failed.
     """
-    answer = await engine.answer(adapter, prompt_format, request, max_answer_tokens)
-    return answer, invalid_reason(answer, prompt_format.answer_kind, request, facing)
+    # One token more than the request allows says as much as all that would follow.
+    num_tokens = max(1, min([max_answer_tokens, *(limit + 1 for limit in _token_limits(request))]))
+    answer = await engine.answer(adapter, prompt_format, request, num_tokens, stop_below=stop_below)
+    return answer, invalid_reason(answer, prompt_format, request, facing)
+
+
+def _token_limits(request: Mapping[str, Any]) -> list[int]:
+    limits = (request.get("max_completion_tokens"), request.get("max_tokens"))
+    return [limit for limit in limits if isinstance(limit, int)]
 
 
 def _has_media(message: Mapping[str, Any]) -> bool:

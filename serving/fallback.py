@@ -64,6 +64,11 @@ class FallbackLLM:
         self._llms = list(llms)
         self._meter = meter or Meter()
 
+    @property
+    def configs(self) -> tuple[LLMNodeConfig, ...]:
+        """Of the LLMs, in the order in which they are asked."""
+        return tuple(llm.config for llm in self._llms)
+
     async def chat(self, body: dict[str, Any]) -> tuple[UpstreamReply, LLMNodeConfig]:
         """Ask for a whole answer.
 

@@ -18,6 +18,9 @@ from serving.openai_wire import Denied
 MODEL_PREFIX = "understudy/"
 """What a specialist's name as a model begins with; its task's id follows."""
 
+GIVEN_UP = "given up while it answered"
+"""Reason where nobody waited for a specialist any longer: its call's time was over, or its client had left."""
+
 
 class Guess(Protocol):
     """What the route model says about one request."""

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cluster import registry
 from cluster.access import ApiKeys, Pseudonyms
 from cluster.calls import read_calls
+from cluster.confidence import ConfidenceBound, confidence
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, StoreError
 from cluster.faces import FacesConfig
@@ -72,6 +73,12 @@ class FakeEngine:
         self.is_away = False
         """Whether the engine cannot be reached."""
         self.num_asked = 0
+        self.logprobs: list[float] | None = None
+        """Of the answer's tokens, one a turn of the loop; gives the confidence, and lets an answer be given up."""
+        self.num_tokens = 0
+        """Said of `logprobs` so far."""
+        self.num_aborted = 0
+        """Calls whose caller left."""
 
     async def fingerprint(self) -> str:
         return self.name
@@ -84,10 +91,35 @@ class FakeEngine:
         self.loaded.append(adapter)
 
     async def answer(
-        self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+        self,
+        adapter: str | None,
+        prompt_format: PromptFormat,
+        request: dict[str, Any],
+        max_answer_tokens: int,
+        stop_below: float = 0.0,
     ) -> EngineAnswer:
         self.num_asked += 1
-        return engine_answer(self.text, self.confidence) if self.answer_with is None else await self.answer_with()
+        try:
+            if self.answer_with is not None:
+                return await self.answer_with()
+            if self.logprobs is not None:
+                return await self._generate(self.logprobs, max_answer_tokens, stop_below)
+        except asyncio.CancelledError:
+            self.num_aborted += 1
+            raise
+        return engine_answer(self.text, self.confidence)
+
+    async def _generate(self, logprobs: list[float], max_tokens: int, stop_below: float) -> EngineAnswer:
+        bound = ConfidenceBound()
+        for number, logprob in enumerate(logprobs[:max_tokens], 1):
+            await asyncio.sleep(0)
+            self.num_tokens += 1
+            bound.add(logprob)
+            if number < len(logprobs) and bound.is_lost(stop_below):
+                given_up = {"message": None, "completion_tokens": number}
+                return engine_answer(self.text, bound.value, "rejected").model_copy(update=given_up)
+        is_whole = len(logprobs) <= max_tokens
+        return engine_answer(self.text, confidence(logprobs) if is_whole else 0.0, "stop" if is_whole else "length")
 
 
 class FakeKms:

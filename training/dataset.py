@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cluster.acceptance import AnswerForm, learn_form
 from cluster.answers import to_text
 from cluster.errors import InputError
 from cluster.prompts import Prompt, PromptFormat, encode_answer, render_prompt
@@ -21,7 +22,7 @@ class TaskData(NamedTuple):
     """One task, tokenised."""
 
     prompt_format: PromptFormat
-    """As given, with what the train split taught about its words."""
+    """As given, with what the train split taught about its words and its answers."""
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     num_skipped: int
@@ -31,8 +32,9 @@ class TaskData(NamedTuple):
 def build_task_data(
     train: list[Example], validation: list[Example], prompt_format: PromptFormat, tokenizer: Any
 ) -> TaskData:
-    """Tokenise a task's examples; the copy rule and the plain words are fitted on the train split."""
+    """Tokenise a task's examples; the copy rule, plain words and the form of answers are fitted on the train split."""
     rule = None
+    prompt_format = prompt_format.model_copy(update={"answer_form": _form_of(train)})
     if prompt_format.kind == "compact":
         pairs = _render(train, prompt_format, tokenizer)
         rule = fit_copy_rule(prompt_format.answer_kind, pairs)
@@ -96,6 +98,17 @@ def save_dataset(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
 def num_answer_tokens(row: dict[str, Any]) -> int:
     """Length of a row's answer, end token included."""
     return len(row["input_ids"]) - row["num_prompt"]
+
+
+def _form_of(examples: list[Example]) -> AnswerForm | None:
+    """What the answers that can be written look like."""
+    answered = []
+    for example in examples:
+        try:
+            answered.append((example.request, to_text(example.target)))
+        except InputError:
+            continue
+    return learn_form(answered)
 
 
 def _build_rows(

@@ -28,6 +28,8 @@ from training.splits import SplitConfig, split_of
 MAX_TEMPERATURE = 0.7
 FACES = FacesConfig()
 UNKNOWN = Facing(FACES, None)
+LABEL = PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100)
+JSON = LABEL.model_copy(update={"answer_kind": "json"})
 SHARES = SplitConfig(train=0.01, validation=0.01, calibration=0.97, test=0.01, test_by="hash")
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 MEDIA = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
@@ -68,12 +70,12 @@ def test_what_a_specialist_can_do_is_asked_of_it(extra: dict[str, Any]) -> None:
 
 def test_cut_unread_long_and_wrong_answers_are_invalid_each_with_its_reason() -> None:
     sure = engine_answer("refund", 1.0)
-    assert invalid_reason(sure, "label", {"max_completion_tokens": 2, "max_tokens": None}, UNKNOWN) is None
+    assert invalid_reason(sure, LABEL, {"max_completion_tokens": 2, "max_tokens": None, **REQUEST}, UNKNOWN) is None
     reasons = [
-        invalid_reason(engine_answer("refund", 1.0, "length"), "label", REQUEST, UNKNOWN),
-        invalid_reason(sure.model_copy(update={"message": None}), "label", REQUEST, UNKNOWN),
-        invalid_reason(sure, "label", {"max_tokens": 1}, UNKNOWN),
-        invalid_reason(sure, "json", REQUEST, UNKNOWN),
+        invalid_reason(engine_answer("refund", 1.0, "length"), LABEL, REQUEST, UNKNOWN),
+        invalid_reason(sure.model_copy(update={"message": None}), LABEL, REQUEST, UNKNOWN),
+        invalid_reason(sure, LABEL, {"max_tokens": 1}, UNKNOWN),
+        invalid_reason(sure, JSON, REQUEST, UNKNOWN),
     ]
     assert None not in reasons and len(set(reasons)) == 4
 

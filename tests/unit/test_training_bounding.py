@@ -77,7 +77,7 @@ def test_the_gate_of_such_a_task_is_about_the_part_that_fits_and_long_calls_esca
     found, tokenizer = data
 
     class Engine(FakeEngine):
-        async def answer(self, adapter, prompt_format: PromptFormat, request, max_answer_tokens):
+        async def answer(self, adapter, prompt_format: PromptFormat, request, max_answer_tokens, stop_below=0.0):
             render_prompt(request, prompt_format, tokenizer)
             return engine_answer("yes", 0.99)
 
