@@ -32,6 +32,12 @@ METRICS: dict[str, MetricSpec] = {
     "understudy_feedback_total": MetricSpec("counter", "Feedback taken, by role of who gave it", ("role",)),
     "understudy_call_latency_ms": MetricSpec("histogram", "Milliseconds from request to last byte", ("action",)),
     "understudy_specialist_latency_ms": MetricSpec("histogram", "Milliseconds a specialist took", ("task_id",)),
+    "understudy_early_rejections_total": MetricSpec(
+        "counter", "Answers of a specialist given up while it spoke, because their confidence was lost", ("task_id",)
+    ),
+    "understudy_hedges_total": MetricSpec(
+        "counter", "Calls of a slow specialist that the LLM was asked as well, by who was first", ("winner",)
+    ),
     "understudy_calls_captured_total": MetricSpec("counter", "Calls written to the store", ()),
     "understudy_calls_dropped_total": MetricSpec("counter", "Calls not written, by reason", ("reason",)),
     "understudy_calls_journaled_total": MetricSpec("counter", "Calls on the disk before their client's last byte", ()),

@@ -54,6 +54,7 @@ async def collect(outputs: AsyncGenerator[Any, None], stop_below: float) -> Gene
     token_ids: list[int] = []
     logprobs: list[float] = []
     bound = ConfidenceBound()
+    finish_reason: str | None = None
     # Also where this coroutine is cancelled: vLLM aborts a request whose generator is closed.
     async with contextlib.aclosing(outputs):
         async for output in outputs:
@@ -63,7 +64,10 @@ async def collect(outputs: AsyncGenerator[Any, None], stop_below: float) -> Gene
                 logprobs.append(entry[token].logprob)
                 bound.add(logprobs[-1])
             if output.finished:
-                return Generated(token_ids, logprobs, piece.finish_reason or "length")
-            if bound.is_lost(stop_below):
+                # Its generator ends by itself; closed before that, it would abort what is over.
+                finish_reason = piece.finish_reason or "length"
+            elif bound.is_lost(stop_below):
                 return Generated(token_ids, logprobs, "rejected")
-    raise EngineError("engine: no output")
+    if finish_reason is None:
+        raise EngineError("engine: no output")
+    return Generated(token_ids, logprobs, finish_reason)

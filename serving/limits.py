@@ -27,6 +27,9 @@ DEADLINE_HEADER, BUDGET_HEADER = "x-deadline-s", "x-budget-usd"
 SPECIALIST_SHARE = 0.5
 """Of the time that is left, what a specialist may take at most, so that the LLM has the rest."""
 _BYTES_PER_TOKEN = 3
+UNLIMITED_TOKENS = 4096
+"""Longest answer to a request that has a budget and sets no limit itself, in tokens. Every current model gives so many;
+one that is asked for more than it gives refuses the request."""
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
 
 
@@ -67,7 +70,8 @@ def read_limits(headers: Mapping[str, str], *, deadline_s: float, budget_usd: fl
 
 
 def fit_budget(request: dict[str, Any], budget_usd: float, llms: Iterable[LLMNodeConfig]) -> dict[str, Any]:
-    """The request as an LLM may be sent it: as it is, or with the max_completion_tokens that the budget pays for.
+    """The request as an LLM may be sent it: one without a limit gets the max_completion_tokens that the budget pays for,
+    at most UNLIMITED_TOKENS.
 
     Args:
         budget_usd: what is left for this answer.
@@ -82,10 +86,10 @@ def fit_budget(request: dict[str, Any], budget_usd: float, llms: Iterable[LLMNod
     num_prompt = _num_prompt_tokens(request)
     asked = [request[name] for name in _TOKEN_LIMITS if type(request.get(name)) is int]
     num_choices = request["n"] if type(request.get("n")) is int and request["n"] > 0 else 1
-    affordable = min(_affordable_tokens(num_prompt, budget_usd, *price) for price in prices) // num_choices
+    affordable = min(_affordable_tokens(num_prompt, budget_usd, *price) / num_choices for price in prices)
     if affordable < 1 or (asked and min(asked) > affordable):
         raise _over_budget(budget_usd, num_prompt, affordable)
-    return request if asked or math.isinf(affordable) else {**request, "max_completion_tokens": int(affordable)}
+    return request if asked else {**request, "max_completion_tokens": int(min(affordable, UNLIMITED_TOKENS))}
 
 
 def prompt_cost_usd(request: dict[str, Any], llm: LLMNodeConfig) -> float:
@@ -160,7 +164,7 @@ def _num_prompt_tokens(request: Mapping[str, Any]) -> int:
 
 
 def _affordable_tokens(num_prompt: int, budget_usd: float, prompt_price: float, completion_price: float) -> float:
-    """Completion tokens that the budget pays for beside the prompt; infinite where they cost nothing."""
+    """Completion tokens that the budget pays for beside the prompt, a fraction included; infinite where they are free."""
     read = tokens_cost_usd(
         Usage(prompt_tokens=num_prompt, completion_tokens=0),
         prompt_usd_per_million=prompt_price,
@@ -169,7 +173,7 @@ def _affordable_tokens(num_prompt: int, budget_usd: float, prompt_price: float, 
     left = budget_usd - (read or 0.0)
     if left < 0:
         return 0.0
-    return left * 1e6 // completion_price if completion_price else math.inf
+    return left * 1e6 / completion_price if completion_price else math.inf
 
 
 def _over_budget(budget_usd: float, num_prompt: int, affordable: float) -> UpstreamError:

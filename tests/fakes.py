@@ -163,12 +163,14 @@ class FakeLLM:
         self.body: dict[str, Any] | None = None
         """A whole answer to give instead."""
         self.may_answer = asyncio.Event()
-        """While unset, whole answers are held back."""
+        """While unset, answers are held back, streams before their first byte."""
         self.may_answer.set()
         self.may_go_on = asyncio.Event()
         """While unset, streams stop after their first piece."""
         self.may_go_on.set()
         self.requests: list[dict[str, Any]] = []
+        self.num_left = 0
+        """Calls whose client left before their end."""
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> str:
@@ -176,7 +178,7 @@ class FakeLLM:
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_get("/v1/models", self._models)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
@@ -193,9 +195,16 @@ class FakeLLM:
         self.requests.append(request)
         if self.status != 200:
             return web.json_response({"error": self.error}, status=self.status)
-        if not request.get("stream"):
+        try:
             await self.may_answer.wait()
+            if request.get("stream"):
+                return await self._stream(http_request)
             return web.json_response(self.body or llm_body(self.text))
+        except (asyncio.CancelledError, ConnectionError):
+            self.num_left += 1
+            raise
+
+    async def _stream(self, http_request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(http_request)
         await response.write(_event({"role": "assistant", "content": LLM_TEXT[:4]}, None))
