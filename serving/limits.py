@@ -87,7 +87,7 @@ def fit_budget(request: dict[str, Any], budget_usd: float, llms: Iterable[LLMNod
     asked = [request[name] for name in _TOKEN_LIMITS if type(request.get(name)) is int]
     num_choices = request["n"] if type(request.get("n")) is int and request["n"] > 0 else 1
     affordable = min(_affordable_tokens(num_prompt, budget_usd, *price) / num_choices for price in prices)
-    if affordable < 1 or (asked and min(asked) > affordable):
+    if affordable < 1 or (asked and max(asked) > affordable):
         raise _over_budget(budget_usd, num_prompt, affordable)
     return request if asked else {**request, "max_completion_tokens": int(min(affordable, UNLIMITED_TOKENS))}
 
