@@ -16,6 +16,8 @@ confidence; reasons never quote an answer, because they are logged.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -35,7 +37,7 @@ _SCRIPTS = frozenset(
     "ARMENIAN ETHIOPIC KHMER MYANMAR".split()
 )
 _MIN_LETTERS = 12
-"""Fewer tell no language."""
+"""Fewer tell no language, but in Chinese."""
 _CLEAR_SHARE = 0.6
 """Share of an answer's letters that its writing system must have to be called its language."""
 _MIN_FUNCTION_WORDS = 3
@@ -48,6 +50,10 @@ _FUNCTION_WORDS = {
     "es": "el los las es y una por para con su que del se está pero como más mi usted al".split(),
     "it": "il gli che è e una per con non sono della di mi si questo ha anche nel sua ma".split(),
     "pt": "o os as e uma não para com você que do da em por seu é mais meu foi ao".split(),
+}
+_LANGUAGES_OF = {
+    word: tuple(name for name, words in _FUNCTION_WORDS.items() if word in words)
+    for word in itertools.chain(*_FUNCTION_WORDS.values())
 }
 _WORD = re.compile(r"[^\W\d_]+")
 
@@ -133,21 +139,25 @@ def language_of(text: str) -> str | None:
 
 def _latin_language(text: str) -> str | None:
     """The language whose function words are at least three and twice as many as any other's."""
-    words = Counter(_WORD.findall(text.casefold()))
-    counts = {name: sum(words[word] for word in its) for name, its in _FUNCTION_WORDS.items()}
-    first, second = Counter(counts).most_common(2)
-    return first[0] if first[1] >= max(_MIN_FUNCTION_WORDS, 2 * second[1]) else None
+    counts = Counter(name for word in _WORD.findall(text.casefold()) for name in _LANGUAGES_OF.get(word, ()))
+    (first, number), (_, next_number) = [*counts.most_common(2), ("", 0), ("", 0)][:2]
+    return first if number >= max(_MIN_FUNCTION_WORDS, 2 * next_number) else None
 
 
 def _scripts_of(text: str) -> Counter[str]:
     """Letters of each writing system; those whose Unicode name begins with none of _SCRIPTS (as in ª or µ) are left out."""
     found: Counter[str] = Counter()
     for letter, count in Counter(text).items():
-        if letter.isalpha():
-            script = unicodedata.name(letter, "").split(" ")[0]
-            if script in _SCRIPTS:
-                found[script] += count
+        script = _script_of(letter)
+        if script:
+            found[script] += count
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _script_of(letter: str) -> str | None:
+    script = unicodedata.name(letter, "").split(" ")[0]
+    return script if letter.isalpha() and script in _SCRIPTS else None
 
 
 def _has_loop(text: str, request: Mapping[str, Any]) -> bool:
