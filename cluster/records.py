@@ -34,7 +34,7 @@ class RouteDecision(Record):
     """What the gateway did with one call, and why; shown in response headers and captured.
 
     `accept` keeps the specialist's answer; `escalate` hands over because confidence is low or the answer
-    is invalid; `fall_back` hands over because of an error or a timeout; `llm` never asked a specialist. `audit` marks
+    is invalid; `fall_back` hands over because of an error, a timeout or an LLM that was quicker; `llm` never asked a specialist. `audit` marks
     the LLM's answer to a call whose client already had the specialist's; no client sees it.
     """
 

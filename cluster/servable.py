@@ -88,8 +88,8 @@ async def ask_engine(
         InputError: the prompt is not for this specialist.
         EngineError: the engine failed.
     """
-    # One token more than the request allows says as much as all that would follow.
-    num_tokens = max(1, min([max_answer_tokens, *(limit + 1 for limit in _token_limits(request))]))
+    # What the request's own limit cuts is refused as an answer beyond that limit is.
+    num_tokens = max(1, min([max_answer_tokens, *_token_limits(request)]))
     answer = await engine.answer(adapter, prompt_format, request, num_tokens, stop_below=stop_below)
     return answer, invalid_reason(answer, prompt_format, request, facing)
 

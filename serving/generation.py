@@ -24,8 +24,18 @@ class Generated(NamedTuple):
     """As `EngineAnswer.finish_reason`."""
 
 
-def generate(client: Any, prompt_ids: list[int], *, max_tokens: int, stop: int, lora: Any) -> AsyncGenerator[Any, None]:
-    """vLLM's greedy tokens with log-probabilities, as they come, up to the token `stop`."""
+async def generate(
+    client: Any, prompt_ids: list[int], *, max_tokens: int, stop: int, lora: Any, stop_below: float
+) -> Generated:
+    """Ask vLLM for tokens, greedily, up to the token `stop`.
+
+    Args:
+        lora: vLLM's LoRARequest; None for the base model alone.
+        stop_below: as `Engine.answer` takes it.
+
+    Raises:
+        EngineError: the engine gave nothing.
+    """
     from vllm import SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
@@ -34,11 +44,12 @@ def generate(client: Any, prompt_ids: list[int], *, max_tokens: int, stop: int, 
         max_tokens=max_tokens,
         logprobs=0,
         stop_token_ids=[stop],
-        # The ids are decoded here, in one piece.
+        # The ids are decoded by whoever asked, in one piece.
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    return client.generate(TokensPrompt(prompt_token_ids=prompt_ids), params, uuid.uuid4().hex, lora_request=lora)
+    prompt = TokensPrompt(prompt_token_ids=prompt_ids)
+    return await collect(client.generate(prompt, params, uuid.uuid4().hex, lora_request=lora), stop_below)
 
 
 async def collect(outputs: AsyncGenerator[Any, None], stop_below: float) -> Generated:
@@ -46,10 +57,6 @@ async def collect(outputs: AsyncGenerator[Any, None], stop_below: float) -> Gene
 
     Args:
         outputs: vLLM's RequestOutputs, each with the tokens that are new.
-        stop_below: as `Engine.answer` takes it.
-
-    Raises:
-        EngineError: the engine gave nothing.
     """
     token_ids: list[int] = []
     logprobs: list[float] = []

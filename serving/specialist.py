@@ -21,7 +21,7 @@ from cluster.engine import EngineAnswer, rendering_version
 from cluster.errors import EngineError, StoreError
 from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
-from serving.generation import Generated, collect, generate
+from serving.generation import Generated, generate
 
 ADAPTER_MODE = "lora"
 LOGPROB_MODE = "raw_logprobs"
@@ -338,11 +338,8 @@ def _server_class() -> Any:
             await self._generate(lora, [self._tokenizer.eos_token_id], 1)
             return lora
 
-        async def _generate(
-            self, lora: Any, prompt_ids: list[int], max_tokens: int, stop_below: float = 0.0
-        ) -> Generated:
-            client, stop = self.engine._engine_client, self._tokenizer.eos_token_id
-            outputs = generate(client, prompt_ids, max_tokens=max_tokens, stop=stop, lora=lora)
-            return await collect(outputs, stop_below)
+        async def _generate(self, lora: Any, ids: list[int], max_tokens: int, stop_below: float = 0.0) -> Generated:
+            options = {"stop": self._tokenizer.eos_token_id, "lora": lora, "stop_below": stop_below}
+            return await generate(self.engine._engine_client, ids, max_tokens=max_tokens, **options)
 
     return SpecialistServer

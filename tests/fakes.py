@@ -119,7 +119,8 @@ class FakeEngine:
                 given_up = {"message": None, "completion_tokens": number}
                 return engine_answer(self.text, bound.value, "rejected").model_copy(update=given_up)
         is_whole = len(logprobs) <= max_tokens
-        return engine_answer(self.text, confidence(logprobs) if is_whole else 0.0, "stop" if is_whole else "length")
+        answer = engine_answer(self.text, confidence(logprobs) if is_whole else 0.0, "stop" if is_whole else "length")
+        return answer.model_copy(update={"completion_tokens": min(len(logprobs), max_tokens)})
 
 
 class FakeKms:
