@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from cluster.access import ApiKeys
 from cluster.engine import EngineAnswer
 from cluster.records import AnswerKind, Specialist
+from serving.api import MAX_REQUEST_BYTES
 from serving.audit import AuditConfig
 
 MESSAGES: Any = REQUEST["messages"]
@@ -267,6 +268,9 @@ def test_errors_are_those_that_the_client_knows(tmp_path: pathlib.Path) -> None:
                 with pytest.raises(openai.BadRequestError) as bad:
                     await ask(model="any", messages=messages)  # type: ignore[arg-type]
                 assert bad.value.type == "invalid_request_error" and bad.value.param.startswith("messages")
+            with pytest.raises(openai.APIStatusError) as too_large:
+                await ask(model="any", messages=[{"role": "user", "content": "x" * MAX_REQUEST_BYTES}])
+            assert (too_large.value.status_code, too_large.value.code) == (413, "too_large")
             limited = ApiKeys(tmp_path / "keys.json").create("slow", "agent", rate_per_minute=1)
             slow = quick.with_options(api_key=limited).chat.completions
             await slow.create(model="any", messages=MESSAGES)
