@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import openai
 import pytest
-from fakes import LLM_TEXT, REQUEST, Running, engine_answer, gateway, llm_body, make_specialist, tool_message
+from fakes import LLM_TEXT, PATH, REQUEST, Running, engine_answer, gateway, llm_body, make_specialist, tool_message
 from loopback import served
 from openai import AsyncOpenAI, OpenAI, pydantic_function_tool
 from pydantic import BaseModel
@@ -271,6 +271,9 @@ def test_errors_are_those_that_the_client_knows(tmp_path: pathlib.Path) -> None:
             with pytest.raises(openai.APIStatusError) as too_large:
                 await ask(model="any", messages=[{"role": "user", "content": "x" * MAX_REQUEST_BYTES}])
             assert (too_large.value.status_code, too_large.value.code) == (413, "too_large")
+            for raw in (b"{", b"[]", b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}'):
+                reply = await run.http.post(PATH, content=raw)
+                assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
             limited = ApiKeys(tmp_path / "keys.json").create("slow", "agent", rate_per_minute=1)
             slow = quick.with_options(api_key=limited).chat.completions
             await slow.create(model="any", messages=MESSAGES)
