@@ -64,6 +64,11 @@ class FallbackLLM:
         self._llms = list(llms)
         self._meter = meter or Meter()
 
+    @property
+    def has_own_model(self) -> bool:
+        """Whether an LLM can be asked without the client naming its model."""
+        return any(llm.config.own_model for llm in self._llms)
+
     async def chat(self, body: dict[str, Any]) -> tuple[UpstreamReply, LLMNodeConfig]:
         """Ask for a whole answer.
 
@@ -131,7 +136,7 @@ class FallbackLLM:
         except UpstreamError:
             known = "a model of the LLM"
         message = (
-            f"model={model}: its specialist leaves this call to the LLM, and no upstream has a model to ask instead; "
+            f"model={model}: this call is for the LLM, and no upstream has a model of its own to ask; "
             f"allowed: {known}; or let upstream.N.model name one"
         )
         raise UpstreamError(

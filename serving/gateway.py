@@ -101,19 +101,22 @@ class GatewayCore:
         """Answer one parsed chat.completions request.
 
         Raises:
-            Denied: 404, it asks for a specialist that is not served; 503, the call cannot be kept.
+            Denied: 400, it asks for an unknown route; 404, for a specialist that is not served; 503, the call cannot be
+                kept.
         """
         snapshot = self.table.snapshot
-        task_id = policy.named_task(request, snapshot.specialists)
-        undecided = RouteDecision(action="llm", reason="undecided", release=snapshot.release)
+        is_for_llm = policy.is_for_llm(request, headers)
+        task_id = None if is_for_llm else policy.named_task(request, snapshot.specialists)
+        reason = "the client asks for the LLM" if is_for_llm else "undecided"
+        undecided = RouteDecision(action="llm", reason=reason, release=snapshot.release)
         facing = Facing(self.faces, faces_before(agent_of(headers), headers.get(FACES_HEADER), self.faces))
         call = PendingCall(
             uuid.uuid4().hex, time.time(), time.perf_counter(), identity.client, request, headers, undecided, facing
         )
         # A call that the router did not send says nothing of the task's traffic.
-        call.is_reference = task_id is None and self.auditor.is_drawn(call.call_id)
+        call.is_reference = not (task_id or is_for_llm) and self.auditor.is_drawn(call.call_id)
         try:
-            answer = await self._ask_specialist(call, snapshot, task_id)
+            answer = None if is_for_llm else await self._ask_specialist(call, snapshot, task_id)
             if answer is not None:
                 return await self._accept(call, answer, snapshot)
             return await (self._stream_llm(call) if request.get("stream") else self._ask_llm(call))

@@ -8,6 +8,7 @@ chat completions and its chunk object; RFC 8259 (JSON); WHATWG HTML section 9.2 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -106,28 +107,29 @@ def parse_request(raw: bytes) -> dict[str, Any]:
     body = parse_strictly(raw)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
-        raise _invalid("messages: allowed is a list of at least one object")
+        raise _invalid("messages: allowed is a list of at least one object", "messages")
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
-            raise _invalid(f"messages.{number}.role: allowed is a text such as user")
+            raise _invalid(f"messages.{number}.role: allowed is a text such as user", f"messages.{number}.role")
         content = message.get("content")
         if not isinstance(content, str | list | None) or (
             isinstance(content, list) and not all(isinstance(part, dict) for part in content)
         ):
-            raise _invalid(f"messages.{number}.content: allowed is a text, a list of objects or null")
+            field = f"messages.{number}.content"
+            raise _invalid(f"{field}: allowed is a text, a list of objects or null", field)
     if not isinstance(body.get("stream"), bool | None):
-        raise _invalid("stream: allowed is true, false or null")
+        raise _invalid("stream: allowed is true, false or null", "stream")
     return body
 
 
 def parse_strictly(raw: bytes) -> dict[str, Any]:
-    """A client's JSON object: in UTF-8, without NaN and half surrogate pairs, nested no deeper than MAX_NESTING.
+    """A client's JSON object: in UTF-8, of finite numbers and whole surrogate pairs, nested no deeper than MAX_NESTING.
 
     Raises:
         Denied: 400, with the reason.
     """
     try:
-        body = json.loads(raw.decode(), parse_constant=_refuse_constant)
+        body = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_finite)
         if _SURROGATE.search(raw):
             json.dumps(body, ensure_ascii=False).encode()
     except UnicodeError:
@@ -166,19 +168,29 @@ def usage_of(body: dict[str, Any] | None) -> Usage:
 
 
 def completion_body(message: dict[str, Any], *, call_id: str, model: str, created: int, usage: Usage) -> dict[str, Any]:
-    """The chat.completion of one accepted message."""
+    """The chat.completion of one accepted message.
+
+    Args:
+        model: the specialist's name, TASK@VERSION; its version is what clients who set `seed` watch for a change.
+    """
     prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    calls = message.get("tool_calls") or []
+    if calls:
+        # A specialist's ids are equal for equal calls; clients tell the calls of a conversation apart by them.
+        numbered = [{**call, "id": f"call_{call_id[:24]}_{index}"} for index, call in enumerate(calls)]
+        message = {**message, "tool_calls": numbered}
     return {
         "id": f"chatcmpl-{call_id}",
         "object": "chat.completion",
         "created": created,
         "model": model,
+        "system_fingerprint": f"fp_{model.rpartition('@')[2]}",
         "choices": [
             {
                 "index": 0,
                 "message": {"refusal": None, **message},
                 "logprobs": None,
-                "finish_reason": "tool_calls" if message.get("tool_calls") else "stop",
+                "finish_reason": "tool_calls" if calls else "stop",
             }
         ],
         "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
@@ -189,7 +201,8 @@ def completion_chunks(body: dict[str, Any], *, include_usage: bool) -> list[byte
     """A completion of one choice as SSE events: role, content or tool calls, finish, usage if asked for, [DONE]."""
     choice = body["choices"][0]
     message = choice["message"]
-    envelope = {key: body[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+    envelope = {key: value for key, value in body.items() if key not in ("choices", "usage")}
+    envelope["object"] = "chat.completion.chunk"
     if include_usage:
         envelope["usage"] = None
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": None if message.get("tool_calls") else ""}]
@@ -230,12 +243,19 @@ def _is_too_deep(raw: bytes, value: Any) -> bool:
     return True
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-def _invalid(message: str) -> Denied:
-    return Denied(400, message, "invalid_request_error", "invalid_request")
+def _invalid(message: str, param: str | None = None) -> Denied:
+    return Denied(400, message, "invalid_request_error", "invalid_request", param)
 
 
 def _chunk_choice(delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:

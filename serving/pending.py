@@ -94,7 +94,7 @@ class PendingCall:
         return call.model_copy(update={"faces_person": self.facing.faces(self.request, call.message)})
 
     def response_headers(self) -> dict[str, str]:
-        """x-understudy-* headers: what was done with the call, and why."""
+        """x-understudy-* headers: what was done with the call, and why; OpenAI's x-request-id is its id."""
         decision = self.decision
         values = {
             "route": decision.action,
@@ -105,7 +105,8 @@ class PendingCall:
             "call-id": self.call_id,
             "release": decision.release,
         }
-        return {f"x-understudy-{name}": _header_text(value) for name, value in values.items() if value}
+        headers = {f"x-understudy-{name}": _header_text(value) for name, value in values.items() if value}
+        return {**headers, "x-request-id": self.call_id}
 
     def _session(self) -> str:
         """What is one conversation: the client's word for it, else all up to the first user message."""
