@@ -30,6 +30,7 @@ from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.route_model import RouteGuess
 from cluster.servable import ask_engine
+from cluster.sse import parse_object
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig
 from serving import policy
@@ -38,7 +39,7 @@ from serving.audit import Auditor
 from serving.capture import Capture
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
-from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, error_code, parse_object
+from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, error_code
 from serving.passthrough import DEFAULT_PATHS, PassThrough, check_path
 from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
