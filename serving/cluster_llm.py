@@ -23,10 +23,11 @@ from cluster.retries import is_retryable
 from cluster.sse import parse_object
 from cluster.upstream import EVENT_STREAM, JSON, LLMNodeConfig, UpstreamReply, UpstreamStream
 from serving.openai_wire import error_body
+from serving.scaling import ScaleConfig, autoscaling_of
 from serving.specialist import cpu_environment
 
 
-class ClusterLLMConfig(LLMNodeConfig):
+class ClusterLLMConfig(ScaleConfig, LLMNodeConfig):
     """A chat model served on the cluster. It has no price of its own: give what its tokens cost on your machines."""
 
     cluster_model: str = Field(min_length=1)
@@ -49,10 +50,6 @@ class ClusterLLMConfig(LLMNodeConfig):
     """Memory for keys and values; CPU only (a GPU engine takes its share of device memory)."""
     num_threads: int = Field(default=1, ge=1)
     """CPUs and OpenMP threads of a CPU engine."""
-    min_replicas: int = Field(default=1, ge=0)
-    """Replicas kept when idle."""
-    max_replicas: int = Field(default=1, ge=1)
-    """Replicas at most."""
 
     @property
     def model_name(self) -> str:
@@ -75,7 +72,7 @@ def build_cluster_llm(config: ClusterLLMConfig) -> Any:
         placement_group_config={"bundles": bundles},
         engine_kwargs=_engine_kwargs(config),
         deployment_config={
-            "autoscaling_config": {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas},
+            "autoscaling_config": autoscaling_of(config, config.max_num_seqs),
             "ray_actor_options": {"num_cpus": 0},
             "max_ongoing_requests": 4 * config.max_num_seqs,
             # One caller's queue; beyond it the next LLM is asked at once instead of after the timeout.
