@@ -92,20 +92,29 @@ def _hang_up(request: web.Request) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(script: Script, **config: Any) -> AsyncIterator[tuple[Upstream, Waits]]:
+async def listening(script: Script) -> AsyncIterator[str]:
+    """The endpoint's base_url."""
     app = web.Application()
     app.router.add_post("/v1/chat/completions", script.answer)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    waits = Waits()
-    base_url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    upstream = Upstream(UpstreamConfig(base_url=base_url, api_key_env=KEY_ENV, **config), sleep=waits)
     try:
-        yield upstream, waits
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     finally:
-        await upstream.close()
         await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def running(script: Script, **config: Any) -> AsyncIterator[tuple[Upstream, Waits]]:
+    """An Upstream of the endpoint, and what it would have slept."""
+    waits = Waits()
+    async with listening(script) as base_url:
+        upstream = Upstream(UpstreamConfig(base_url=base_url, api_key_env=KEY_ENV, **config), sleep=waits)
+        try:
+            yield upstream, waits
+        finally:
+            await upstream.close()
 
 
 async def read_stream(upstream: Upstream) -> bytes:
