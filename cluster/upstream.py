@@ -92,8 +92,9 @@ class UpstreamConfig(LLMNodeConfig):
     """Model to ask for instead of the one the client names; None asks for the client's."""
     max_attempts: int = Field(default=3, ge=1, le=10)
     """How often one call is sent at most."""
-    max_concurrent: int = Field(default=512, ge=1)
-    """Calls in flight at most, in each gateway replica. As many others wait for a place."""
+    max_concurrent: int = Field(default=1_000, ge=1)
+    """Calls in flight at most, from each gateway replica; the default is what a gateway itself takes. As many others wait
+    for a place."""
     max_wait_s: float = Field(default=2.0, ge=0)
     """Longest wait for a place, in seconds; then the next LLM is asked, or the client gets 429."""
 
