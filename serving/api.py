@@ -19,6 +19,7 @@ from cluster.errors import UpstreamError
 from serving.feedback import MAX_FEEDBACK_BYTES
 from serving.gateway import CLIENT_GONE, GatewayCore
 from serving.openai_wire import Denied, error_body, parse_request, parse_strictly
+from serving.overload import InFlightLimit, retry_headers
 from serving.passthrough import OWN_PATHS
 from serving.policy import no_such_model
 from serving.table import model_entries
@@ -73,6 +74,7 @@ def build_api(core: GatewayCore) -> FastAPI:
     routes |= {"/v1/models/{model:path}": ("GET", show_model), "/healthz": ("GET", show_health)}
     for path, (method, endpoint) in routes.items():
         api.router.add_route(path, endpoint, methods=[method])
+    api.add_middleware(InFlightLimit, max_ongoing=core.config.max_ongoing, meter=core.meter)
     _answer_errors(api, core, {path: method for path, (method, _) in routes.items()})
     return api
 
@@ -80,11 +82,13 @@ def build_api(core: GatewayCore) -> FastAPI:
 def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> None:
     async def deny(_: Request, error: Denied) -> Response:
         core.meter.count("understudy_requests_failed_total", status=str(error.status))
-        return JSONResponse(error.body, error.status, headers=error.headers)
+        headers = {**retry_headers(error.status, None), **error.headers}
+        return JSONResponse(error.body, error.status, headers=headers)
 
     async def fail(_: Request, error: UpstreamError) -> Response:
         core.meter.count("understudy_requests_failed_total", status=str(error.status))
-        return JSONResponse(error.body or error_body(error.message, kind="upstream_error"), error.status)
+        body = error.body or error_body(error.message, kind="upstream_error")
+        return JSONResponse(body, error.status, headers=retry_headers(error.status, error.retry_after_s))
 
     async def not_found(request: Request, _: Exception) -> Response:
         listed = ", ".join(core.passthrough.paths) or "none"

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.access import Pseudonyms
 from cluster.faces import Facing
 from cluster.prices import tokens_cost_usd
-from cluster.records import AgentCall, RouteDecision, ServedBy, Usage
+from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.upstream import LLMNodeConfig
 from serving.openai_wire import usage_of
 
@@ -38,6 +38,8 @@ class PendingCall:
     decision: RouteDecision
     facing: Facing
     """Whether it speaks to a person, as far as that is known before it is answered."""
+    specialist: Specialist | None = None
+    """Who was asked first."""
     specialist_cost_usd: float = 0.0
     is_reference: bool = False
     audit_of: str | None = None
@@ -104,6 +106,7 @@ class PendingCall:
             "reason": decision.reason,
             "call-id": self.call_id,
             "release": decision.release,
+            "degraded": "below threshold" if decision.action == "degrade" else None,
         }
         headers = {f"x-understudy-{name}": _header_text(value) for name, value in values.items() if value}
         return {**headers, "x-request-id": self.call_id}

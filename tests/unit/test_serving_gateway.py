@@ -26,9 +26,10 @@ from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, InputError
 from cluster.prices import PriceConfig
 from cluster.records import Specialist, Usage
+from cluster.sse import SseReader
 from serving.audit import AuditConfig
 from serving.gateway import CLIENT_GONE
-from serving.openai_wire import SseReader, completion_body, completion_chunks
+from serving.openai_wire import completion_body, completion_chunks
 from serving.reassembly import reassemble
 
 
