@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
+import sys
 from typing import Any
 
 from cluster.errors import ConfigError
@@ -34,6 +36,11 @@ def add_verb(verbs: Any) -> None:
     discover.add_argument("--encoder", default="hashed", help="hashed, a hub id, or a folder with a sentence encoder")
     discover.add_argument("--without-selection", action="store_true", help="leave out the probes, which need Ray")
     discover.set_defaults(run=_discover)
+    train = names.add_parser("train", help="many adapters in one run, packing, memory, scaling, fleets, kills")
+    train.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
+    train.add_argument("--part", nargs="+", default=[], metavar="PART", help="only these; default all")
+    train.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
+    train.set_defaults(run=_train)
 
 
 def _curate(options: argparse.Namespace) -> None:
@@ -56,6 +63,14 @@ def _discover(options: argparse.Namespace) -> None:
         connect()
         numbers |= measure_selection(print) | measure_usefulness(print)
     _show(numbers, options.json)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from jobs.bench.train import PARTS, bench_train
+
+    _check_output(options.json)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    _show(bench_train(say, options.part or PARTS, options.quick), options.json)
 
 
 def _check_output(path: pathlib.Path | None) -> None:

@@ -67,6 +67,8 @@ class Conversion(Record):
     """What became of every captured call; None in conversions that were written down without it."""
     left_out: dict[str, str] = {}
     """task_id -> which of its calls are too long for its specialist and stay on the LLM."""
+    own_names: dict[str, str] = {}
+    """task_id -> why the LLM that was asked to name it did not."""
     usefulness: tuple[Usefulness, ...] = ()
     """What was measured of tasks that might be several, in this run or where it stands from earlier ones."""
 
@@ -98,8 +100,9 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         tasks, _ = _learnable(recipe, discovery.tasks, by_split, snapshot.counts.num_clients)
         learned = {"train": served["train"], "validation": redacted}
         discovery = split_by_agreement(recipe, store, work, snapshot.id, discovery, tasks, learned, say)
+    own_names: dict[str, str] = {}
     if namer:
-        discovery = name_by_llm(store, discovery, served["train"], namer, say)
+        discovery, own_names = name_by_llm(store, discovery, served["train"], namer, say)
     route_model = save_discovery(store, snapshot.id, discovery)
     by_split = {split: group_by_task(served[split], discovery.assignment) for split in SPLITS}
     say(f"discover: {len(discovery.tasks)} tasks; unassigned {discovery.unassigned}")
@@ -134,6 +137,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         seconds=clock.laps,
         curation=snapshot.counts,
         left_out=trained.left_out,
+        own_names=own_names,
         usefulness=tuple(load_usefulness(store).values()),
     )
 
@@ -142,6 +146,11 @@ def write_conversion_report(
     path: pathlib.Path, conversion: Conversion, summary: dict[str, Any] | None, notes: list[str]
 ) -> None:
     """Write the HTML page a person reads: what moved, how sure that is, what stays and why."""
+    names = {task.task_id: task.name for task in conversion.tasks}
+    unnamed = [
+        f"{names[task_id]}: keeps the name of its own words: {reason}"
+        for task_id, reason in conversion.own_names.items()
+    ]
     write_report(
         path,
         tasks=conversion.tasks,
@@ -150,7 +159,7 @@ def write_conversion_report(
         unassigned=conversion.unassigned,
         losses=conversion.losses,
         summary=summary,
-        notes=notes,
+        notes=[*notes, *unnamed],
         selection=conversion.selection,
         curation=conversion.curation,
         left_out=conversion.left_out,

@@ -36,11 +36,14 @@ def namer_of(recipe: Recipe) -> LLMNode | None:
 
 def name_by_llm(
     store: Store, discovery: Discovery, train: Sequence[Example], node: LLMNode, say: Callable[[str], object]
-) -> Discovery:
-    """The discovery with names and descriptions of the LLM where it has given good ones.
+) -> tuple[Discovery, dict[str, str]]:
+    """Ask for names and descriptions, and remember the good ones.
 
     Args:
         train: the redacted split.
+
+    Returns:
+        The discovery with them, and why each task that was asked about in vain keeps the name of its own words.
     """
     known = _load_names(store)
     changed = {event.task_id for event in discovery.events if event.kind in ("split", "merge")}
@@ -70,7 +73,7 @@ def name_by_llm(
     tasks = tuple(
         t.model_copy(update=names[t.task_id].model_dump()) if t.task_id in names else t for t in discovery.tasks
     )
-    return replace(discovery, tasks=tasks)
+    return replace(discovery, tasks=tasks), kept
 
 
 def _propose(

@@ -91,6 +91,7 @@ class Auditor:
         captured = audit.captured(
             self._pseudonyms, response=reply.body, endpoint=endpoint, served_by="llm", status=200, error=None
         )
+        self._fallback.charge(endpoint, captured.usage)
         message = captured.message
         self._capture.put(captured)
         if not isinstance(message, dict):

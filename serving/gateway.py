@@ -14,14 +14,12 @@ import logging
 import time
 import uuid
 from collections.abc import Coroutine, Mapping
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
 from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, Response
 
 from cluster.access import ApiKeys, Identity, Pseudonyms
-from cluster.config import Config
 from cluster.engine import Engine, EngineAnswer
 from cluster.errors import InputError, StoreError, UpstreamError
 from cluster.faces import FACES_HEADER, FacesConfig, Facing, faces_before
@@ -36,57 +34,22 @@ from serving import policy
 from serving.admission import Admission
 from serving.audit import Auditor
 from serving.capture import Capture
+from serving.degraded import asked_again, degraded_decision, may_stand_in
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
+from serving.gateway_config import GatewayConfig
 from serving.hedging import race
 from serving.limits import fit_budget, late_error, prompt_cost_usd, read_limits
 from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
 from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, error_code
-from serving.passthrough import DEFAULT_PATHS, PassThrough, check_path
+from serving.overload import retry_headers
+from serving.passthrough import PassThrough
 from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
 from serving.table import ServingTable, Snapshot
 
 CLIENT_GONE = 499
 """Status of a captured call whose client left before the last byte (as nginx writes it)."""
-
-
-class GatewayConfig(Config):
-    """Who may call, and how long a specialist may take."""
-
-    auth: Literal["keys", "open"] = "keys"
-    """`keys` asks for an API key of this store; `open` lets everybody in who reaches the port."""
-    specialist_timeout_s: float = Field(default=10.0, gt=0)
-    """Longest wait for a specialist's answer, in seconds; then the LLM is asked. At most half of the call's deadline."""
-    hedge_after_s: float | None = Field(default=None, ge=0)
-    """After so many seconds without a specialist's answer the LLM is asked as well, and the first good answer is served.
-    Off unless set: it costs most where specialists are slow because there is much to do."""
-    deadline_s: float = Field(default=600.0, gt=0)
-    """Longest time for one call from its arrival to its last byte, specialist and LLMs together; the default is that of
-    OpenAI's clients. A client can shorten it (header x-deadline-s)."""
-    budget_usd: float | None = Field(default=None, ge=0)
-    """Most that one call may cost, as the upstreams' prices and `prices` have it; None bounds nothing. A client can lower
-    it (header x-budget-usd). An LLM is not asked where its longest answer could cost more."""
-    max_temperature: float = Field(default=1.0, ge=0)
-    """A request with a higher temperature wants variety, which a greedy specialist does not give. Gates count with it:
-    raise it before a conversion, not after."""
-    passthrough: tuple[str, ...] = DEFAULT_PATHS
-    """Paths besides the gateway's own whose POST requests go to the first endpoint of `upstream` as they are, under its
-    key. Every other path answers 404: an agent's key must not reach the owner's files, batches or fine-tunes."""
-
-    @field_validator("passthrough")
-    @classmethod
-    def _check_paths(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_path(path) for path in paths)
-
-    @model_validator(mode="after")
-    def _check_hedge(self) -> Self:
-        if self.hedge_after_s is not None and self.hedge_after_s >= self.specialist_timeout_s:
-            raise ValueError(
-                f"hedge_after_s: got {self.hedge_after_s:g}; allowed: less than specialist_timeout_s="
-                f"{self.specialist_timeout_s:g}, after which the LLM is asked anyway; next: lower it or leave it out"
-            )
-        return self
 
 
 class GatewayCore:
@@ -122,18 +85,20 @@ class GatewayCore:
         """Answer one parsed chat.completions request.
 
         Raises:
-            Denied: 404, it asks for a specialist that is not served; 400, a limit in a header that cannot be read; 503,
-                the call cannot be kept.
+            Denied: 400, it asks for an unknown route or has a limit in a header that cannot be read; 404, for a
+                specialist that is not served; 503, the call cannot be kept.
         """
         snapshot = self.table.snapshot
-        task_id = policy.named_task(request, snapshot.specialists)
+        is_for_llm = policy.is_for_llm(request, headers)
+        task_id = None if is_for_llm else policy.named_task(request, snapshot.specialists)
         limits = read_limits(
             headers,
             deadline_s=self.config.deadline_s,
             budget_usd=self.config.budget_usd,
             now=asyncio.get_running_loop().time(),
         )
-        undecided = RouteDecision(action="llm", reason="undecided", release=snapshot.release)
+        reason = "the client asks for the LLM" if is_for_llm else "undecided"
+        undecided = RouteDecision(action="llm", reason=reason, release=snapshot.release)
         facing = Facing(self.faces, faces_before(agent_of(headers), headers.get(FACES_HEADER), self.faces))
         call = PendingCall(
             uuid.uuid4().hex,
@@ -147,10 +112,10 @@ class GatewayCore:
             limits,
         )
         # A call that the router did not send says nothing of the task's traffic.
-        call.is_reference = task_id is None and self.auditor.is_drawn(call.call_id)
+        call.is_reference = not (task_id or is_for_llm) and self.auditor.is_drawn(call.call_id)
         try:
             try:
-                found = await self._find_answer(call, snapshot, task_id)
+                found = await self._find_answer(call, snapshot, task_id, is_for_llm)
             except UpstreamError as error:
                 return await self._fail(call, error)
             if isinstance(found, EngineAnswer):
@@ -208,7 +173,7 @@ class GatewayCore:
         self.capture.put(self._end(call, response=response, endpoint=endpoint, status=status, error=error))
 
     async def _find_answer(
-        self, call: PendingCall, snapshot: Snapshot, task_id: str | None
+        self, call: PendingCall, snapshot: Snapshot, task_id: str | None, is_for_llm: bool
     ) -> EngineAnswer | WholeAnswer | BegunAnswer:
         """A specialist's accepted answer, or the LLM's, before the deadline; the decision is left in `call`.
 
@@ -217,6 +182,8 @@ class GatewayCore:
         """
         try:
             async with asyncio.timeout_at(call.limits.deadline_at):
+                if is_for_llm:
+                    return await self._ask_llm(call)
                 asking = self._ask_specialist(call, snapshot, task_id)
                 if self.config.hedge_after_s is None:
                     return await asking or await self._ask_llm(call)
@@ -308,6 +275,7 @@ class GatewayCore:
 
     def _note_specialist(self, call: PendingCall, specialist: Specialist | None, seconds: float) -> None:
         if specialist is not None:
+            call.specialist = specialist
             self.meter.observe("understudy_specialist_latency_ms", seconds * 1e3, task_id=specialist.task_id)
             call.specialist_cost_usd = seconds_cost_usd(seconds, num_sharing=self._num_asking, config=self.prices)
 
@@ -347,9 +315,24 @@ class GatewayCore:
         return Response(raw, status, media_type="application/json", headers=call.response_headers())
 
     async def _fail(self, call: PendingCall, error: UpstreamError) -> Response:
+        if self.config.degraded == "specialist" and (answer := await self._stand_in(call, error)):
+            return await self._accept(call, answer, self.table.snapshot)
         body = error.body or error_body(error.message, kind="upstream_error", code="upstream_error")
         await self.finish(call, status=error.status, error=_named("the LLM gave no answer", body))
-        return JSONResponse(body, error.status, headers=call.response_headers())
+        headers = {**call.response_headers(), **retry_headers(error.status, error.retry_after_s)}
+        return JSONResponse(body, error.status, headers=headers)
+
+    async def _stand_in(self, call: PendingCall, error: UpstreamError) -> EngineAnswer | None:
+        """The specialist's answer, whatever its confidence, to a call that no LLM answers; None where it has none."""
+        specialist = call.specialist
+        left_s = call.limits.deadline_at - asyncio.get_running_loop().time()
+        if specialist is None or not may_stand_in(error) or left_s <= 0:
+            return None
+        timeout_s = min(self.config.specialist_timeout_s, left_s)
+        ask = asked_again(self._engines[specialist.base], specialist, call, timeout_s)
+        if (answer := await ask) is not None:
+            call.decision, call.is_reference = degraded_decision(call.decision, answer), False
+        return answer
 
     def _end(
         self,
@@ -366,6 +349,8 @@ class GatewayCore:
         captured = call.captured(
             self._pseudonyms, response=response, endpoint=endpoint, served_by=served_by, status=status, error=error
         )
+        if endpoint is not None:
+            self.fallback.charge(endpoint, captured.usage)
         action = call.decision.action
         self.meter.count("understudy_calls_total", action=action, task_id=call.decision.task_id or "")
         self.meter.observe("understudy_call_latency_ms", captured.latency_ms or 0.0, action=action)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import Any, NamedTuple
 
+from cluster.sse import parse_object
 from cluster.upstream import LLMNodeConfig, UpstreamStream
 from serving.fallback import FallbackLLM
-from serving.openai_wire import parse_object
 from serving.relay import EVENT_STREAM
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.access import Pseudonyms
 from cluster.faces import Facing
 from cluster.prices import tokens_cost_usd
-from cluster.records import AgentCall, RouteDecision, ServedBy, Usage
+from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.upstream import LLMNodeConfig
 from serving.limits import Limits
 from serving.openai_wire import usage_of
@@ -40,6 +40,8 @@ class PendingCall:
     facing: Facing
     """Whether it speaks to a person, as far as that is known before it is answered."""
     limits: Limits
+    specialist: Specialist | None = None
+    """Who was asked first."""
     specialist_cost_usd: float = 0.0
     lost_cost_usd: float = 0.0
     """Of an LLM that was asked as well and came too late: what reading the request cost."""
@@ -99,7 +101,7 @@ class PendingCall:
         return call.model_copy(update={"faces_person": self.facing.faces(self.request, call.message)})
 
     def response_headers(self) -> dict[str, str]:
-        """x-understudy-* headers: what was done with the call, and why."""
+        """x-understudy-* headers: what was done with the call, and why; OpenAI's x-request-id is its id."""
         decision = self.decision
         values = {
             "route": decision.action,
@@ -109,8 +111,10 @@ class PendingCall:
             "reason": decision.reason,
             "call-id": self.call_id,
             "release": decision.release,
+            "degraded": "below threshold" if decision.action == "degrade" else None,
         }
-        return {f"x-understudy-{name}": _header_text(value) for name, value in values.items() if value}
+        headers = {f"x-understudy-{name}": _header_text(value) for name, value in values.items() if value}
+        return {**headers, "x-request-id": self.call_id}
 
     def _session(self) -> str:
         """What is one conversation: the client's word for it, else all up to the first user message."""

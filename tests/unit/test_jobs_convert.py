@@ -90,7 +90,9 @@ def test_a_task_of_too_few_clients_stays_on_the_llm(tmp_path, monkeypatch, num_c
     conversion = convert(recipe, say=lambda line: None)
     assert list(conversion.refused.values()) == [reason]
     assert (conversion.tasks[0].num_clients, conversion.tasks[0].num_sessions) == (num_clients, 120)
-    write_conversion_report(tmp_path / "report.html", conversion, None, [])
+    in_vain = conversion.model_copy(update={"own_names": {conversion.tasks[0].task_id: "the LLM gave no answer"}})
+    write_conversion_report(tmp_path / "report.html", in_vain, None, ["a note"])
     page = (tmp_path / "report.html").read_text()
+    assert "a note" in page and "keeps the name of its own words: the LLM gave no answer" in page
     assert reason in page and "Calls by split" in page and "120 by hash" in page
     assert ("The whole store has one client" in page) == (num_clients == 1)

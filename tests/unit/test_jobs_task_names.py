@@ -89,7 +89,9 @@ def find(store: Store, *kinds: str) -> tuple[Discovery, list[Example]]:
 def name(store: Store, llm: LLM, *kinds: str) -> tuple[Discovery, Discovery, list[str]]:
     found, train = find(store, *kinds)
     said: list[str] = []
-    named = name_by_llm(store, found, train, llm.node(), said.append)
+    named, own_names = name_by_llm(store, found, train, llm.node(), said.append)
+    told = [line for line in said if "keeps the name" in line]
+    assert told == [f"discover {key}: keeps the name of its own words: {why}" for key, why in own_names.items()]
     save_discovery(store, "snap", named)
     return found, named, said
 
@@ -139,7 +141,7 @@ def test_two_tasks_do_not_get_one_name_and_a_split_task_is_asked_about_anew(llm,
     found, train = find(store, "order", "invoice")
     changed = dataclasses.replace(found, events=(TaskEvent(kind="split", task_id=split),))
     llm.fake.text = json.dumps({"name": "another reader", "description": "Reads."})
-    renamed = name_by_llm(store, changed, train, llm.node(), said.append)
+    renamed, _ = name_by_llm(store, changed, train, llm.node(), said.append)
     assert {t.name for t in renamed.tasks if t.task_id == split} & {"another reader", "order reader"} == {
         "another reader"
     }

@@ -18,8 +18,9 @@ from cluster.config import validate
 from cluster.engine import EngineAnswer
 from cluster.errors import ConfigError
 from cluster.prices import PriceConfig
-from serving.gateway import CLIENT_GONE, GatewayConfig
-from serving.openai_wire import SseReader
+from cluster.sse import SseReader
+from serving.gateway import CLIENT_GONE
+from serving.gateway_config import GatewayConfig
 from serving.reassembly import reassemble
 
 SPECIALIST_TEXT = "refund"

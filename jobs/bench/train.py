@@ -1,0 +1,119 @@
+"""What training costs, saves and survives: `understudy bench train`, the parts of it one after another into one JSON.
+
+multi_lora: adapters per hour of solo runs and of many adapters in one run, and whether they are equal; packing: tokens per
+second of packed and bucketed batches; memory: predicted against measured peaks; scaling: one and two workers, ZeRO stages;
+makespan: a fleet against its lower bound; faults: workers, nodes and drivers killed. Each part is a file beside this one
+that says how it measures. Speeds are compared within a part alone, so parts may be run at different times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from cluster.errors import ConfigError
+
+PARTS = ("multi_lora", "packing", "memory", "scaling", "makespan", "faults")
+_NUM_TRIALS = 20
+_QUICK_TRIALS = 3
+"""One of each kind."""
+
+
+def bench_train(say: Callable[[str], object], parts: Sequence[str] = PARTS, quick: bool = False) -> dict[str, Any]:
+    """Measure the parts named, in the order of `PARTS`. Starts and ends a local Ray cluster.
+
+    Args:
+        parts: of `PARTS`; makespan takes the times of the runs that multi_lora measured.
+        quick: few steps and trials: shows that it runs, and measures nothing.
+
+    Returns:
+        The numbers of all parts, and under `parts` everything that was measured.
+
+    Raises:
+        ConfigError: a part that is none, or makespan without multi_lora.
+        InputError: the shared data is not there.
+        TrainingError: a run that nothing disturbed failed.
+    """
+    if wrong := sorted(set(parts) - set(PARTS)):
+        raise ConfigError(f"--part {wrong[0]}: no such part; allowed: {', '.join(PARTS)}")
+    if "makespan" in parts and "multi_lora" not in parts:
+        raise ConfigError("--part makespan: it takes measured run times; next: name --part multi_lora makespan")
+    found: dict[str, Any] = {}
+    for name, measure in _measures(say, quick, found):
+        if name in parts:
+            say(f"-- {name}")
+            found[name] = measure()
+    return gather_numbers(found) | {"quick": quick, "parts": found}
+
+
+def _measures(
+    say: Callable[[str], object], quick: bool, found: Mapping[str, Any]
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The parts; those on one cluster first, as faults brings one of its own."""
+    import ray
+
+    from cluster.session import connect
+    from jobs.bench.faults import measure_faults
+    from jobs.bench.makespan import measure_makespan
+    from jobs.bench.memory import measure_memory
+    from jobs.bench.multi_lora import measure_multi_lora
+    from jobs.bench.packing import measure_packing
+    from jobs.bench.scaling import measure_scaling
+
+    def multi_lora() -> dict[str, Any]:
+        connect()
+        return measure_multi_lora(say, ("2M",) if quick else ("2M", "20M"), quick=quick)
+
+    def scaling() -> dict[str, Any]:
+        connect()
+        return measure_scaling(say, quick)
+
+    def faults() -> dict[str, Any]:
+        ray.shutdown()
+        return measure_faults(say, _QUICK_TRIALS if quick else _NUM_TRIALS)
+
+    yield "multi_lora", multi_lora
+    yield "packing", lambda: measure_packing(say, quick=quick)
+    yield "memory", lambda: measure_memory(say, quick)
+    yield "scaling", scaling
+    yield "makespan", lambda: measure_makespan(_run_seconds(found))
+    yield "faults", faults
+    ray.shutdown()
+
+
+def _run_seconds(found: Mapping[str, Any]) -> dict[str, float]:
+    """Of the solo runs that multi_lora timed at its longest length."""
+    runs = found["multi_lora"]["2M"]["runs"]
+    return runs[max(runs)]["run_seconds"]
+
+
+def gather_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that stand for each part: bases of 2M parameters where nothing else is said."""
+    numbers: dict[str, Any] = {}
+    if many := found.get("multi_lora"):
+        small = many["2M"]
+        longest = small["runs"][max(small["runs"])]
+        per_hour = longest["adapters_per_hour"]
+        compared = [run for size in many.values() for run in size["runs"].values()]
+        numbers |= {
+            "adapters_per_hour": {
+                "sequential": per_hour.get("sequential"),
+                "parallel": per_hour["parallel"],
+                "multi_lora": per_hour["one_run"],
+                "multi_lora_in_two_runs": per_hour["two_runs"],
+            },
+            "ratio_to_parallel": {size: one["ratio_to_parallel"] for size, one in many.items()},
+            "loop_only": {size: one["loop_only"] for size, one in many.items()},
+            "max_loss_diff": max(run["max_loss_diff"] for run in compared),
+            "max_weight_diff": max(run["max_weight_diff"] for run in compared),
+            "negative_control_fails": all(one["negative_control_fails"] for one in many.values()),
+        }
+    if packing := found.get("packing"):
+        numbers["packing_ratio"] = packing["packing_ratio"]
+    if memory := found.get("memory"):
+        numbers["memory_prediction_error"] = memory["memory_prediction_error"]
+    for name in ("scaling", "makespan"):
+        numbers |= found.get(name, {})
+    if faults := found.get("faults"):
+        numbers |= {key: value for key, value in faults.items() if key.startswith("kill_")}
+    return numbers
