@@ -223,6 +223,27 @@ def test_the_deadline_covers_specialist_and_llm(tmp_path: pathlib.Path, is_strea
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_specialist_stands_in_with_its_whole_answer_but_not_beyond_the_deadline(
+    tmp_path: pathlib.Path, is_late: bool
+) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, degraded="specialist", specialist_timeout_s=LONG) as run:
+            run.engine.logprobs, run.llm.status = [-2.0, -0.01, -0.01], 503
+            if is_late:
+                run.llm.status = 200
+                run.llm.may_answer.clear()
+            reply = await run.http.post(PATH, json=REQUEST, headers={"x-deadline-s": "0.3" if is_late else "60"})
+            if is_late:
+                assert (reply.status_code, _error(reply)["code"]) == (504, "deadline_exceeded")
+                assert run.engine.num_asked == 1
+            else:
+                assert _said(reply) == SPECIALIST_TEXT and reply.headers["x-understudy-route"] == "degrade"
+                assert run.engine.num_tokens == 1 + 3, "given up first, then whole"
+
+    asyncio.run(scenario())
+
+
 def test_a_slow_specialist_leaves_the_llm_its_time(tmp_path: pathlib.Path) -> None:
     async def scenario() -> None:
         async with gateway(tmp_path, specialist_timeout_s=LONG, deadline_s=2.0) as run:
