@@ -66,6 +66,10 @@ class Rows:
             for part in split_evenly(own, num_parts)
         ]
 
+    def num_tokens(self, step: int) -> int:
+        """Tokens of the examples that all ranks together learn from at a step, padding left out."""
+        return sum(len(self._ids[k]) for rows in self._rows_at(step) for k in rows)
+
     def _rows_at(self, step: int) -> list[list[int]]:
         """Rank -> examples."""
         epoch, index = divmod(step, self.num_batches())

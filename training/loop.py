@@ -34,6 +34,7 @@ from training.grading import grade_rows
 from training.methods import build_model
 from training.objective import answer_loss
 from training.progress import write_progress
+from training.speed import Speed, peak_memory_bytes, time_collectives
 from training.stopping import best_point, is_patience_over
 
 _NUM_CURVE_POINTS = 20
@@ -53,6 +54,7 @@ class _Run(NamedTuple):
     """Local folder for the weights of the best checkpoint so far."""
     rank: int
     world_size: int
+    speed: Speed
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -61,7 +63,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     Args:
         settings: `training.finetune.finetune` makes them.
 
-    Side effects: reports {step, loss, validation_loss, agreement, released_step, curve} with a checkpoint every
+    Side effects: reports {step, loss, validation_loss, agreement, released_step, curve}, and of this worker since it
+    began {tokens_per_s, communication_share, peak_memory_bytes} (training/speed.py), with a checkpoint every
     `checkpoint_every` steps and at the end; the last checkpoint's `model/` folder holds what is served (PEFT or full
     safetensors). A run that diverges or does not fit in memory leaves its diagnosis and ends; one that is asked to yield
     reports {step, yielded} with a checkpoint and ends.
@@ -103,7 +106,9 @@ def _build_run(settings: dict[str, Any], released: pathlib.Path) -> _Run:
     average = MovingAverage(engine.module, settings["ema_decay"]) if settings["ema_decay"] else None
     distill = {**settings["distill"], "bf16": settings["bf16"]}
     loss_of = Distiller(distill, engine).loss if distill["teacher"] else answer_loss
-    return _Run(settings, engine, rows, held_out, average, loss_of, released, rank, world_size)
+    speed = Speed(world_size, blocks=engine.device.type == "cpu")
+    time_collectives(speed)
+    return _Run(settings, engine, rows, held_out, average, loss_of, released, rank, world_size, speed)
 
 
 def _train(run: _Run) -> None:
@@ -118,7 +123,8 @@ def _train(run: _Run) -> None:
         # Dropout of a resumed run is that of the undisturbed one: it follows from seed, rank and step alone.
         torch.manual_seed(_seed_of(settings["seed"], run.rank, step))
         rate = _set_learning_rate(engine, settings, step)
-        loss = _mean_over_ranks(train_step(engine, run.rows.micro_batches(step), run.loss_of), run)
+        with run.speed.step(run.rows.num_tokens(step)):
+            loss = _mean_over_ranks(train_step(engine, run.rows.micro_batches(step), run.loss_of), run)
         check_loss(f"step {step + 1}: the loss", loss, rate, [point["loss"] for point in curve] + losses)
         losses.append(loss)
         if run.average:
@@ -131,7 +137,7 @@ def _train(run: _Run) -> None:
         if is_checkpoint:
             _checkpoint(run, step, curve, rate)
         if run.rank == 0 and curve and curve[-1]["step"] == step:
-            write_progress(pathlib.Path(settings["progress_path"]), step, curve[-1]["loss"])
+            write_progress(pathlib.Path(settings["progress_path"]), {**curve[-1], **run.speed.read()})
         if step < settings["num_steps"] and _is_asked_to_yield(run):
             # Not graded: the undisturbed run has no point of its curve here.
             _report(run, {"step": step, "yielded": True}, step, curve, losses)
@@ -173,7 +179,8 @@ def _mean_over_ranks(loss: float, run: _Run) -> float:
     if run.world_size == 1:
         return loss
     mean = torch.tensor(loss, device=run.engine.device)
-    torch.distributed.all_reduce(mean)
+    with run.speed.communication():
+        torch.distributed.all_reduce(mean)
     return float(mean) / run.world_size
 
 
@@ -240,6 +247,7 @@ def _report(run: _Run, metrics: dict[str, Any], step: int, curve: list[dict[str,
     import ray.train
     from ray.train import Checkpoint
 
+    metrics = {**metrics, **run.speed.read(), "peak_memory_bytes": peak_memory_bytes()}
     state = {"step": step, "curve": curve, "losses": losses, "average": run.average and run.average.state()}
     with tempfile.TemporaryDirectory() as folder:
         local = pathlib.Path(folder)

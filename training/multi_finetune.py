@@ -53,6 +53,8 @@ class ManyTrained(NamedTuple):
     """Task -> (PEFT folder, last metrics), as `finetune` returns them."""
     failed: dict[str, str]
     """Task -> why it stopped."""
+    speed: dict[str, float] = {}
+    """tokens_per_s, communication_share and peak_memory_bytes of a run of several adapters (training/speed.py)."""
 
 
 def finetune_many(
@@ -96,7 +98,7 @@ def finetune_many(
         raise TrainingError(f"run {name}: failed after {config.max_failures} restarts: {result.error}")
     if result.metrics["yielded"]:
         raise RunYielded(f"run {name}: stopped after round {result.metrics['step']}, because it was asked to")
-    return _collect(pathlib.Path(result.checkpoint.path), result.metrics["adapters"])
+    return _collect(pathlib.Path(result.checkpoint.path), result.metrics)
 
 
 def common_config(tasks: Sequence[AdapterTask]) -> FinetuneConfig:
@@ -169,12 +171,14 @@ def _longest_row(path: pathlib.Path) -> int:
     return max(len(ids) for ids in datasets.load_from_disk(str(path))["input_ids"])
 
 
-def _collect(checkpoint: pathlib.Path, adapters: dict[str, dict[str, Any]]) -> ManyTrained:
+def _collect(checkpoint: pathlib.Path, metrics: dict[str, Any]) -> ManyTrained:
     done, failed = {}, {}
-    for name, facts in adapters.items():
+    for name, facts in metrics["adapters"].items():
         if facts["reason"]:
             failed[name] = facts["reason"]
         else:
-            metrics = {key: value for key, value in facts.items() if key != "reason"}
-            done[name] = (checkpoint / "models" / name, metrics)
-    return ManyTrained(done, failed)
+            done[name] = (checkpoint / "models" / name, {key: one for key, one in facts.items() if key != "reason"})
+    speed = {
+        key: metrics[key] for key in ("tokens_per_s", "communication_share", "peak_memory_bytes") if key in metrics
+    }
+    return ManyTrained(done, failed, speed)
