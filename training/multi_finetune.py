@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError, RunYielded, TrainingError
 from training.finetune import FinetuneConfig, build_trainer, yield_path
+from training.memory import device_bytes, shape_of
 from training.multi_loop import multi_loop
+from training.multi_memory import AdapterLoad, ManyPlan, plan_many
 from training.progress import show_progress
 
 _OF_THE_RUN = (
@@ -65,27 +67,30 @@ def finetune_many(
     pad_token_id: int,
     storage: pathlib.Path,
     label: str | None = None,
+    num_parallel: int = 1,
 ) -> ManyTrained:
     """Train and wait for the result. Continues from the last checkpoint where a run of this name began before.
 
     Args:
         storage: folder for checkpoints; shared by all nodes of the cluster.
         label: what its progress bar is called; None takes `name`.
+        num_parallel: runs like this one that share the cluster's memory.
 
     Raises:
-        ConfigError: the tasks cannot share a run.
+        ConfigError: the tasks cannot share a run, or it does not fit in memory.
         TrainingError: the run failed more than `max_failures` times.
         RunYielded: it stopped at a checkpoint because `ask_to_yield` was called; call again to go on.
     """
     config = common_config(tasks)
-    kind = "cuda" if config.gpus_per_worker else "cpu"
+    loads = [load_of(task, base_path) for task in tasks]
+    plan = plan_run_of(loads, config, base_path, device_bytes(config, num_parallel))
     settings = {
         "adapters": [adapter_settings(task, pad_token_id) for task in tasks],
         "base_path": str(base_path),
-        "zero_stage": 3 if config.zero_stage == 3 else 0,
+        "zero_stage": plan.stage,
         "bf16": config.bf16,
         "num_threads": max(1, int(config.cpus_per_worker)),
-        "tokens_per_pass": _TOKENS_PER_PASS[kind],
+        "tokens_per_pass": plan.tokens_per_pass,
         "progress_path": str(storage.resolve() / f"{name}.progress"),
         "yield_path": str(yield_path(name, storage)),
     }
@@ -99,6 +104,30 @@ def finetune_many(
     if result.metrics["yielded"]:
         raise RunYielded(f"run {name}: stopped after round {result.metrics['step']}, because it was asked to")
     return _collect(pathlib.Path(result.checkpoint.path), result.metrics)
+
+
+def load_of(task: AdapterTask, base_path: pathlib.Path) -> AdapterLoad:
+    """What a task's adapter asks of its worker's memory; its datasets are read for their longest rows."""
+    lengths = [_longest_rows(path) for path in (task.train_path, task.validation_path) if path is not None]
+    return AdapterLoad(
+        name=task.name,
+        trainable=shape_of(base_path, task.config).trainable,
+        examples=task.config.batch_size,
+        row_tokens=max(row for row, _ in lengths),
+        answer_tokens=max(answer for _, answer in lengths),
+    )
+
+
+def plan_run_of(
+    loads: Sequence[AdapterLoad], config: FinetuneConfig, base_path: pathlib.Path, num_bytes: int
+) -> ManyPlan:
+    """Place a run of these adapters on workers whose devices have `num_bytes`.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    kind = "cuda" if config.gpus_per_worker else "cpu"
+    return plan_many(shape_of(base_path, config), config, loads, num_bytes, _TOKENS_PER_PASS[kind])
 
 
 def common_config(tasks: Sequence[AdapterTask]) -> FinetuneConfig:
@@ -154,7 +183,7 @@ def _reason_against_stage(stage: int | str) -> str | None:
 def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
     """What the loop needs to know of a task."""
     paths = [path for path in (task.train_path, task.validation_path) if path is not None]
-    longest = max(_longest_row(path) for path in paths)
+    longest = max(_longest_rows(path)[0] for path in paths)
     return {
         **task.config.model_dump(mode="json"),
         "name": task.name,
@@ -165,10 +194,14 @@ def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
     }
 
 
-def _longest_row(path: pathlib.Path) -> int:
+def _longest_rows(path: pathlib.Path) -> tuple[int, int]:
+    """Tokens of the longest example and of the longest answer."""
     import datasets
 
-    return max(len(ids) for ids in datasets.load_from_disk(str(path))["input_ids"])
+    table = datasets.load_from_disk(str(path))
+    lengths = [len(ids) for ids in table["input_ids"]]
+    answers = [length - start for length, start in zip(lengths, table["num_prompt"], strict=True)]
+    return max(lengths), max(answers)
 
 
 def _collect(checkpoint: pathlib.Path, metrics: dict[str, Any]) -> ManyTrained:
