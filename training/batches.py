@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from training.packing import collate_packed, collate_padded, plan_batches, split_evenly
@@ -34,6 +35,8 @@ class Rows:
         table = datasets.load_from_disk(path)
         self._ids = table["input_ids"][:]
         self._num_prompt = table["num_prompt"][:]
+        names = ("top_ids", "top_logprobs") if "top_ids" in table.column_names else ()
+        self._tops = list(zip(*(table[name][:] for name in names), strict=True))
         self._batch, self._rank, self._world = settings["batch_size"], rank, world_size
         self._seed, self._pad = settings["seed"], settings["pad_token_id"]
         self._is_packed = settings.get("packing", False)
@@ -92,4 +95,34 @@ class Rows:
             tensors = collate_packed(ids, num_prompts, self._pad, _PACKED_LENGTH * max(map(len, ids)))
         else:
             tensors = collate_padded(ids, num_prompts, self._pad)
+        if self._tops:
+            tensors |= stack_tops([(*self._tops[rows[k]], num_prompts[k]) for k in tensors["examples"]])
         return {**tensors, "num_examples": num_examples}
+
+
+def stack_tops(tops: Sequence[tuple[list[list[int]], list[list[float]], int]]) -> dict[str, Any]:
+    """What was likeliest at each answer token's place, as tensors.
+
+    Args:
+        tops: of each example, in the order of its tokens in the batch: for each token of its answer the likeliest ones and
+            their log-probabilities, and how many tokens of prompt stand before.
+
+    Returns:
+        top_ids and top_logprobs [N, K] for the N answer tokens of the batch, row by row; -inf where there are fewer than
+        K.
+    """
+    import torch
+
+    # The first token of an example is foretold by nothing.
+    pairs = [
+        pair
+        for ids, logprobs, num_prompt in tops
+        for pair in list(zip(ids, logprobs, strict=True))[0 if num_prompt else 1 :]
+    ]
+    width = max(1, *(len(ids) for ids, _ in pairs))
+    top_ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    top_logprobs = torch.full((len(pairs), width), -math.inf)
+    for place, (ids, logprobs) in enumerate(pairs):
+        top_ids[place, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        top_logprobs[place, : len(ids)] = torch.tensor(logprobs)
+    return {"top_ids": top_ids, "top_logprobs": top_logprobs}

@@ -28,7 +28,7 @@ from training.diagnosis import (
     smaller_micro_batch,
     write_diagnosis,
 )
-from training.distill import Distiller
+from training.distill import Distiller, StoredDistiller
 from training.engine import build_engine
 from training.grading import grade_rows
 from training.methods import build_model
@@ -104,11 +104,18 @@ def _build_run(settings: dict[str, Any], released: pathlib.Path) -> _Run:
     path, unpacked = settings["validation_path"], {**settings, "packing": False}
     held_out = Rows(path, unpacked, 0, 1) if path else None
     average = MovingAverage(engine.module, settings["ema_decay"]) if settings["ema_decay"] else None
-    distill = {**settings["distill"], "bf16": settings["bf16"]}
-    loss_of = Distiller(distill, engine).loss if distill["teacher"] else answer_loss
     speed = Speed(world_size, blocks=engine.device.type == "cpu")
     time_collectives(speed)
-    return _Run(settings, engine, rows, held_out, average, loss_of, released, rank, world_size, speed)
+    return _Run(
+        settings, engine, rows, held_out, average, _loss_of(settings, engine), released, rank, world_size, speed
+    )
+
+
+def _loss_of(settings: dict[str, Any], engine: Any) -> Callable[[Any, dict[str, Any], Any], Any]:
+    distill = {**settings["distill"], "bf16": settings["bf16"]}
+    if distill["teacher"]:
+        return Distiller(distill, engine).loss
+    return StoredDistiller(distill).loss if distill["stored"] else answer_loss
 
 
 def _train(run: _Run) -> None:

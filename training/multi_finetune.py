@@ -166,6 +166,11 @@ def reason_against(config: FinetuneConfig) -> str | None:
             f"finetune.distill.teacher={config.distill.teacher!r}: not with fleet.mode=multi_lora; allowed: none; next: "
             "fleet.mode=solo"
         )
+    if config.distill.stored:
+        return (
+            "finetune.distill.stored=true: not with fleet.mode=multi_lora; allowed: false; next: "
+            "finetune.distill.stored=false, or fleet.mode=solo"
+        )
     return _reason_against_stage(config.zero_stage)
 
 
