@@ -20,6 +20,7 @@ from training.loop import train_loop
 from training.memory import Load, device_bytes, shape_of
 from training.methods import UNSHARDED, Method, check_base_folder, check_method
 from training.progress import show_progress
+from training.watching import LogTo, check_log_to, watch_settings
 from training.zero import ZeroPlan, plan_zero
 
 
@@ -78,6 +79,9 @@ class FinetuneConfig(Config):
     """How often a run restarts from its last checkpoint before it counts as failed."""
     seed: int = 0
     """Of initial weights and data order."""
+    log_to: LogTo = "none"
+    """Where losses, agreement and speed are written for people to watch, beside the terminal and Ray's own metrics:
+    tensorboard (event files in WORK/runs/RUN.tensorboard) or mlflow (at MLFLOW_TRACKING_URI)."""
 
     @field_validator("zero_stage", mode="before")
     @classmethod
@@ -157,6 +161,7 @@ def finetune(
         "progress_path": str(storage.resolve() / f"{name}.progress"),
         "diagnosis_path": str(diagnosis_path),
         "yield_path": str(yield_path(name, storage)),
+        **watch_settings(name, config.log_to, storage),
     }
     diagnosis_path.unlink(missing_ok=True)
     yield_path(name, storage).unlink(missing_ok=True)
@@ -184,6 +189,7 @@ def plan_finetune(
     import datasets
 
     check_method(config.method, config.gpus_per_worker)
+    check_log_to(config.log_to)
     check_base_folder(base_path)
     table = datasets.load_from_disk(str(train_path))
     lengths = [len(ids) for ids in table["input_ids"]]

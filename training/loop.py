@@ -36,6 +36,7 @@ from training.objective import answer_loss
 from training.progress import write_progress
 from training.speed import Speed, peak_memory_bytes, time_collectives
 from training.stopping import best_point, is_patience_over
+from training.watching import Nobody, Watcher, open_watcher
 
 _NUM_CURVE_POINTS = 20
 
@@ -119,10 +120,16 @@ def _loss_of(settings: dict[str, Any], engine: Any) -> Callable[[Any, dict[str, 
 
 
 def _train(run: _Run) -> None:
+    settings = run.settings
+    step, curve, losses = _resume(run)
+    with contextlib.closing(open_watcher(settings, step) if run.rank == 0 else Nobody()) as watcher:
+        _take_steps(run, watcher, step, curve, losses)
+
+
+def _take_steps(run: _Run, watcher: Watcher, step: int, curve: list[dict[str, Any]], losses: list[float]) -> None:
     import torch
 
     settings, engine = run.settings, run.engine
-    step, curve, losses = _resume(run)
     stride = max(1, settings["num_steps"] // _NUM_CURVE_POINTS)
     # A model comes from its folder in evaluation mode.
     engine.train()
@@ -144,7 +151,9 @@ def _train(run: _Run) -> None:
         if is_checkpoint:
             _checkpoint(run, step, curve, rate)
         if run.rank == 0 and curve and curve[-1]["step"] == step:
-            write_progress(pathlib.Path(settings["progress_path"]), {**curve[-1], **run.speed.read()})
+            facts = {**curve[-1], **run.speed.read()}
+            write_progress(pathlib.Path(settings["progress_path"]), facts)
+            watcher.write(facts)
         if step < settings["num_steps"] and _is_asked_to_yield(run):
             # Not graded: the undisturbed run has no point of its curve here.
             _report(run, {"step": step, "yielded": True}, step, curve, losses)

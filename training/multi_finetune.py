@@ -17,6 +17,7 @@ from training.memory import device_bytes, shape_of
 from training.multi_loop import multi_loop
 from training.multi_memory import AdapterLoad, ManyPlan, plan_many
 from training.progress import show_progress
+from training.watching import check_log_to, watch_settings
 
 _OF_THE_RUN = (
     "zero_stage",
@@ -25,6 +26,7 @@ _OF_THE_RUN = (
     "gpus_per_worker",
     "cpus_per_worker",
     "max_failures",
+    "log_to",
 )
 """Fields that all adapters of a run have in common; in all others they may differ."""
 _ALLOWED = {
@@ -82,6 +84,7 @@ def finetune_many(
         RunYielded: it stopped at a checkpoint because `ask_to_yield` was called; call again to go on.
     """
     config = common_config(tasks)
+    check_log_to(config.log_to)
     loads = [load_of(task, base_path) for task in tasks]
     plan = plan_run_of(loads, config, base_path, device_bytes(config, num_parallel))
     settings = {
@@ -93,6 +96,7 @@ def finetune_many(
         "tokens_per_pass": plan.tokens_per_pass,
         "progress_path": str(storage.resolve() / f"{name}.progress"),
         "yield_path": str(yield_path(name, storage)),
+        **watch_settings(name, config.log_to, storage),
     }
     storage.mkdir(parents=True, exist_ok=True)
     yield_path(name, storage).unlink(missing_ok=True)

@@ -129,10 +129,10 @@ def adapters(count: int, examples: int = 16) -> list[AdapterLoad]:
 
 
 def test_smaller_passes_come_before_a_sharded_base_and_what_fits_fits() -> None:
-    plans = [plan_many(SEVEN_B, ON_GPU, adapters(4), gib * GIB, 65536) for gib in (300, 80, 50)]
+    plans = [plan_many(SEVEN_B, ON_GPU, adapters(4), gib * GIB, 65536) for gib in (300, 80, 56)]
     assert [plan.stage for plan in plans] == [0, 0, 3]
     assert plans[0].tokens_per_pass == 65536 > plans[1].tokens_per_pass >= 16 * 512
-    for plan, gib in zip(plans, (300, 80, 50), strict=True):
+    for plan, gib in zip(plans, (300, 80, 56), strict=True):
         assert plan.memory.total <= 0.9 * gib * GIB
 
 
