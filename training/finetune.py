@@ -33,7 +33,7 @@ class FinetuneConfig(Config):
     num_steps: int = Field(default=300, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(default=16, ge=1)
-    """Examples per worker and step."""
+    """Examples per worker and step, where all num_workers are there."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Examples that are in memory at a time; the gradients of a batch's parts are summed, so the result is the same. None
     takes the largest that the memory prediction allows, and half of it whenever a worker runs out of memory."""
@@ -71,6 +71,10 @@ class FinetuneConfig(Config):
     """Steps between checkpoints; a killed worker loses at most these."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers per fine-tune."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Go on with so few workers where there is no room for num_workers, and with more once there is (Ray looks once a
+    minute): a run then starts again from its last checkpoint. Steps stay what they are: batch_size x num_workers examples,
+    shared by the workers there are. None: num_workers or none. Needs ZeRO stage 0."""
     gpus_per_worker: int = Field(default=0, ge=0)
     """GPUs per worker; 0 trains on CPU with gloo."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
@@ -92,6 +96,16 @@ class FinetuneConfig(Config):
 
     @model_validator(mode="after")
     def _check_together(self) -> FinetuneConfig:
+        if self.min_workers and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers}: above num_workers={self.num_workers}; allowed: at most that"
+            )
+        if self.min_workers and (self.zero_stage not in ("auto", 0) or self.offload not in ("auto", "none")):
+            raise ValueError(
+                f"min_workers={self.min_workers}: zero_stage={self.zero_stage}, offload={self.offload!r}; a checkpoint of a "
+                "sharded optimiser is cut for its number of workers and cannot be read by another; allowed: zero_stage 0 "
+                "or auto, offload none or auto"
+            )
         if self.method == "qlora" and not self.gpus_per_worker:
             raise ValueError("method='qlora': 4-bit weights need a GPU; allowed: gpus_per_worker=1, or lora, rslora")
         if self.micro_batch_size and self.micro_batch_size > self.batch_size:
@@ -259,7 +273,9 @@ def build_trainer(
         loop,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(config.min_workers, config.num_workers) if config.min_workers else config.num_workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
         run_config=RunConfig(

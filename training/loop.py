@@ -100,7 +100,8 @@ def _build_run(settings: dict[str, Any], released: pathlib.Path) -> _Run:
     torch.manual_seed(settings["seed"])
     engine = build_engine(build_model(settings), settings)
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    rows = Rows(settings["train_path"], settings, rank, world_size)
+    # However many workers there are, a step is of the examples that all num_workers would share.
+    rows = Rows(settings["train_path"], settings, rank, world_size, settings["batch_size"] * settings["num_workers"])
     # Held-out rows are graded one by one, so they are not packed.
     path, unpacked = settings["validation_path"], {**settings, "packing": False}
     held_out = Rows(path, unpacked, 0, 1) if path else None

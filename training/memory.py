@@ -246,10 +246,12 @@ def _activation_bytes(shape: ModelShape, config: FinetuneConfig, load: Load, byt
         # The inputs of every B and the scaled updates of its layer.
         per_layer += len(config.lora_targets) * config.lora_rank
     tokens = load.examples * load.row_tokens
+    # The last norm's input.
+    after = shape.hidden_size
     if config.gradient_checkpointing:
         # Every layer's input, and one layer's activations at a time.
-        return tokens * (shape.layers * shape.hidden_size + per_layer) * bytes_each
-    return tokens * shape.layers * per_layer * bytes_each
+        return tokens * (shape.layers * shape.hidden_size + per_layer + after) * bytes_each
+    return tokens * (shape.layers * per_layer + after) * bytes_each
 
 
 def _logit_bytes(shape: ModelShape, load: Load, bytes_each: int) -> int:

@@ -35,6 +35,7 @@ _ALLOWED = {
     "ema_decay": (0.0,),
     "gradient_checkpointing": (False,),
     "offload": ("auto", "none"),
+    "min_workers": (None,),
 }
 """What the loop of many adapters can do of what a solo run can."""
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}

@@ -76,9 +76,10 @@ def placements(config: FinetuneConfig) -> list[tuple[int, Offload]]:
     host's memory is the device's.
     """
     every: list[tuple[int, Offload]] = [(0, "none")]
-    if config.num_workers > 1:
+    # With another number of workers than it was written by, a sharded checkpoint could not be read.
+    if config.num_workers > 1 and not config.min_workers:
         every += [(1, "none"), (2, "none"), (3, "none")]
-    if config.gpus_per_worker:
+    if config.gpus_per_worker and not config.min_workers:
         every += [(2, "optimizer"), (3, "optimizer"), (3, "parameters")]
     if config.zero_stage != "auto":
         offloads = sorted({offload for stage, offload in every if stage == config.zero_stage}, key=_OFFLOADS.index)

@@ -36,17 +36,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def kept_by_autograd(run: Callable[[], Any], weights: list[torch.Tensor]) -> int:
     """Bytes of the distinct tensors that a forward pass keeps for the backward pass, weights left out."""
     known = {one.untyped_storage().data_ptr() for one in weights}
-    kept: dict[int, int] = {}
+    kept: dict[int, Any] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage  # held, so that no other tensor takes its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = run()  # noqa: F841  the graph must live until it was counted
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def full_batch(examples: int = ROWS) -> dict[str, Any]:
