@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, InputError
 from cluster.prices import training_cost
 from cluster.prompts import PromptFormat
 from cluster.records import Record, TaskSpec
@@ -139,12 +139,17 @@ def _plan_groups(
     recipe: Recipe, missing: dict[str, AdapterPlan], base_path: pathlib.Path, work: pathlib.Path, places: int
 ) -> tuple[dict[str, list[AdapterPlan]], dict[str, str]]:
     """The tasks of each run, alone or several as adapters over one base, by its first; and reasons of those that no run of
-    several has room for."""
+    several takes."""
     if recipe.fleet.mode == "solo" or not missing:
         return {task_id: [plan] for task_id, plan in missing.items()}, {}
     config, base = recipe.finetune, str(base_path)
     room = device_bytes(config, min(places, len(missing)))
-    loads = {task_id: load_of(_adapter_task(recipe, plan, work), base_path) for task_id, plan in missing.items()}
+    loads, failed = {}, {}
+    for task_id, plan in missing.items():
+        try:
+            loads[task_id] = load_of(_adapter_task(recipe, plan, work), base_path)
+        except InputError as error:
+            failed[task_id] = str(error)
 
     def reason_against_run(names: Sequence[str]) -> str | None:
         try:
@@ -153,7 +158,7 @@ def _plan_groups(
             return str(error)
         return None
 
-    failed = {task_id: reason for task_id in missing if (reason := reason_against_run([task_id]))}
+    failed |= {task_id: reason for task_id in loads if (reason := reason_against_run([task_id]))}
     sizes = {name: TaskLoad(base, plan.mean_tokens) for name, plan in missing.items() if name not in failed}
     groups = plan_groups(sizes, places, lambda names: reason_against_run(names) is None)
     return {names[0]: [missing[name] for name in names] for names in groups}, failed

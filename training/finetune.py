@@ -7,7 +7,7 @@ diagnosis. A run that meets the end of its memory goes on from its last checkpoi
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -17,7 +17,7 @@ from cluster.errors import InputError, RunYielded, TrainingError
 from training.diagnosis import Diagnosis, read_diagnosis, write_diagnosis
 from training.distill import DistillConfig
 from training.loop import train_loop
-from training.memory import Load, device_bytes, shape_of
+from training.memory import Load, ModelShape, device_bytes, shape_of
 from training.methods import UNSHARDED, Method, check_base_folder, check_method
 from training.progress import show_progress
 from training.watching import LogTo, check_log_to, watch_settings
@@ -210,13 +210,23 @@ def plan_finetune(
     answers = [length - start for length, start in zip(lengths, table["num_prompt"], strict=True)]
     load = Load(examples=config.batch_size, row_tokens=max(lengths), answer_tokens=max(answers))
     shape = shape_of(base_path, config)
-    if shape.context_window_tokens is not None and max(lengths) > shape.context_window_tokens:
-        num_long = sum(length > shape.context_window_tokens for length in lengths)
-        raise InputError(
-            f"dataset {str(train_path)!r}: {num_long} of {len(lengths)} examples are longer than the base's window of "
-            f"{shape.context_window_tokens} tokens (longest {max(lengths)}); next: a base with a longer window"
-        )
+    check_window(train_path, lengths, shape)
     return plan_zero(shape, config, load, device_bytes(config, num_parallel))
+
+
+def check_window(path: pathlib.Path, lengths: Sequence[int], shape: ModelShape) -> None:
+    """Refuse a dataset whose examples have so many tokens, where a base does not read them whole.
+
+    Raises:
+        InputError: names the dataset, and how many examples are too long.
+    """
+    window = shape.context_window_tokens
+    if window is not None and max(lengths) > window:
+        num_long = sum(length > window for length in lengths)
+        raise InputError(
+            f"dataset {str(path)!r}: {num_long} of {len(lengths)} examples are longer than the base's window of {window} "
+            f"tokens (longest {max(lengths)}); next: a base with a longer window"
+        )
 
 
 def _fit(name: str, config: FinetuneConfig, settings: dict[str, Any], storage: pathlib.Path) -> Any:

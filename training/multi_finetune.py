@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError, RunYielded, TrainingError
-from training.finetune import FinetuneConfig, build_trainer, yield_path
+from training.finetune import FinetuneConfig, build_trainer, check_window, yield_path
 from training.memory import device_bytes, shape_of
+from training.methods import check_base_folder
 from training.multi_loop import multi_loop
 from training.multi_memory import AdapterLoad, ManyPlan, plan_many
 from training.progress import show_progress
@@ -81,11 +82,13 @@ def finetune_many(
 
     Raises:
         ConfigError: the tasks cannot share a run, or it does not fit in memory.
+        InputError: the base or a dataset cannot be used.
         TrainingError: the run failed more than `max_failures` times.
         RunYielded: it stopped at a checkpoint because `ask_to_yield` was called; call again to go on.
     """
     config = common_config(tasks)
     check_log_to(config.log_to)
+    check_base_folder(base_path)
     loads = [load_of(task, base_path) for task in tasks]
     plan = plan_run_of(loads, config, base_path, device_bytes(config, num_parallel))
     settings = {
@@ -112,14 +115,24 @@ def finetune_many(
 
 
 def load_of(task: AdapterTask, base_path: pathlib.Path) -> AdapterLoad:
-    """What a task's adapter asks of its worker's memory; its datasets are read for their longest rows."""
-    lengths = [_longest_rows(path) for path in (task.train_path, task.validation_path) if path is not None]
+    """What a task's adapter asks of its worker's memory; its datasets are read for their longest rows.
+
+    Raises:
+        InputError: the base does not read its longest rows whole.
+    """
+    shape = shape_of(base_path, task.config)
+    rows, answers = [], []
+    for path in filter(None, (task.train_path, task.validation_path)):
+        lengths = _lengths(path)
+        check_window(path, [row for row, _ in lengths], shape)
+        rows += [row for row, _ in lengths]
+        answers += [answer for _, answer in lengths]
     return AdapterLoad(
         name=task.name,
-        trainable=shape_of(base_path, task.config).trainable,
+        trainable=shape.trainable,
         examples=task.config.batch_size,
-        row_tokens=max(row for row, _ in lengths),
-        answer_tokens=max(answer for _, answer in lengths),
+        row_tokens=max(rows),
+        answer_tokens=max(answers),
     )
 
 
@@ -193,7 +206,7 @@ def _reason_against_stage(stage: int | str) -> str | None:
 def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
     """What the loop needs to know of a task."""
     paths = [path for path in (task.train_path, task.validation_path) if path is not None]
-    longest = max(_longest_rows(path)[0] for path in paths)
+    longest = max(row for path in paths for row, _ in _lengths(path))
     return {
         **task.config.model_dump(mode="json"),
         "name": task.name,
@@ -204,14 +217,13 @@ def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
     }
 
 
-def _longest_rows(path: pathlib.Path) -> tuple[int, int]:
-    """Tokens of the longest example and of the longest answer."""
+def _lengths(path: pathlib.Path) -> list[tuple[int, int]]:
+    """Tokens of each example, and of its answer."""
     import datasets
 
     table = datasets.load_from_disk(str(path))
-    lengths = [len(ids) for ids in table["input_ids"]]
-    answers = [length - start for length, start in zip(lengths, table["num_prompt"], strict=True)]
-    return max(lengths), max(answers)
+    columns = zip(table["input_ids"], table["num_prompt"], strict=True)
+    return [(len(ids), len(ids) - num_prompt) for ids, num_prompt in columns]
 
 
 def _collect(checkpoint: pathlib.Path, metrics: dict[str, Any]) -> ManyTrained:
