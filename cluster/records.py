@@ -87,6 +87,13 @@ class AgentCall(Record):
         return message if isinstance(message, dict) else None
 
     @property
+    def logprobs(self) -> Any:
+        """What the provider said of each token of the first choice's text (`logprobs.content`), unchecked; None where it
+        said nothing."""
+        found = self._choice.get("logprobs")
+        return found.get("content") if isinstance(found, dict) else None
+
+    @property
     def finish_reason(self) -> str | None:
         """Why the first choice ended, or None where the provider did not say."""
         reason = self._choice.get("finish_reason")
@@ -123,6 +130,9 @@ class Example(Record):
     """What a person should look at, such as planted instructions; heuristics that change nothing by themselves."""
     cost_usd: float | None = None
     latency_ms: float | None = None
+    logprobs: list[tuple[str, list[tuple[str, float]]]] | None = None
+    """What was likeliest at each token of the target's text, as training/stored_logprobs.py reads it; None where the LLM
+    did not tell, or where redaction changed the request or the target."""
 
 
 class TaskSpec(Record):
