@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, Response
 
@@ -58,6 +58,10 @@ class GatewayConfig(Config):
     max_temperature: float = Field(default=1.0, ge=0)
     """A request with a higher temperature wants variety, which a greedy specialist does not give. Gates count with it:
     raise it before a conversion, not after."""
+    min_replicas: int = Field(default=1, ge=1)
+    """Gateway replicas at least, of one CPU each; with 2 the endpoint outlives the loss of one and of its node."""
+    max_replicas: int = Field(default=1, ge=1)
+    """Gateway replicas at most; more are started where calls in flight pile up."""
     passthrough: tuple[str, ...] = DEFAULT_PATHS
     """Paths besides the gateway's own whose POST requests go to the first endpoint of `upstream` as they are, under its
     key. Every other path answers 404: an agent's key must not reach the owner's files, batches or fine-tunes."""
@@ -66,6 +70,15 @@ class GatewayConfig(Config):
     @classmethod
     def _check_paths(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_path(path) for path in paths)
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> GatewayConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas={self.min_replicas}: above max_replicas={self.max_replicas}; allowed: at most that; "
+                f"next: gateway.max_replicas={self.min_replicas}"
+            )
+        return self
 
 
 class GatewayCore:
