@@ -380,7 +380,16 @@ def selector_problems(documents: list[Document]) -> list[str]:
         problems += [
             f"{where}: {one} selects no pod" for one in selectors if not any(matches(one, x) for x in labelled)
         ]
-    return problems
+    return problems + unseen_problems(documents)
+
+
+def unseen_problems(documents: list[Document]) -> list[str]:
+    """Ray's pods that Prometheus does not find, where there is one."""
+    services = [one["spec"] for one in documents if one["kind"] == "Service"]
+    scraped = [one["selector"] for one in services if any(port["name"] == "metrics" for port in one["ports"])]
+    found = {where: labels for where, labels, _ in pods(documents) if "ray.io/is-ray-node" in labels}
+    lost = [where for where, have in found.items() if not any(one.items() <= have.items() for one in scraped)]
+    return [f"{where}: is not scraped" for where in lost if scraped]
 
 
 def matches(selector: Document, labels: dict[str, str]) -> bool:

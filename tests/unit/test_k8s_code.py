@@ -1,8 +1,11 @@
 """Commands, recipes, environment, ports, paths, images and labels of the manifests are those of the code; what is renamed
 in them is found."""
 
+import re
+import shlex
+
 import pytest
-from k8s_code import code_problems, is_read, recipe_of
+from k8s_code import code_problems, is_read, parser, recipe_of
 from k8s_manifests import K8S, OVERLAYS, build, jobs, only
 
 from jobs.__main__ import main
@@ -36,6 +39,25 @@ def test_names_of_variables_are_looked_up_where_they_are_read():
     assert all(is_read(name) for name in [*known, "AWS_SECRET_ACCESS_KEY", "VAULT_TOKEN"])
     unknown = ["RAY_SERVE_ENABLE_HAPROXY", "RAY_worker_nicenes", "OMP_NUM_THREAD", "HF_OFFLINE", "UNDERSTUDY_KMZ"]
     assert not any(is_read(name) for name in [*unknown, "AWS_SECRET", "VAULT_PASSWORD"])
+
+
+def commands(text: str) -> list[str]:
+    """`understudy VERB ...` wherever a page has it, in a block or in backticks."""
+    blocks = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    found = [one for line in blocks for one in re.findall(r"(?<!-n )\bunderstudy [a-z].*", line.partition("#")[0])]
+    found += [one for one in re.findall(r"`(?:\$SH )?(understudy [^`]+)`", text)]
+    return [one.partition(" > ")[0].strip() for one in found]
+
+
+def test_the_runbook_s_commands_are_verbs_with_these_words():
+    found = commands((K8S / "README.md").read_text())
+    verbs = {one.split()[1] for one in found}
+    assert {"serve", "keys", "convert", "promote", "rollback", "calls", "compact"} <= verbs
+    for one in found:
+        if one != "understudy refine":  # named as missing
+            parser().parse_args(shlex.split(one)[1:])
+    with pytest.raises(SystemExit):
+        parser().parse_args(["refine"])
 
 
 def cluster(documents):

@@ -134,6 +134,16 @@ def test_a_mutation_is_found(mutation):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_names_leave_room_for_what_kuberay_makes_of_them(overlay):
+    """A RayCluster and a RayService of one name would share NAME-head-svc; longer names than these are refused."""
+    most = {"RayCluster": 53, "RayService": 47, "RayJob": 47, "RayCronJob": 36}
+    names = [(one["kind"], one["metadata"]["name"]) for one in build(overlay) if one["kind"] in most]
+    assert all(len(name) <= most[kind] for kind, name in names)
+    heads = [name for kind, name in names if kind in ("RayCluster", "RayService")]
+    assert len(set(heads)) == len(heads)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_ray_cluster_is_the_one_that_is_described(overlay):
     """The component one-cluster-spec copied it: but for names of parts, numbers of workers and the probe they are equal."""
     documents = build(overlay)
