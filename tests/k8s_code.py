@@ -322,6 +322,23 @@ def docker_home() -> str:
     return found[1]
 
 
+def start_problems(documents: list[Document]) -> list[str]:
+    """Words that `ray start` does not take, and object stores that are larger than the memory they lie in."""
+    problems, source = [], (RAY / "scripts/scripts.py").read_text()
+    for where, spec in ray_clusters(documents):
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            words = group["rayStartParams"]
+            problems += [f"{where}: ray start --{one}: no such option" for one in words if f'"--{one}"' not in source]
+            pod = group["template"]["spec"]
+            (shm,) = (one["emptyDir"]["sizeLimit"] for one in pod["volumes"] if one["name"] == "shm")
+            most = int(shm.removesuffix("Gi")) * 2**30
+            if not 0 < int(words["object-store-memory"]) < most:
+                problems.append(f"{where}: object-store-memory={words['object-store-memory']} in {shm} of /dev/shm")
+            if int(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30 < 2 * most - 2**30:
+                problems.append(f"{where}: {shm} of /dev/shm leave too little of the container's memory")
+    return problems
+
+
 def security_problems(documents: list[Document]) -> list[str]:
     """Pods with more rights than the restricted standard gives, another user than the image's, or an image of no file."""
     problems = []
@@ -399,7 +416,7 @@ def matches(selector: Document, labels: dict[str, str]) -> bool:
 
 
 CHECKS = (
-    entrypoint_problems, serve_problems, size_problems, environment_problems, port_problems, mount_problems,
+    entrypoint_problems, serve_problems, size_problems, environment_problems, port_problems, mount_problems, start_problems,
     security_problems, selector_problems,
 )  # fmt: skip
 

@@ -138,6 +138,10 @@ MUTATIONS = {
     "no place to write": lambda d: worker(d).update(
         volumeMounts=[one for one in worker(d)["volumeMounts"] if one["mountPath"] != "/tmp"]
     ),
+    "option of ray start": lambda d: cluster(d)["headGroupSpec"]["rayStartParams"].update({"num-cpu": "0"}),
+    "object store": lambda d: cluster(d)["workerGroupSpecs"][0]["rayStartParams"].update(
+        {"object-store-memory": "3000000000"}
+    ),
     "image's tag": lambda d: worker(d).update(image="understudy:latest"),
     "image's version": lambda d: worker(d).update(image="understudy:0.2.0-cpu"),
     "image's kind": lambda d: worker(d).update(image="understudy:0.1.0-tpu"),
