@@ -19,7 +19,7 @@ RAY_LABELS = frozenset({"deployment", "instance", "GpuIndex"})
 VALUES = {"action": set(get_args(Action)), "agrees": {"true", "false"}, "deployment": {"gateway"}}
 """Labels whose values stand in the code."""
 _WORDS = ("and", "or", "unless")
-_SELECTOR = re.compile(r"([A-Za-z_:][\w:]*)\s*(?:\{([^}]*)\})?")
+_SELECTOR = re.compile(r"(?<!\w)([A-Za-z_:][\w:]*)\s*(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"')
 
 
@@ -48,8 +48,8 @@ def promql_problems(where: str, text: str) -> list[str]:
     grouped = {
         one.strip() for group in re.findall(r"\b(?:by|without|on)\s*\(([^)]*)\)", bare) for one in group.split(",")
     }
-    # Without groups and ranges, what is left of words are functions, operators and metrics.
-    text = re.sub(r"\b(?:by|without|on)\s*\([^)]*\)|\[[^\]]*\]", "", text)
+    # Without groups, ranges and offsets, what is left of words are functions, operators and metrics.
+    text = re.sub(r"\b(?:by|without|on)\s*\([^)]*\)|\[[^\]]*\]|\boffset \d+[smhdw]", "", text)
     functions = set(re.findall(r"([a-z_0-9]+)\s*\(", text))
     for name, body in _SELECTOR.findall(text):
         if name in functions or name in _WORDS:
