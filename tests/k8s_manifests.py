@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from shared_data import DATA
+from shared_data import DATA, NO_DATA
 
 ROOT = pathlib.Path(__file__).parents[1]
 K8S = ROOT / "k8s"
@@ -44,7 +44,7 @@ def need_kubectl() -> None:
 
 def need_crds() -> None:
     if not (CRDS / "ray.io_rayclusters.yaml").is_file():
-        pytest.skip(f"KubeRay's CRD schemas not found in {CRDS}")
+        pytest.skip(f"{NO_DATA}: KubeRay's CRD schemas, in {CRDS}")
 
 
 def kustomize(folder: pathlib.Path) -> list[Document]:

@@ -7,6 +7,8 @@ import tomllib
 import pytest
 from k8s_manifests import K8S, ROOT
 
+from jobs.provenance import GIT_SHA_ENV
+
 FILES = sorted((K8S / "docker").glob("*.Dockerfile"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -48,6 +50,11 @@ def image_problems(text: str) -> list[str]:
     packages = {"cluster", "training", "serving", "jobs"}
     problems += [f"{one}: is not copied" for one in sorted(packages - set(copied(text)))]
     return problems
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
+def test_an_image_knows_its_commit(file):
+    assert f" {GIT_SHA_ENV}=$GIT_SHA\n" in file.read_text() and "ARG GIT_SHA=\n" in file.read_text()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
