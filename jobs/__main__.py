@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("words", **words)
     serve.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
+    serve.add_argument(
+        "--print-config", action="store_true", help="print what `serve deploy` and a RayService take instead; no Ray"
+    )
     serve.set_defaults(run=_serve)
     release = verbs.add_parser("promote", help="make a release the served one")
     release.add_argument("release")
@@ -200,8 +203,13 @@ def _save_report(store: Store, conversion: Conversion, copy: pathlib.Path | None
 def _serve(options: argparse.Namespace) -> None:
     from jobs.plan import check_here, plan_serving, show_plan
     from jobs.recipe import load_recipe
-    from jobs.serve import count_bases, resolve_upstream, serve
+    from jobs.serve import count_bases, name_upstream, resolve_upstream, serve, serve_config
 
+    if options.print_config:
+        import yaml
+
+        config = serve_config(name_upstream(load_recipe(options.words)))
+        return print(yaml.safe_dump(config, sort_keys=False, width=120), end="")
     recipe = resolve_upstream(load_recipe(options.words))
     plan = plan_serving(recipe, count_bases(recipe.store))
     if options.dry_run:

@@ -2,7 +2,7 @@
 
 The numbers are those that the stages themselves give to Ray: training/finetune.py (workers), serving/specialist.py
 (one CPU or GPU for each engine replica), serving/cluster_llm.py (the CPUs or GPUs of a cluster LLM), serving/app.py
-(one CPU for each gateway).
+(one CPU for each gateway replica).
 """
 
 from __future__ import annotations

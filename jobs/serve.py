@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+from typing import Any
 from urllib.parse import urlsplit
 
 from cluster import registry
@@ -23,18 +24,18 @@ from cluster.store import Store
 from cluster.upstream import UpstreamConfig
 from jobs.plan import connect_for
 from jobs.recipe import Recipe
-from serving.app import ServeArgs
+from serving.app import ServeArgs, build
 from serving.cluster_llm import ClusterLLMConfig
-from serving.endpoint import HttpConfig, base_url, check_port, run_endpoint
+from serving.endpoint import APP, HttpConfig, base_url, check_port, run_endpoint
 
 BASE_URL_ENV = "OPENAI_BASE_URL"
 
 
-def resolve_upstream(recipe: Recipe) -> Recipe:
+def name_upstream(recipe: Recipe) -> Recipe:
     """The recipe with at least one LLM.
 
     Raises:
-        ConfigError: it names none and the environment neither, one is this endpoint itself, or a key is not set.
+        ConfigError: it names none and the environment neither.
     """
     address = os.environ.get(BASE_URL_ENV)
     if not recipe.upstream and address:
@@ -45,6 +46,16 @@ def resolve_upstream(recipe: Recipe) -> Recipe:
             f"tables in the recipe, upstream.0.base_url=URL, or {BASE_URL_ENV} in the environment; "
             "next: understudy serve upstream.0.base_url=https://api.openai.com/v1"
         )
+    return recipe
+
+
+def resolve_upstream(recipe: Recipe) -> Recipe:
+    """The recipe with at least one LLM, each of which this endpoint may ask.
+
+    Raises:
+        ConfigError: there is none, one is this endpoint itself, or a key is not set.
+    """
+    recipe = name_upstream(recipe)
     for number, upstream in enumerate(recipe.upstream):
         if not isinstance(upstream, UpstreamConfig):
             continue
@@ -75,6 +86,21 @@ def serve_args(recipe: Recipe, bases: tuple[str, ...] = ()) -> ServeArgs:
         specialists=recipe.specialists,
         prices=recipe.prices,
     )
+
+
+def serve_config(recipe: Recipe) -> dict[str, Any]:
+    """What `serve deploy FILE` takes and a RayService has in `serveConfigV2`, for the endpoint that `serve` would run.
+
+    Fields that the recipe leaves at their defaults are left out; the secrets stay in the nodes' environment.
+    """
+    args = serve_args(recipe).model_dump(mode="json", exclude_defaults=True)
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": recipe.serve.http.host, "port": recipe.serve.http.port},
+        "applications": [
+            {"name": APP, "route_prefix": "/", "import_path": f"{build.__module__}:{build.__name__}", "args": args}
+        ],
+    }
 
 
 def count_bases(store_uri: str) -> int:

@@ -100,6 +100,8 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         max_queued_requests=args.gateway.max_ongoing,
         backpressure_config={"status_code": 503, "retry_after_s": 1.0},
         graceful_shutdown_timeout_s=args.gateway.drain_timeout_s,
+        # An update starts the new replica before it stops the old one; it costs a CPU for that long, and no GPU.
+        max_surge_percent=100,
         ray_actor_options={"num_cpus": 1},
         # Every call is captured; a second line about it would cost more than its routing.
         logging_config={"enable_access_log": False},
