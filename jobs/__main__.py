@@ -81,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
     convert.set_defaults(run=_convert)
     plan_verb.add_verb(verbs, words, stages)
-    parts = ("store", "upstream", "gateway", "capture", "audit", "faces", "specialists", "prices", "serve", "limits")
+    parts = ("store", "upstream", "gateway", "capture", "audit", "faces", "specialists", "steward", "prices", "serve")
+    parts += ("limits",)
     serve = verbs.add_parser(
         "serve", help="run the endpoint until Ctrl-C: specialists first, else the LLM", sections=parts
     )

@@ -19,7 +19,7 @@ from cluster.access import Pseudonyms
 from cluster.answers import grade
 from cluster.config import Config
 from cluster.errors import UpstreamError
-from cluster.records import AnswerKind
+from cluster.records import AnswerKind, RouteDecision
 from cluster.telemetry import Meter, log_event
 from serving.capture import Capture
 from serving.fallback import FallbackLLM
@@ -35,6 +35,11 @@ class AuditConfig(Config):
     """Audits at once in one gateway; a call drawn beyond them is not audited, and counted as missed."""
     close_timeout_s: float = Field(default=5.0, ge=0)
     """Longest time a stopping gateway waits for its audits, in seconds; the rest is cancelled and counted as missed."""
+
+
+def with_verdict(decision: RouteDecision, agrees: bool | None) -> RouteDecision:
+    """The decision of a comparison, which tells its outcome to whoever may not read content."""
+    return decision.model_copy(update={"agrees": agrees})
 
 
 class Auditor:
@@ -92,10 +97,11 @@ class Auditor:
             self._pseudonyms, response=reply.body, endpoint=endpoint, served_by="llm", status=200, error=None
         )
         message = captured.message
-        self._capture.put(captured)
-        if not isinstance(message, dict):
+        if message is None:
+            self._capture.put(captured)
             return self._miss("no answer")
         agrees = grade(answer, message, kind, audit.request).agrees
+        self._capture.put(captured.model_copy(update={"route": with_verdict(audit.decision, agrees)}))
         self._meter.count(
             "understudy_audits_total", task_id=audit.decision.task_id or "", agrees="true" if agrees else "false"
         )
