@@ -59,10 +59,10 @@ class Auditor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
-    def is_drawn(self, call_id: str) -> bool:
-        """Whether the call is one of the reference stream."""
+    def is_drawn(self, call_id: str, share: float | None = None) -> bool:
+        """Whether the call is one of the reference stream, or of another share of all calls, which holds a smaller one."""
         digest = hashlib.blake2b(call_id.encode(), key=b"understudy reference", digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self._config.share * 2**64
+        return int.from_bytes(digest, "big") < (self._config.share if share is None else share) * 2**64
 
     def start(self, call: PendingCall, answer: dict[str, Any], kind: AnswerKind) -> None:
         """Ask the LLM what the client asked; `answer` is the message the client got."""

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.access import Pseudonyms
 from cluster.faces import Facing
 from cluster.prices import tokens_cost_usd
-from cluster.records import AgentCall, RouteDecision, ServedBy, Usage
+from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.upstream import LLMNodeConfig
 from serving.openai_wire import usage_of
 
@@ -40,7 +40,11 @@ class PendingCall:
     """Whether it speaks to a person, as far as that is known before it is answered."""
     specialist_cost_usd: float = 0.0
     is_reference: bool = False
+    is_watched: bool = False
+    """Audited where a specialist's answer is kept, because the specialist is new; not of the reference stream by that."""
     audit_of: str | None = None
+    shadowed: Specialist | None = None
+    """The specialist to compare with the LLM's answer once the client has it."""
     is_finished: bool = False
     """Whether it has been handed to capture."""
 
@@ -55,6 +59,22 @@ class PendingCall:
             audit_of=self.call_id,
             is_finished=False,
         )
+
+    def shadow(self, decision: RouteDecision) -> PendingCall:
+        """The same call as a specialist was asked it in the background; ended at once."""
+        return replace(
+            self,
+            call_id=uuid.uuid4().hex,
+            begin=time.perf_counter(),
+            decision=decision,
+            is_reference=False,
+            audit_of=self.call_id,
+            is_finished=False,
+        )
+
+    def session_id(self, pseudonyms: Pseudonyms) -> str:
+        """Pseudonym of the conversation."""
+        return pseudonyms.session_of(self.client, self._session())
 
     def captured(
         self,
@@ -77,7 +97,7 @@ class PendingCall:
             ts=self.ts,
             client_id=pseudonyms.of("client", self.client),
             agent=agent_of(self.headers),
-            session_id=pseudonyms.session_of(self.client, self._session()),
+            session_id=self.session_id(pseudonyms),
             step=self._step(),
             request=self.request,
             response=response,

@@ -17,7 +17,7 @@ from typing import Any
 from cluster import registry
 from cluster.engine import Engine
 from cluster.errors import EngineError, ReleaseError, UnderstudyError
-from cluster.records import Release, Specialist
+from cluster.records import Release, Rollout, Specialist
 from cluster.route_model import RouteModel
 from cluster.store import Store
 from cluster.telemetry import log_event
@@ -41,6 +41,8 @@ class Snapshot:
     """Why the release's other specialists are not asked, by task."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Why the release has no specialist for a task, or this gateway skips it, by task."""
+    rollout: Mapping[str, Rollout] = field(default_factory=dict)
+    """Stages of the specialists that are not live, by task."""
 
 
 def model_entries(snapshot: Snapshot) -> list[dict[str, Any]]:
@@ -118,7 +120,8 @@ class ServingTable:
             except EngineError as error:
                 skipped[task] = "adapter does not load"
                 log_event("adapter_not_loaded", logging.ERROR, specialist=specialist.name, error=str(error))
-        return Snapshot(sha, release.created_ts, route_model, specialists, skipped, {**release.refused, **skipped})
+        refused = {**release.refused, **skipped}
+        return Snapshot(sha, release.created_ts, route_model, specialists, skipped, refused, release.rollout)
 
     def _check_room(self, sha: str, specialists: list[Specialist]) -> None:
         crowded = crowded_base([*self._snapshot.specialists.values(), *specialists], self._max_adapters)
