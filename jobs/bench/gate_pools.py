@@ -153,8 +153,8 @@ def synthetic_pools(epsilon: float) -> list[Pool]:
     nothing = np.zeros(_NUM_SYNTHETIC, int)
     pools = []
     for name, risk in risks.items():
-        # Spread evenly instead of drawn: the population's own risk is the formula's.
-        wrong = np.diff(np.floor(np.cumsum(risk)), prepend=0.0) > 0
+        # Spread evenly instead of drawn, and rounded up: no part of the population is better than the formula says.
+        wrong = np.diff(np.ceil(np.cumsum(risk)), prepend=0.0) > 0
         pools.append(Pool(name, confidences, ~wrong, nothing, nothing))
     return pools
 
