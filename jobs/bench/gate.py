@@ -5,7 +5,7 @@ conversion does it (grid on a validation draw, thresholds tested on a calibratio
 promise where the pool's own risk at its threshold is above epsilon, which may happen with probability delta. coverage:
 the pool's share at or above the threshold, 0 where refused, beside the lowest threshold whose true risk is within
 epsilon (oracle) and, where tracer-llm is installed somewhere (jobs/bench/gate_tracer.py), TRACER's gate on the same
-draws. controls: tasks that nobody can do; each must be refused at every draw. drift: jobs/bench/gate_drift.py.
+draws. graders: jobs/bench/gate_graders.py. controls: tasks that nobody can do; each must be refused at every draw. drift: jobs/bench/gate_drift.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cluster.errors import InputError
 from jobs.bench.gate_drift import measure_drift
-from jobs.bench.gate_pools import LabelSet, Pool, StandIn, ask, control_pools, fit_stand_in, load_sets, synthetic_pools
+from jobs.bench.gate_graders import measure_graders
+from jobs.bench.gate_pools import (
+    LabelSet,
+    Pool,
+    StandIn,
+    ask,
+    control_pools,
+    fit_stand_in,
+    load_sets,
+    shared_file,
+    synthetic_pools,
+)
 from jobs.bench.gate_tracer import find_tracer, measure_tracer
 from training.gate import GateConfig, certify, clopper_pearson_interval, plan_grid
 
@@ -102,6 +114,7 @@ def bench_gate(
         "pools": {pool.name: {"num_calls": len(pool.agrees), "agreement": float(pool.agrees.mean())} for pool in pools},
         **measure_controls(sets, num_resamples, say),
         **measure_drift(_drifting(sets, stand_ins, pools), say),
+        "graders": _measure_graders(say),
         # Nothing yet decides by itself what to retrain.
         "refine_regressions": None,
     }
@@ -170,6 +183,16 @@ def measure_controls(sets: Sequence[LabelSet], num_resamples: int, say: Callable
             ]
         say(f"control {pool.name}: {by_name[pool.name]}")
     return {"refused_controls": refused, "controls": total, "controls_by_name": by_name}
+
+
+def _measure_graders(say: Callable[[str], object]) -> dict[str, Any] | None:
+    """None where the shared data is not there."""
+    try:
+        path = shared_file("fc/bfcl.calls.jsonl.gz")
+    except InputError as error:
+        say(f"gate: graders are left out: {error}")
+        return None
+    return measure_graders(path)
 
 
 def _drifting(
