@@ -104,8 +104,9 @@ def check(message: dict[str, Any] | None, kind: AnswerKind, request: dict[str, A
         return _check_calls(message, request)
     if message.get("tool_calls"):
         return f"the answer is a tool call where {kind} is expected"
-    if request.get("tool_choice") == "required":
-        return "no tool call where tool_choice is required"
+    choice = request.get("tool_choice")
+    if choice == "required" or (isinstance(choice, dict) and "function" in choice):
+        return f"no tool call where tool_choice {'is required' if choice == 'required' else 'names a tool'}"
     content = _content(message)
     if not content or not content.strip():
         return "the answer has no text"

@@ -41,11 +41,14 @@ class KeyAccessError(StoreError):
 
 
 class UpstreamError(UnderstudyError, RuntimeError):
-    """The LLM gave no usable answer. `status` is the HTTP status to show the client."""
+    """The LLM gave no usable answer. `status` is the HTTP status to show the client, `retry_after_s` how long it should wait
+    before it tries again, where that is known."""
 
-    def __init__(self, message: str, status: int = 502, body: dict | None = None) -> None:
-        super().__init__(message, status, body)
-        self.message, self.status, self.body = message, status, body
+    def __init__(
+        self, message: str, status: int = 502, body: dict | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, status, body, retry_after_s)
+        self.message, self.status, self.body, self.retry_after_s = message, status, body, retry_after_s
 
     def __str__(self) -> str:
         return self.message

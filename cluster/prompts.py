@@ -233,6 +233,9 @@ def _render_chat(request: dict[str, Any], tokenizer: Any) -> Prompt:
     import jinja2
 
     messages = [{**message, "content": _content_of(message)} for message in request["messages"]]
+    if "developer" not in str(tokenizer.chat_template):
+        # OpenAI's newer name of the role; a template that does not know it would leave the message out.
+        messages = [{**one, "role": "system"} if one.get("role") == "developer" else one for one in messages]
     tools = request.get("tools") or None
     special = {
         *tokenizer.all_special_tokens,

@@ -14,7 +14,10 @@ from typing import NamedTuple
 import aiohttp
 import yarl
 
-from cluster.upstream import Breaker, UpstreamConfig, authorization, misconfigured, unreachable, upstream_error
+from cluster.breaker import Breaker, Permit
+from cluster.endpoint_key import authorization
+from cluster.upstream import UpstreamConfig
+from cluster.upstream_errors import EndpointErrors
 
 Headers = list[tuple[str, str]]
 
@@ -49,6 +52,7 @@ class RawUpstream:
         """
         self._config = config
         self._authorization = authorization(config)
+        self._errors = EndpointErrors(config.base_url, config.api_key_env)
         self._breaker = Breaker(config.breaker_failures, config.breaker_reset_s)
         self._session: aiohttp.ClientSession | None = None
 
@@ -66,14 +70,18 @@ class RawUpstream:
         Raises:
             UpstreamError: no reply, or one that is the owner's to mend; `status` and `body` are fit for the client.
         """
-        if not self._breaker.may_call():
-            reason = "has failed repeatedly and is being left alone; try again shortly"
-            raise upstream_error(self._config, 503, reason, "upstream_unavailable")
+        permit = self._breaker.begin()
+        if permit is None:
+            raise self._errors.left_alone(self._breaker.wait_s, has_asked=False)
         address = f"{self._config.base_url.rstrip('/')}{path}" + (f"?{query}" if query else "")
-        response = await self._send(yarl.URL(address, encoded=True), _kept(headers, _OF_THE_CLIENT), body)
+        try:
+            response = await self._send(yarl.URL(address, encoded=True), _kept(headers, _OF_THE_CLIENT), body, permit)
+        finally:
+            # Where nothing was said yet, the client left first.
+            permit.leave()
         try:
             if response.status in (401, 403) or 300 <= response.status < 400:
-                raise misconfigured(self._config, response.status)
+                raise self._errors.misconfigured(response.status)
             replied = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in response.raw_headers]
             yield RawReply(response.status, _kept(replied, _OF_THE_ACCOUNT), self._pieces(response))
         finally:
@@ -84,7 +92,9 @@ class RawUpstream:
             await self._session.close()
             self._session = None
 
-    async def _send(self, address: yarl.URL, headers: Headers, body: AsyncIterator[bytes]) -> aiohttp.ClientResponse:
+    async def _send(
+        self, address: yarl.URL, headers: Headers, body: AsyncIterator[bytes], permit: Permit
+    ) -> aiohttp.ClientResponse:
         limit_s = self._config.timeout_s
         # How long a body may take is the client's affair; the endpoint's time counts from its end.
         timeout = aiohttp.ClientTimeout(total=None, connect=limit_s, sock_connect=limit_s, sock_read=limit_s)
@@ -117,9 +127,9 @@ class RawUpstream:
             )
         except (aiohttp.ClientError, TimeoutError) as error:
             if not has_body_failed:
-                self._breaker.fail()
-            raise unreachable(self._config, error) from None
-        self._breaker.succeed()
+                permit.fail()
+            raise self._errors.unreachable(error) from None
+        permit.succeed()
         return response
 
     async def _pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -128,7 +138,7 @@ class RawUpstream:
                 yield piece
         except (aiohttp.ClientError, TimeoutError) as error:
             reason = f"broke off its reply ({type(error).__name__}); send the request again"
-            raise upstream_error(self._config, 502, reason) from None
+            raise self._errors.error(502, reason) from None
 
 
 def _kept(headers: Iterable[tuple[str, str]], left_out: frozenset[str]) -> Headers:

@@ -14,7 +14,7 @@ Split = Literal["train", "validation", "calibration", "test"]
 AnswerKind = Literal["tool_call", "json", "label", "text"]
 Reference = Literal["llm", "gold"]
 ServedBy = Literal["llm", "gold", "specialist"]
-Action = Literal["llm", "accept", "escalate", "fall_back", "audit", "shadow"]
+Action = Literal["llm", "accept", "escalate", "fall_back", "degrade", "audit", "shadow"]
 Stage = Literal["shadow", "canary", "live"]
 
 
@@ -35,9 +35,10 @@ class RouteDecision(Record):
     """What the gateway did with one call, and why; shown in response headers and captured.
 
     `accept` keeps the specialist's answer; `escalate` hands over because confidence is low or the answer
-    is invalid; `fall_back` hands over because of an error or a timeout; `llm` never asked a specialist. `audit` marks
-    the LLM's answer to a call whose client already had the specialist's, `shadow` the specialist's answer to a call whose
-    client already had the LLM's; no client sees either.
+    is invalid; `fall_back` hands over because of an error or a timeout; `llm` never asked a specialist; `degrade` keeps a
+    specialist's answer below its threshold because no LLM answers. `audit` marks the LLM's answer to a call whose client
+    already had the specialist's, `shadow` the specialist's answer to a call whose client already had the LLM's; no client
+    sees either.
     """
 
     action: Action

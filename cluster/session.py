@@ -40,6 +40,8 @@ def connect(num_cpus: int | None = None) -> None:
         ConfigError: there is no cluster at RAY_ADDRESS.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # A checkpoint counts once the controller has asked for it: what was written since is trained again after a kill.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     is_local = not joins_cluster()
     for name, value in _LOCAL_ENVIRONMENT.items() if is_local else ():
         os.environ.setdefault(name, value)

@@ -50,6 +50,12 @@ METRICS: dict[str, MetricSpec] = {
     "understudy_upstream_failures_total": MetricSpec(
         "counter", "LLM calls that failed, by endpoint number", ("endpoint",)
     ),
+    "understudy_llm_spend_usd_total": MetricSpec(
+        "counter", "US dollars of LLM tokens, by endpoint number", ("endpoint",)
+    ),
+    "understudy_llm_unpriced_total": MetricSpec(
+        "counter", "LLM answers of unknown cost, which reported no token counts, by endpoint number", ("endpoint",)
+    ),
     "understudy_requests_failed_total": MetricSpec(
         "counter", "Requests answered with an error, by status", ("status",)
     ),
@@ -62,12 +68,12 @@ class Meter:
 
     def __init__(self, export: bool = False) -> None:
         """With `export`, hand every value to ray.util.metrics too; that needs to run inside Ray."""
-        self.counts: collections.Counter[tuple[str, ...]] = collections.Counter()
+        self.counts: dict[tuple[str, ...], float] = collections.defaultdict(int)
         """(name, tag values in the order of METRICS) -> total, counters alone."""
         self._export = export
         self._exported: dict[str, Any] = {}
 
-    def count(self, name: str, value: int = 1, **tags: str) -> None:
+    def count(self, name: str, value: float = 1, **tags: str) -> None:
         """Add to a counter."""
         spec = METRICS[name]
         self.counts[(name, *(tags[tag] for tag in spec.tags))] += value
@@ -79,7 +85,7 @@ class Meter:
         if self._export:
             self._metric(name).observe(value, tags=tags)
 
-    def total(self, name: str) -> int:
+    def total(self, name: str) -> float:
         """Sum of a counter over all its tags."""
         return sum(value for key, value in self.counts.items() if key[0] == name)
 

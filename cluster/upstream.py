@@ -1,35 +1,37 @@
 """One OpenAI-compatible endpoint over HTTP: chat.completions body -> the LLM's reply, whole or as SSE bytes.
 
-Retries what may be retried (429, 500, 502, 503, 504 and failed connections) and only before the first byte of the
-answer; a timeout is not retried, for the LLM may still be working, and paid, on the first request. A circuit breaker
-spares a dead endpoint and the callers' time. Knows nothing of specialists or of what its replies are for.
+Retries what may be retried (cluster/retries.py, failed connections, broken answers) and only before anything of an
+answer was given out: a whole answer is given out whole, a stream from its first content on (cluster/opening.py). A
+timeout is not retried, for the LLM may still be working, and paid, on the first request. A breaker spares a dead endpoint
+and the callers' time; a limit of calls in flight spares a slow one. Knows nothing of specialists or of what its replies
+are for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
-import ipaddress
 import json
-import math
-import os
-import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Annotated, Any, NamedTuple
-from urllib.parse import urlsplit
 
 import aiohttp
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
+from cluster.breaker import Breaker
 from cluster.config import Config, has_credentials
-from cluster.errors import ConfigError, UpstreamError
+from cluster.endpoint_key import authorization
+from cluster.errors import UpstreamError
+from cluster.opening import Opening, error_status, reported_error
+from cluster.retries import LONGEST_PAUSE_S, LONGEST_RETRY_AFTER_S, backoff_s, is_retryable, parse_retry_after
+from cluster.slots import Slots
+from cluster.sse import parse_object
+from cluster.upstream_errors import EndpointErrors
 
-RETRYABLE = frozenset({429, 500, 502, 503, 504})
 MAX_REPLY_BYTES = 64 * 2**20
-_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.25, 8.0
-_LONGEST_RETRY_AFTER_S = 30.0
+EVENT_STREAM = "text/event-stream"
+JSON = "application/json"
 
 
 def _check_address(url: str) -> str:
@@ -46,9 +48,12 @@ class LLMNodeConfig(Config):
     """How patient to be with one LLM, and what it costs; the same for an endpoint and for a model on the cluster."""
 
     timeout_s: float = Field(default=120.0, gt=0)
-    """Longest wait for a whole unary answer, or between two pieces of a stream."""
-    first_byte_timeout_s: float = Field(default=60.0, gt=0)
-    """Longest wait for the first piece of a stream."""
+    """Longest wait of one attempt for a whole unary answer, or between two pieces of a stream, in seconds."""
+    first_token_timeout_s: float = Field(default=120.0, gt=0)
+    """Longest wait of one attempt for the first content of a stream, in seconds; role chunks and keep-alives are none. Raise
+    it for models that think silently before they answer."""
+    total_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time of one call at this LLM, with all attempts, waits and the whole stream, in seconds."""
     breaker_failures: int = Field(default=5, ge=1)
     """Failed calls in a row after which the LLM is left alone."""
     breaker_reset_s: float = Field(default=10.0, gt=0)
@@ -57,6 +62,18 @@ class LLMNodeConfig(Config):
     """Price of a million prompt tokens in US dollars."""
     completion_usd_per_million: float = Field(default=0.0, ge=0)
     """Price of a million completion tokens in US dollars."""
+    max_usd_per_day: float | None = Field(default=None, gt=0)
+    """What its tokens may cost in a day (UTC); then it is left alone until midnight. Counted by each gateway replica for
+    itself, from what calls reported when they ended: those in flight, and all after a restart, come on top."""
+
+    @model_validator(mode="after")
+    def _check_price(self) -> LLMNodeConfig:
+        if self.max_usd_per_day is not None and not (self.prompt_usd_per_million or self.completion_usd_per_million):
+            raise ValueError(
+                f"max_usd_per_day={self.max_usd_per_day:g}: nothing is spent at prices of 0; allowed: with a price; "
+                "next: prompt_usd_per_million=USD and completion_usd_per_million=USD"
+            )
+        return self
 
     @property
     def own_model(self) -> str | None:
@@ -75,6 +92,11 @@ class UpstreamConfig(LLMNodeConfig):
     """Model to ask for instead of the one the client names; None asks for the client's."""
     max_attempts: int = Field(default=3, ge=1, le=10)
     """How often one call is sent at most."""
+    max_concurrent: int = Field(default=1_000, ge=1)
+    """Calls in flight at most, from each gateway replica; the default is what a gateway itself takes. As many others wait
+    for a place."""
+    max_wait_s: float = Field(default=2.0, ge=0)
+    """Longest wait for a place, in seconds; then the next LLM is asked, or the client gets 429."""
 
     @property
     def own_model(self) -> str | None:
@@ -99,29 +121,24 @@ class UpstreamStream(NamedTuple):
     chunks: AsyncIterator[bytes]
 
 
-class Breaker:
-    """Closed until `failures` calls in a row failed; open for `reset_s`; then one call at a time probes."""
+class _Begun(NamedTuple):
+    """An answer worth having: whole, or a stream up to its first content."""
 
-    def __init__(self, failures: int, reset_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._reset_s, self._clock = failures, reset_s, clock
-        self._num_failures = 0
-        self._retry_at = 0.0
+    status: int
+    content_type: str
+    first: bytes
+    body: dict[str, Any] | None
+    """`first` as an object, where it is whole."""
+    response: aiohttp.ClientResponse | None
+    """Where the rest of a stream comes from."""
 
-    def may_call(self) -> bool:
-        """Whether a call may go out; while open, a yes books the probe, so that the next caller gets a no."""
-        if self._num_failures < self._limit:
-            return True
-        if self._clock() < self._retry_at:
-            return False
-        self._retry_at = self._clock() + self._reset_s
-        return True
 
-    def succeed(self) -> None:
-        self._num_failures = 0
+class _Failed(Exception):
+    """One attempt that gave no answer worth having."""
 
-    def fail(self) -> None:
-        self._num_failures += 1
-        self._retry_at = self._clock() + self._reset_s
+    def __init__(self, error: UpstreamError, *, may_retry: bool) -> None:
+        super().__init__(error)
+        self.error, self.may_retry = error, may_retry
 
 
 class Upstream:
@@ -140,9 +157,11 @@ class Upstream:
             ConfigError: the key's variable is unset and the address is not a loopback one.
         """
         self.config = config
-        self.breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
+        self._breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
+        self._slots = Slots(config.max_concurrent, config.max_concurrent, config.max_wait_s)
+        self._errors = EndpointErrors(config.base_url, config.api_key_env)
         self._sleep = sleep
-        self._headers = {"Content-Type": "application/json", **authorization(config)}
+        self._headers = {"Content-Type": JSON, **authorization(config)}
         self._session: aiohttp.ClientSession | None = None
 
     async def chat(self, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> UpstreamReply:
@@ -152,22 +171,21 @@ class Upstream:
             UpstreamError: no usable answer after all attempts; `status` and `body` are fit for the client.
         """
         begin = time.perf_counter()
-        async with self._opened(body, headers or {}, is_stream=False) as (response, _):
-            raw = await self._read(response)
-        reply = self._parse(response.status, raw)
-        return UpstreamReply(response.status, reply, raw, (time.perf_counter() - begin) * 1e3)
+        async with self._opened(body, headers or {}, is_stream=False) as (begun, _):
+            assert begun.body is not None
+            return UpstreamReply(begun.status, begun.body, begun.first, (time.perf_counter() - begin) * 1e3)
 
     @contextlib.asynccontextmanager
     async def stream(
         self, body: dict[str, Any], headers: Mapping[str, str] | None = None
     ) -> AsyncIterator[UpstreamStream]:
-        """Start a streamed answer; its first byte is here when the block is entered.
+        """Start a streamed answer; its first content is here when the block is entered.
 
         Raises:
-            UpstreamError: the LLM gave no first byte after all attempts.
+            UpstreamError: the LLM gave no content after all attempts.
         """
-        async with self._opened(body, headers or {}, is_stream=True) as (response, first):
-            yield UpstreamStream(response.status, response.content_type, self._chunks(response, first))
+        async with self._opened(body, headers or {}, is_stream=True) as (begun, deadline):
+            yield UpstreamStream(begun.status, begun.content_type, self._chunks(begun, deadline))
 
     async def list_models(self) -> list[dict[str, Any]]:
         """Entries of the endpoint's own model list.
@@ -175,13 +193,16 @@ class Upstream:
         Raises:
             UpstreamError: the endpoint did not give one.
         """
+        address = f"{self.config.base_url.rstrip('/')}/models"
+        timeout = aiohttp.ClientTimeout(total=self.config.timeout_s)
         try:
-            async with self._client().get(
-                f"{self.config.base_url.rstrip('/')}/models", headers=self._headers
-            ) as response:
-                entries = self._parse(response.status, await self._read(response)).get("data")
+            async with self._client().get(address, headers=self._headers, timeout=timeout) as response:
+                body = self._parse(response.status, await self._read(response))
+        except _Failed as failed:
+            raise failed.error from None
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise unreachable(self.config, error) from None
+            raise self._errors.unreachable(error) from None
+        entries = body.get("data")
         return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
     async def close(self) -> None:
@@ -192,203 +213,157 @@ class Upstream:
     @contextlib.asynccontextmanager
     async def _opened(
         self, body: dict[str, Any], headers: Mapping[str, str], *, is_stream: bool
-    ) -> AsyncIterator[tuple[aiohttp.ClientResponse, bytes]]:
-        """The response to the first attempt worth having, with the first bytes of a stream."""
-        if not self.breaker.may_call():
-            raise upstream_error(
-                self.config,
-                503,
-                "has failed repeatedly and is being left alone; try again shortly",
-                "upstream_unavailable",
-            )
-        model = {"model": self.config.model} if self.config.model else {}
-        data = json.dumps({**body, **model}, ensure_ascii=False).encode(errors="surrogatepass")
+    ) -> AsyncIterator[tuple[_Begun, float]]:
+        """The first attempt's answer worth having, and when the call has to end; holds one of the endpoint's places."""
+        deadline = asyncio.get_running_loop().time() + self.config.total_timeout_s
+        if not await self._slots.take():
+            raise self._errors.busy()
         try:
-            response, first = await self._attempts(data, headers, is_stream)
+            begun = await self._begun(body, headers, is_stream, deadline)
+            try:
+                yield begun, deadline
+            finally:
+                if begun.response is not None:
+                    begun.response.close()
+        finally:
+            self._slots.give()
+
+    async def _begun(
+        self, body: dict[str, Any], headers: Mapping[str, str], is_stream: bool, deadline: float
+    ) -> _Begun:
+        """What the attempts gave, after a word to the breaker."""
+        permit = self._breaker.begin()
+        if permit is None:
+            raise self._errors.left_alone(self._breaker.wait_s, has_asked=self._breaker.is_paused)
+        try:
+            model = {"model": self.config.model} if self.config.model else {}
+            data = json.dumps({**body, **model}, ensure_ascii=False).encode(errors="surrogatepass")
+            begun = await self._attempts(data, headers, is_stream, deadline)
+            permit.succeed()
+            return begun
         except UpstreamError as error:
             if error.status != 429:
-                self.breaker.fail()
+                permit.fail()
+            if error.retry_after_s:
+                self._breaker.pause(min(error.retry_after_s, LONGEST_PAUSE_S))
             raise
-        self.breaker.succeed()
-        try:
-            yield response, first
         finally:
-            response.close() if is_stream else response.release()
+            permit.leave()
 
-    async def _attempts(
-        self, data: bytes, headers: Mapping[str, str], is_stream: bool
-    ) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _attempts(self, data: bytes, headers: Mapping[str, str], is_stream: bool, deadline: float) -> _Begun:
+        clock = asyncio.get_running_loop().time
         for attempt in range(1, self.config.max_attempts + 1):
-            is_last = attempt == self.config.max_attempts
-            wait_s = _backoff_s(attempt)
             try:
-                response, first = await self._send(data, headers, is_stream)
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-                if is_last or isinstance(error, TimeoutError):
-                    raise unreachable(self.config, error) from None
-            except (aiohttp.ClientError, TimeoutError) as error:
-                raise unreachable(self.config, error) from None
-            else:
-                if response.status not in RETRYABLE:
-                    return response, first
-                asked_s = _retry_after_s(response.headers.get("Retry-After"))
-                if is_last or asked_s > _LONGEST_RETRY_AFTER_S:
-                    raise await self._refused(response)
-                response.close()
-                wait_s = max(wait_s, asked_s)
+                return await self._attempt(data, headers, is_stream, deadline)
+            except _Failed as failed:
+                asked_s = failed.error.retry_after_s or 0.0
+                wait_s = max(backoff_s(attempt), asked_s)
+                is_last = attempt == self.config.max_attempts or clock() + wait_s >= deadline
+                if is_last or not failed.may_retry or asked_s > LONGEST_RETRY_AFTER_S:
+                    raise failed.error from None
             await self._sleep(wait_s)
         raise AssertionError("max_attempts is at least 1")
 
-    async def _send(
-        self, data: bytes, headers: Mapping[str, str], is_stream: bool
-    ) -> tuple[aiohttp.ClientResponse, bytes]:
-        """One attempt: the response, for a good stream with its first bytes; closed where it fails."""
-        limit = self.config.first_byte_timeout_s if is_stream else self.config.timeout_s
+    async def _attempt(self, data: bytes, headers: Mapping[str, str], is_stream: bool, deadline: float) -> _Begun:
+        """Raises _Failed; the response is closed then."""
+        clock = asyncio.get_running_loop().time
+        limit_s = self.config.first_token_timeout_s if is_stream else self.config.timeout_s
+        # The total goes on to count while a stream is read, and whatever keeps its pieces coming.
         timeout = aiohttp.ClientTimeout(
-            total=None if is_stream else self.config.timeout_s, sock_connect=limit, sock_read=self.config.timeout_s
+            total=deadline - clock(), sock_connect=limit_s, sock_read=self.config.timeout_s if is_stream else None
         )
-        async with asyncio.timeout(limit):
-            response = await self._client().post(
-                f"{self.config.base_url.rstrip('/')}/chat/completions",
-                data=data,
-                headers={**headers, **self._headers},
-                timeout=timeout,
-                allow_redirects=False,
-            )
-            with contextlib.ExitStack() as undo:
-                undo.callback(response.close)
-                if response.status in (401, 403) or 300 <= response.status < 400:
-                    raise misconfigured(self.config, response.status)
-                first = await response.content.readany() if is_stream and response.status not in RETRYABLE else b""
-                if is_stream and response.ok and not first:
-                    raise aiohttp.ClientPayloadError("the stream ended before its first byte")
-                undo.pop_all()
-        return response, first
-
-    async def _chunks(self, response: aiohttp.ClientResponse, first: bytes) -> AsyncIterator[bytes]:
-        yield first
         try:
-            async for chunk in response.content.iter_any():
+            async with asyncio.timeout_at(min(clock() + limit_s, deadline)):
+                response = await self._client().post(
+                    f"{self.config.base_url.rstrip('/')}/chat/completions",
+                    data=data,
+                    headers={**headers, **self._headers},
+                    timeout=timeout,
+                    allow_redirects=False,
+                )
+                with contextlib.ExitStack() as undo:
+                    undo.callback(response.close)
+                    begun = await self._begin(response, is_stream)
+                    undo.pop_all()
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            raise _Failed(self._errors.unreachable(error), may_retry=not isinstance(error, TimeoutError)) from None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _Failed(self._errors.unreachable(error), may_retry=False) from None
+        if begun.response is None:
+            response.release()
+        return begun
+
+    async def _begin(self, response: aiohttp.ClientResponse, is_stream: bool) -> _Begun:
+        """The answer of one response, as far as it is needed to call it one."""
+        status = response.status
+        if status in (401, 403) or 300 <= status < 400:
+            raise _Failed(self._errors.misconfigured(status), may_retry=False)
+        if is_retryable(status):
+            asked_s = parse_retry_after(response.headers.get("Retry-After"))
+            body = parse_object(await self._read(response))
+            raise _Failed(self._errors.passed_on(status, body, asked_s), may_retry=True)
+        if is_stream and status == 200 and response.content_type == EVENT_STREAM:
+            return await self._open_stream(response)
+        raw = await self._read(response)
+        body = self._parse(status, raw)
+        reported = reported_error(body) if status == 200 else None
+        return self._reported(reported) if reported else _Begun(status, JSON, raw, body, None)
+
+    async def _open_stream(self, response: aiohttp.ClientResponse) -> _Begun:
+        opening = Opening()
+        async for piece in response.content.iter_any():
+            opening.feed(piece)
+            if opening.is_over:
+                break
+        else:
+            opening.end()
+        if opening.error is not None:
+            response.close()
+            return self._reported(opening.error)
+        if opening.fault is not None:
+            raise _Failed(self._errors.error(502, f"broke off: its stream {opening.fault}"), may_retry=True)
+        return _Begun(200, EVENT_STREAM, opening.held, None, response)
+
+    def _reported(self, reported: dict[str, Any]) -> _Begun:
+        """An error that came under status 200: the client's own is an answer, as it is under its own status."""
+        status = error_status(reported)
+        if status in (401, 403):
+            raise _Failed(self._errors.misconfigured(status), may_retry=False)
+        if is_retryable(status):
+            raise _Failed(self._errors.passed_on(status, reported, None), may_retry=True)
+        return _Begun(status, JSON, json.dumps(reported).encode(), reported, None)
+
+    async def _chunks(self, begun: _Begun, deadline: float) -> AsyncIterator[bytes]:
+        yield begun.first
+        if begun.response is None:
+            return
+        try:
+            async for chunk in begun.response.content.iter_any():
                 yield chunk
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise upstream_error(
-                self.config, 502, f"broke off its answer ({type(error).__name__}); send the request again"
-            ) from None
+            is_late = asyncio.get_running_loop().time() >= deadline
+            what = "took longer than upstream.total_timeout_s" if is_late else f"broke off ({type(error).__name__})"
+            raise self._errors.error(504 if is_late else 502, f"{what}; send the request again") from None
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         pieces, size = [], 0
-        try:
-            async for chunk in response.content.iter_any():
-                pieces.append(chunk)
-                size += len(chunk)
-                if size > MAX_REPLY_BYTES:
-                    response.close()
-                    raise upstream_error(
-                        self.config, 502, f"sent more than {MAX_REPLY_BYTES} bytes; ask for a shorter answer"
-                    )
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise unreachable(self.config, error) from None
+        async for chunk in response.content.iter_any():
+            pieces.append(chunk)
+            size += len(chunk)
+            if size > MAX_REPLY_BYTES:
+                reason = f"sent more than {MAX_REPLY_BYTES} bytes; ask for a shorter answer"
+                raise _Failed(self._errors.error(502, reason), may_retry=False)
         return b"".join(pieces)
 
     def _parse(self, status: int, raw: bytes) -> dict[str, Any]:
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict):
-            raise upstream_error(
-                self.config, 502, f"answered {status} with something that is no JSON object; is this the API's address?"
-            )
+        body = parse_object(raw)
+        if body is None:
+            reason = f"answered {status} with something that is no JSON object; is this the API's address?"
+            raise _Failed(self._errors.error(502, reason), may_retry=False)
         return body
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            # limit=0: how many calls run at once is the gateway's business, not the connection pool's.
+            # limit=0: how many calls run at once is counted here, not by the connection pool.
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=True)
         return self._session
-
-    async def _refused(self, response: aiohttp.ClientResponse) -> UpstreamError:
-        """The LLM's own error, passed on as it is where it is an OpenAI-shaped one."""
-        status = response.status
-        try:
-            body = self._parse(status, await self._read(response))
-        except UpstreamError:
-            body = None
-        finally:
-            response.close()
-        error = upstream_error(
-            self.config, status, f"answered {status} {self.config.max_attempts} time(s); try again later"
-        )
-        return error if body is None or "error" not in body else UpstreamError(error.message, status, body)
-
-
-def misconfigured(config: UpstreamConfig, status: int) -> UpstreamError:
-    """The error for a reply that is the owner's to mend: a refused key or a moved address."""
-    step = f"put a valid key into {config.api_key_env}" if status in (401, 403) else "set its final address"
-    return upstream_error(config, 502, f"answered {status} to the gateway's request; {step}", "upstream_misconfigured")
-
-
-def unreachable(config: UpstreamConfig, error: BaseException) -> UpstreamError:
-    """The error for an endpoint that gave no reply."""
-    if isinstance(error, TimeoutError):
-        reason = "did not answer in time; raise upstream.timeout_s or try again"
-        return upstream_error(config, 504, reason, "upstream_timeout")
-    reason = f"cannot be reached ({type(error).__name__}); check the address and that the LLM is up"
-    return upstream_error(config, 503, reason, "upstream_unavailable")
-
-
-def upstream_error(config: UpstreamConfig, status: int, reason: str, code: str = "upstream_error") -> UpstreamError:
-    """An error that names the endpoint; `status` and body are fit for the client."""
-    message = f"upstream.base_url={_shown(config.base_url)} {reason}"
-    body = {"error": {"message": message, "type": "upstream_error", "param": None, "code": code}}
-    return UpstreamError(message, status, body)
-
-
-def authorization(config: UpstreamConfig) -> dict[str, str]:
-    """The header that carries the endpoint's key; none for a loopback address without one.
-
-    Raises:
-        ConfigError: the key's variable is unset and the address is not a loopback one.
-    """
-    key = os.environ.get(config.api_key_env)
-    if key:
-        return {"Authorization": f"Bearer {key}"}
-    if not is_loopback(config.base_url):
-        raise ConfigError(
-            f"upstream.api_key_env={config.api_key_env!r}: this variable is not set, and upstream.base_url="
-            f"{_shown(config.base_url)} is not on this machine; set it: export {config.api_key_env}=..."
-        )
-    return {}
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the address is on this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _shown(url: str) -> str:
-    """The address without its query, which may hold a key."""
-    return urlsplit(url)._replace(query="").geturl()
-
-
-def _backoff_s(attempt: int) -> float:
-    """Exponential with jitter in [50%, 100%], so that callers who failed together do not come back together."""
-    return min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
-
-
-def _retry_after_s(value: str | None) -> float:
-    """Seconds asked for by a Retry-After header (RFC 9110 section 10.2.3: seconds or a date); 0 where absent or wrong."""
-    if not value:
-        return 0.0
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return max(0.0, seconds) if math.isfinite(seconds) else 0.0

@@ -2,7 +2,7 @@
 
 The numbers are those that the stages themselves give to Ray: training/finetune.py (workers), serving/specialist.py
 (one CPU or GPU for each engine replica), serving/cluster_llm.py (the CPUs or GPUs of a cluster LLM), serving/app.py
-(one CPU for the gateway).
+(one CPU for each gateway).
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def plan_run(config: FinetuneConfig) -> Part:
 
 def plan_serving(recipe: Recipe, num_bases: int) -> list[Part]:
     """The gateway and the fewest replicas that answer, for every base model of the release."""
-    gateway = Part(name="gateway", phase="serve", cpus=1)
+    groups = recipe.gateway.min_replicas
+    gateway = Part(name="gateway", phase="serve", groups=groups, cpus=1, fields={"groups": "gateway.min_replicas"})
     engines = [_engines(recipe, "specialists", "serve", num_bases)] if num_bases else []
     llms = [(n, one) for n, one in enumerate(recipe.upstream) if isinstance(one, ClusterLLMConfig)]
     return [gateway, *engines, *(_cluster_llm(config, f"upstream.{number}") for number, config in llms)]

@@ -15,11 +15,12 @@ from urllib.parse import urlsplit
 from cluster import registry
 from cluster.access import KEYS_FILE, ApiKeys, keys_folder
 from cluster.config import validate
+from cluster.endpoint_key import authorization, is_loopback
 from cluster.errors import ConfigError
 from cluster.resources import Part
 from cluster.session import joins_cluster
 from cluster.store import Store
-from cluster.upstream import UpstreamConfig, authorization, is_loopback
+from cluster.upstream import UpstreamConfig
 from jobs.plan import connect_for
 from jobs.recipe import Recipe
 from serving.app import ServeArgs

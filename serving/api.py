@@ -19,7 +19,9 @@ from cluster.errors import UpstreamError
 from serving.feedback import MAX_FEEDBACK_BYTES
 from serving.gateway import CLIENT_GONE, GatewayCore
 from serving.openai_wire import Denied, error_body, parse_request, parse_strictly
+from serving.overload import InFlightLimit, retry_headers
 from serving.passthrough import OWN_PATHS
+from serving.policy import no_such_model
 from serving.table import model_entries
 
 MAX_REQUEST_BYTES = 32 * 2**20
@@ -35,10 +37,22 @@ def build_api(core: GatewayCore) -> FastAPI:
         identity = core.admission.admit(request.headers, "call_models")
         return await core.complete(identity, request.headers, parse_request(await _read(request, MAX_REQUEST_BYTES)))
 
+    def own_models() -> list[dict[str, Any]]:
+        return model_entries(core.table.snapshot, has_llm=core.fallback.has_own_model)
+
     async def list_models(request: Request) -> Response:
         core.admission.admit(request.headers, "call_models")
-        models = [*await core.fallback.list_models(), *model_entries(core.table.snapshot)]
-        return JSONResponse({"object": "list", "data": models})
+        return JSONResponse({"object": "list", "data": [*await core.fallback.list_models(), *own_models()]})
+
+    async def show_model(request: Request) -> Response:
+        core.admission.admit(request.headers, "call_models")
+        name, own = request.path_params["model"], own_models()
+        # The LLM is not asked where the gateway knows: its specialists can be looked up while the LLM is away.
+        found = [model for model in own if model["id"] == name]
+        found = found or [model for model in await core.fallback.list_models() if model.get("id") == name]
+        if not found:
+            raise no_such_model(name, "those of GET /v1/models")
+        return JSONResponse(found[0])
 
     async def relay(request: Request) -> Response:
         core.admission.admit(request.headers, "call_models")
@@ -57,9 +71,10 @@ def build_api(core: GatewayCore) -> FastAPI:
     # Starlette's own routes: FastAPI's validation would read the body a second time.
     routes = {path: ("POST", relay) for path in core.passthrough.paths}
     routes |= dict(zip(OWN_PATHS, (("POST", complete), ("GET", list_models), ("POST", take_feedback)), strict=True))
-    routes["/healthz"] = ("GET", show_health)
+    routes |= {"/v1/models/{model:path}": ("GET", show_model), "/healthz": ("GET", show_health)}
     for path, (method, endpoint) in routes.items():
         api.router.add_route(path, endpoint, methods=[method])
+    api.add_middleware(InFlightLimit, max_ongoing=core.config.max_ongoing, meter=core.meter)
     _answer_errors(api, core, {path: method for path, (method, _) in routes.items()})
     return api
 
@@ -67,11 +82,13 @@ def build_api(core: GatewayCore) -> FastAPI:
 def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> None:
     async def deny(_: Request, error: Denied) -> Response:
         core.meter.count("understudy_requests_failed_total", status=str(error.status))
-        return JSONResponse(error.body, error.status, headers=error.headers)
+        headers = {**retry_headers(error.status, None), **error.headers}
+        return JSONResponse(error.body, error.status, headers=headers)
 
     async def fail(_: Request, error: UpstreamError) -> Response:
         core.meter.count("understudy_requests_failed_total", status=str(error.status))
-        return JSONResponse(error.body or error_body(error.message, kind="upstream_error"), error.status)
+        body = error.body or error_body(error.message, kind="upstream_error")
+        return JSONResponse(body, error.status, headers=retry_headers(error.status, error.retry_after_s))
 
     async def not_found(request: Request, _: Exception) -> Response:
         listed = ", ".join(core.passthrough.paths) or "none"
@@ -83,11 +100,9 @@ def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> 
         return await deny(request, Denied(404, message, code="not_found"))
 
     async def not_allowed(request: Request, error: HTTPException) -> Response:
-        method = methods.get(request.url.path, "another method")
-        denied = Denied(
-            405, f"Not with this method; allowed: {method}", code="method_not_allowed", headers=error.headers
-        )
-        return await deny(request, denied)
+        method = (error.headers or {}).get("Allow", "another method")
+        message = f"Not with this method; allowed: {method}"
+        return await deny(request, Denied(405, message, code="method_not_allowed", headers=error.headers))
 
     api.add_exception_handler(Denied, deny)  # type: ignore[arg-type]
     api.add_exception_handler(UpstreamError, fail)  # type: ignore[arg-type]

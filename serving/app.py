@@ -11,6 +11,7 @@ Imports no engine until a base is served.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -34,14 +35,16 @@ from serving.fallback import AnyLLMConfig, FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway import GatewayConfig, GatewayCore
 from serving.passthrough import PassThrough
-from serving.specialist import ServeEngine, SpecialistConfig, build_specialists
+from serving.scaling import autoscaling_of
+from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, idle_s_of
 from serving.steward import StewardConfig, build_steward
 from serving.table import ServingTable, crowded_base
 
 if TYPE_CHECKING:
     from ray import serve
 
-_MAX_ONGOING_CALLS = 1_000
+_SHARE_TO_TURN_AWAY = 0.25
+"""Of max_ongoing: what Serve gives a replica beyond it, for the replica to turn away in OpenAI's words."""
 
 
 class ServeArgs(Config):
@@ -94,7 +97,11 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         # An ingress without an app: each replica builds its own from `__serve_build_asgi_app__`.
         serve.ingress()(Gateway),
         name="gateway",
-        max_ongoing_requests=_MAX_ONGOING_CALLS,
+        autoscaling_config=autoscaling_of(args.gateway, args.gateway.max_ongoing),
+        max_ongoing_requests=math.ceil(args.gateway.max_ongoing * (1 + _SHARE_TO_TURN_AWAY)),
+        max_queued_requests=args.gateway.max_ongoing,
+        backpressure_config={"status_code": 503, "retry_after_s": 1.0},
+        graceful_shutdown_timeout_s=args.gateway.drain_timeout_s,
         ray_actor_options={"num_cpus": 1},
         # Every call is captured; a second line about it would cost more than its routing.
         logging_config={"enable_access_log": False},
@@ -113,7 +120,8 @@ class Gateway:
         configure_logging()
         config = validate(ServeArgs, args)
         store, meter = Store(config.store), Meter(export=True)
-        engines = {base: ServeEngine(handle) for base, handle in handles.items()}
+        idle_s = idle_s_of(config.specialists)
+        engines = {base: ServeEngine(handle, idle_s) for base, handle in handles.items()}
         llms = [
             Upstream(one) if isinstance(one, UpstreamConfig) else ClusterLLM(one, llm_handles[number])
             for number, one in enumerate(config.upstream)

@@ -96,6 +96,7 @@ class Auditor:
         captured = audit.captured(
             self._pseudonyms, response=reply.body, endpoint=endpoint, served_by="llm", status=200, error=None
         )
+        self._fallback.charge(endpoint, captured.usage)
         message = captured.message
         if message is None:
             self._capture.put(captured)

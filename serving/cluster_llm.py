@@ -16,15 +16,18 @@ from typing import Any
 
 from pydantic import Field
 
+from cluster.breaker import Breaker
 from cluster.errors import UpstreamError
-from cluster.upstream import Breaker, LLMNodeConfig, UpstreamReply, UpstreamStream
-from serving.openai_wire import error_body, parse_object
+from cluster.opening import Opening, error_status
+from cluster.retries import is_retryable
+from cluster.sse import parse_object
+from cluster.upstream import EVENT_STREAM, JSON, LLMNodeConfig, UpstreamReply, UpstreamStream
+from serving.openai_wire import error_body
+from serving.scaling import ScaleConfig, autoscaling_of
 from serving.specialist import cpu_environment
 
-_EVENT_STREAM = "text/event-stream"
 
-
-class ClusterLLMConfig(LLMNodeConfig):
+class ClusterLLMConfig(ScaleConfig, LLMNodeConfig):
     """A chat model served on the cluster. It has no price of its own: give what its tokens cost on your machines."""
 
     cluster_model: str = Field(min_length=1)
@@ -47,10 +50,6 @@ class ClusterLLMConfig(LLMNodeConfig):
     """Memory for keys and values; CPU only (a GPU engine takes its share of device memory)."""
     num_threads: int = Field(default=1, ge=1)
     """CPUs and OpenMP threads of a CPU engine."""
-    min_replicas: int = Field(default=1, ge=0)
-    """Replicas kept when idle."""
-    max_replicas: int = Field(default=1, ge=1)
-    """Replicas at most."""
 
     @property
     def model_name(self) -> str:
@@ -73,7 +72,7 @@ def build_cluster_llm(config: ClusterLLMConfig) -> Any:
         placement_group_config={"bundles": bundles},
         engine_kwargs=_engine_kwargs(config),
         deployment_config={
-            "autoscaling_config": {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas},
+            "autoscaling_config": autoscaling_of(config, config.max_num_seqs),
             "ray_actor_options": {"num_cpus": 0},
             "max_ongoing_requests": 4 * config.max_num_seqs,
             # One caller's queue; beyond it the next LLM is asked at once instead of after the timeout.
@@ -94,7 +93,7 @@ class ClusterLLM:
     def __init__(self, config: ClusterLLMConfig, handle: Any, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Take the deployment's handle; ask nothing yet."""
         self.config = config
-        self.breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
+        self._breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
         self._handle = handle.options(stream=True)
 
     async def chat(self, body: dict[str, Any]) -> UpstreamReply:
@@ -104,7 +103,7 @@ class ClusterLLM:
             UpstreamError: no usable answer; `status` and `body` are fit for the client.
         """
         begin = time.perf_counter()
-        async with self._opened({**body, "stream": False}, self.config.timeout_s) as (status, raw, _):
+        async with self._opened({**body, "stream": False}, self.config.timeout_s) as (status, raw, _, _):
             reply = parse_object(raw)
             if reply is None:
                 raise self._error(502, "answered with something that is no JSON object")
@@ -112,14 +111,15 @@ class ClusterLLM:
 
     @contextlib.asynccontextmanager
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[UpstreamStream]:
-        """Start a streamed answer; its first piece is here when the block is entered.
+        """Start a streamed answer; its first content is here when the block is entered.
 
         Raises:
-            UpstreamError: the model gave no first piece.
+            UpstreamError: the model gave no content.
         """
-        async with self._opened({**body, "stream": True}, self.config.first_byte_timeout_s) as (status, first, rest):
-            kind = _EVENT_STREAM if status == 200 else "application/json"
-            yield UpstreamStream(status, kind, self._chunks(first, rest))
+        body = {**body, "stream": True}
+        async with self._opened(body, self.config.first_token_timeout_s) as (status, first, rest, deadline):
+            kind = EVENT_STREAM if status == 200 else JSON
+            yield UpstreamStream(status, kind, self._chunks(first, rest, deadline))
 
     async def list_models(self) -> list[dict[str, Any]]:
         """The model's entry; it is known without asking."""
@@ -129,40 +129,62 @@ class ClusterLLM:
         """Nothing to close: the handle belongs to Serve."""
 
     @contextlib.asynccontextmanager
-    async def _opened(self, body: dict[str, Any], limit_s: float) -> AsyncIterator[tuple[int, bytes, Any]]:
-        """Status and first piece of an answer worth having, and the iterator of the others."""
-        if not self.breaker.may_call():
-            raise self._error(
-                503, "has failed repeatedly and is being left alone; try again shortly", "upstream_unavailable"
-            )
+    async def _opened(self, body: dict[str, Any], limit_s: float) -> AsyncIterator[tuple[int, bytes, Any, float]]:
+        """Status and beginning of an answer worth having, the iterator of the rest, and when the call has to end."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.config.total_timeout_s
+        permit = self._breaker.begin()
+        if permit is None:
+            reason = "has failed repeatedly and is being left alone; try again shortly"
+            raise self._error(503, reason, "upstream_unavailable", self._breaker.wait_s)
         pieces = self._handle.complete.remote({**body, "model": self.config.model_name})
         try:
             try:
-                begun = await self._next(pieces, limit_s)
-                if begun is None:
-                    raise self._error(502, "gave no answer; send the request again")
-                status, first = begun
-                if status == 429 or status >= 500:
-                    raise UpstreamError(f"{self._who()} answered {status}", status, parse_object(first))
+                status, first = await self._begin(pieces, bool(body["stream"]), min(clock() + limit_s, deadline))
+                permit.succeed()
             except UpstreamError as error:
                 if error.status != 429:
-                    self.breaker.fail()
+                    permit.fail()
                 raise
-            self.breaker.succeed()
-            yield status, first, pieces
+            finally:
+                permit.leave()
+            yield status, first, pieces, deadline
         finally:
             # Tells the engine to stop where the client or this call left early; else it changes nothing.
             pieces.cancel()
 
-    async def _chunks(self, first: bytes, rest: Any) -> AsyncIterator[bytes]:
+    async def _begin(self, pieces: Any, is_stream: bool, until: float) -> tuple[int, bytes]:
+        """Status and a whole answer, or a stream up to its first content."""
+        opening = Opening()
+        while (begun := await self._next(pieces, until)) is not None:
+            status, piece = begun
+            if is_retryable(status):
+                raise UpstreamError(f"{self._who()} answered {status}", status, parse_object(piece))
+            if not is_stream or status != 200:
+                return status, piece
+            opening.feed(piece)
+            if opening.has_content:
+                return 200, opening.held
+            if opening.is_over:
+                break
+        opening.end()
+        if opening.error is None:
+            raise self._error(502, f"broke off: its stream {opening.fault}" if is_stream else "gave no answer")
+        status = error_status(opening.error)
+        if is_retryable(status):
+            raise UpstreamError(f"{self._who()} reported an error", status, opening.error)
+        return status, json.dumps(opening.error).encode()
+
+    async def _chunks(self, first: bytes, rest: Any, deadline: float) -> AsyncIterator[bytes]:
+        clock = asyncio.get_running_loop().time
         yield first
-        while (piece := await self._next(rest, self.config.timeout_s)) is not None:
+        while (piece := await self._next(rest, min(clock() + self.config.timeout_s, deadline))) is not None:
             yield piece[1]
 
-    async def _next(self, pieces: Any, limit_s: float) -> tuple[int, bytes] | None:
+    async def _next(self, pieces: Any, until: float) -> tuple[int, bytes] | None:
         """Status and the next piece, None at the end; raises UpstreamError where Ray or the engine failed."""
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout_at(until):
                 return await anext(pieces, None)
         except _ray_errors() as error:
             raise self._failure(error) from None
@@ -174,13 +196,15 @@ class ClusterLLM:
         if isinstance(error, TimeoutError):
             return self._error(504, "did not answer in time; raise its timeout_s or try again", "upstream_timeout")
         if isinstance(error, BackPressureError):
-            return self._error(429, "has too many calls waiting; try again or raise max_replicas", "upstream_busy")
+            return self._error(429, "has too many calls waiting; try again or raise max_replicas", "upstream_busy", 1.0)
         status, name = (502 if isinstance(error, RayTaskError) else 503), type(error).__name__
         return self._error(status, f"failed ({name}); send the request again", "upstream_unavailable")
 
-    def _error(self, status: int, reason: str, code: str = "upstream_error") -> UpstreamError:
+    def _error(
+        self, status: int, reason: str, code: str = "upstream_error", retry_after_s: float | None = None
+    ) -> UpstreamError:
         message = f"{self._who()} {reason}"
-        return UpstreamError(message, status, error_body(message, kind="upstream_error", code=code))
+        return UpstreamError(message, status, error_body(message, kind="upstream_error", code=code), retry_after_s)
 
     def _who(self) -> str:
         return f"upstream.cluster_model={self.config.model_name}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -20,6 +21,9 @@ from cluster.session import serve_is_running
 from serving.app import ServeArgs, build
 
 APP = "understudy"
+_STOP_MARGIN_S = 15.0
+"""What replicas may take to stop after their last call: they write what they have captured."""
+_STATUS_INTERVAL_S = 0.2
 
 
 class HttpConfig(Config):
@@ -82,7 +86,7 @@ def run_endpoint(args: ServeArgs, http: HttpConfig, on_ready: Callable[[str], An
         while True:
             signal.pause()
     except KeyboardInterrupt:
-        pass
+        _drain(args.gateway.drain_timeout_s)
     finally:
         serve.shutdown()
 
@@ -100,6 +104,16 @@ def _deploy(app: Any) -> None:
         serve.run(app, name=APP, route_prefix="/")
     except RuntimeError as error:
         raise ReleaseError(f"serve: the endpoint did not start: {error}; see the logs of Ray Serve") from None
+
+
+def _drain(timeout_s: float) -> None:
+    """Take the application down while Ray's proxies stay: `serve.shutdown` ends them first, and every stream with them."""
+    from ray import serve
+
+    serve.delete(APP, _blocking=False)
+    deadline = time.monotonic() + timeout_s + _STOP_MARGIN_S
+    while APP in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_STATUS_INTERVAL_S)
 
 
 def _interrupt(*_: Any) -> NoReturn:

@@ -1,9 +1,9 @@
 """The LLMs behind the gateway, in the order in which they are asked: chat.completions body -> the first usable answer.
 
 An LLM is an endpoint over HTTP (cluster/upstream.py) or a model on this cluster (serving/cluster_llm.py). One that
-raises UpstreamError passes the call on to the next; only before the first byte of an answer, so bytes of two models
-never mix. Each answer comes with the config of the LLM that gave it, because prices differ. Retries and circuit
-breaking are the LLM's own.
+raises UpstreamError passes the call on to the next; only before anything of an answer was given out, so bytes of two
+models never mix. Each answer comes with the config of the LLM that gave it, because prices differ. Retries and circuit
+breaking are the LLM's own; what a day's answers cost is counted here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from pydantic import Discriminator, Tag
 from typing_extensions import TypeAliasType
 
 from cluster.errors import UpstreamError
+from cluster.prices import tokens_cost_usd
+from cluster.records import Usage
+from cluster.spend import DailySpend
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig, UpstreamConfig, UpstreamReply, UpstreamStream
 from serving.cluster_llm import ClusterLLMConfig
@@ -63,6 +66,12 @@ class FallbackLLM:
         assert llms, "a fallback needs an LLM"
         self._llms = list(llms)
         self._meter = meter or Meter()
+        self._spends = [DailySpend(llm.config.max_usd_per_day) for llm in llms]
+
+    @property
+    def has_own_model(self) -> bool:
+        """Whether an LLM can be asked without the client naming its model."""
+        return any(llm.config.own_model for llm in self._llms)
 
     async def chat(self, body: dict[str, Any]) -> tuple[UpstreamReply, LLMNodeConfig]:
         """Ask for a whole answer.
@@ -80,10 +89,10 @@ class FallbackLLM:
 
     @contextlib.asynccontextmanager
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[tuple[UpstreamStream, LLMNodeConfig]]:
-        """Start a streamed answer; its first byte is here when the block is entered.
+        """Start a streamed answer; its first content is here when the block is entered.
 
         Raises:
-            UpstreamError: none gave a first byte; the last one's error.
+            UpstreamError: none gave any content; the last one's error.
         """
         able = await self._able(body)
         for number, llm in able:
@@ -109,6 +118,23 @@ class FallbackLLM:
                 self._pass_on(number, error, is_last=number == len(self._llms) - 1)
         raise AssertionError("the last one answers or raises")
 
+    def charge(self, endpoint: LLMNodeConfig, usage: Usage) -> None:
+        """Count what an answer of one of the LLMs cost.
+
+        Args:
+            endpoint: the config that came with the answer.
+        """
+        prices = endpoint.prompt_usd_per_million, endpoint.completion_usd_per_million
+        if not any(prices):
+            return
+        number = next(number for number, llm in enumerate(self._llms) if llm.config is endpoint)
+        usd = tokens_cost_usd(usage, prompt_usd_per_million=prices[0], completion_usd_per_million=prices[1])
+        if usd is None:
+            self._meter.count("understudy_llm_unpriced_total", endpoint=str(number))
+            return
+        self._spends[number].add(usd)
+        self._meter.count("understudy_llm_spend_usd_total", usd, endpoint=str(number))
+
     async def close(self) -> None:
         for llm in self._llms:
             await llm.close()
@@ -117,24 +143,31 @@ class FallbackLLM:
         """The LLMs that can be asked, with their numbers: no LLM knows a specialist's name, only one with its own model.
 
         Raises:
-            UpstreamError: 400, none can be; names the models that may be asked.
+            UpstreamError: 400, none can be; names the models that may be asked. 429, all have spent what a day allows.
         """
         model = body.get("model")
-        numbered = list(enumerate(self._llms))
-        if not isinstance(model, str) or not model.startswith(MODEL_PREFIX):
-            return numbered
-        able = [(number, llm) for number, llm in numbered if llm.config.own_model]
-        if able:
-            return able
+        able = list(enumerate(self._llms))
+        if isinstance(model, str) and model.startswith(MODEL_PREFIX):
+            able = [(number, llm) for number, llm in able if llm.config.own_model]
+            if not able:
+                raise await self._unknown(model)
+        affordable = [(number, llm) for number, llm in able if self._spends[number].wait_s == 0]
+        if not affordable:
+            message = "upstream: every LLM has spent its max_usd_per_day here; try again tomorrow (UTC) or raise it"
+            body = error_body(message, kind="insufficient_quota", code="insufficient_quota")
+            raise UpstreamError(message, 429, body, min(self._spends[number].wait_s for number, _ in able))
+        return affordable
+
+    async def _unknown(self, model: str) -> UpstreamError:
         try:
             known = ", ".join(str(entry.get("id")) for entry in await self.list_models())
         except UpstreamError:
             known = "a model of the LLM"
         message = (
-            f"model={model}: its specialist leaves this call to the LLM, and no upstream has a model to ask instead; "
+            f"model={model}: this call is for the LLM, and no upstream has a model of its own to ask; "
             f"allowed: {known}; or let upstream.N.model name one"
         )
-        raise UpstreamError(
+        return UpstreamError(
             message, 400, error_body(message, kind="invalid_request_error", code="model_not_found", param="model")
         )
 

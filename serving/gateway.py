@@ -21,7 +21,6 @@ from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, Response
 
 from cluster.access import ApiKeys, Identity, Pseudonyms
-from cluster.config import Config
 from cluster.engine import Engine, EngineAnswer
 from cluster.errors import InputError, StoreError, UpstreamError
 from cluster.faces import FACES_HEADER, FacesConfig, Facing, faces_before
@@ -30,18 +29,22 @@ from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.route_model import RouteGuess
 from cluster.servable import ask_engine
+from cluster.sse import parse_object
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig
 from serving import policy, rollout
 from serving.admission import Admission
 from serving.audit import Auditor
 from serving.capture import Capture
+from serving.degraded import asked_again, degraded_decision, may_stand_in
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
-from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, error_code, parse_object
+from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, error_code
+from serving.overload import retry_headers
 from serving.passthrough import DEFAULT_PATHS, PassThrough, check_path
 from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
+from serving.scaling import ScaleConfig
 from serving.shadow import Shadows
 from serving.table import ServingTable, Snapshot
 
@@ -49,9 +52,18 @@ CLIENT_GONE = 499
 """Status of a captured call whose client left before the last byte (as nginx writes it)."""
 
 
-class GatewayConfig(Config):
-    """Who may call, and how long a specialist may take."""
+class GatewayConfig(ScaleConfig):
+    """Who may call, how many at once, and how long a specialist may take."""
 
+    min_replicas: int = Field(default=1, ge=1)
+    """Replicas kept when idle."""
+    max_ongoing: int = Field(default=1_000, ge=1)
+    """Requests in flight at each replica at most; further ones are answered 503 with Retry-After."""
+    drain_timeout_s: float = Field(default=60.0, ge=0)
+    """How long calls in flight may take to finish when the endpoint is told to stop, in seconds."""
+    degraded: Literal["fail", "specialist"] = "fail"
+    """What a call gets that no LLM answers: the LLM's error, or what its specialist says below its threshold, if that is
+    valid, with the header x-understudy-degraded."""
     auth: Literal["keys", "open"] = "keys"
     """`keys` asks for an API key of this store; `open` lets everybody in who reaches the port."""
     specialist_timeout_s: float = Field(default=10.0, gt=0)
@@ -103,19 +115,22 @@ class GatewayCore:
         """Answer one parsed chat.completions request.
 
         Raises:
-            Denied: 404, it asks for a specialist that is not served; 503, the call cannot be kept.
+            Denied: 400, it asks for an unknown route; 404, for a specialist that is not served; 503, the call cannot be
+                kept.
         """
         snapshot = self.table.snapshot
-        task_id = policy.named_task(request, snapshot.specialists)
-        undecided = RouteDecision(action="llm", reason="undecided", release=snapshot.release)
+        is_for_llm = policy.is_for_llm(request, headers)
+        task_id = None if is_for_llm else policy.named_task(request, snapshot.specialists)
+        reason = "the client asks for the LLM" if is_for_llm else "undecided"
+        undecided = RouteDecision(action="llm", reason=reason, release=snapshot.release)
         facing = Facing(self.faces, faces_before(agent_of(headers), headers.get(FACES_HEADER), self.faces))
         call = PendingCall(
             uuid.uuid4().hex, time.time(), time.perf_counter(), identity.client, request, headers, undecided, facing
         )
         # A call that the router did not send says nothing of the task's traffic.
-        call.is_reference = task_id is None and self.auditor.is_drawn(call.call_id)
+        call.is_reference = not (task_id or is_for_llm) and self.auditor.is_drawn(call.call_id)
         try:
-            answer = await self._ask_specialist(call, snapshot, task_id)
+            answer = None if is_for_llm else await self._ask_specialist(call, snapshot, task_id)
             if answer is not None:
                 return await self._accept(call, answer, snapshot)
             return await (self._stream_llm(call) if request.get("stream") else self._ask_llm(call))
@@ -234,6 +249,7 @@ class GatewayCore:
 
     def _note_specialist(self, call: PendingCall, specialist: Specialist | None, seconds: float) -> None:
         if specialist is not None:
+            call.specialist = specialist
             self.meter.observe("understudy_specialist_latency_ms", seconds * 1e3, task_id=specialist.task_id)
             call.specialist_cost_usd = seconds_cost_usd(seconds, num_sharing=self._num_asking, config=self.prices)
 
@@ -247,7 +263,7 @@ class GatewayCore:
         # Runs once the client has its last byte.
         audit = (
             BackgroundTask(self._audit, call, answer.message, snapshot)
-            if call.is_reference or call.is_watched
+            if call.is_reference or (call.is_watched and call.decision.action == "accept")
             else None
         )
         if not call.request.get("stream"):
@@ -292,9 +308,22 @@ class GatewayCore:
         return Response(raw, status, media_type="application/json", headers=call.response_headers())
 
     async def _fail(self, call: PendingCall, error: UpstreamError) -> Response:
+        if self.config.degraded == "specialist" and (answer := await self._stand_in(call, error)):
+            return await self._accept(call, answer, self.table.snapshot)
         body = error.body or error_body(error.message, kind="upstream_error", code="upstream_error")
         await self.finish(call, status=error.status, error=_named("the LLM gave no answer", body))
-        return JSONResponse(body, error.status, headers=call.response_headers())
+        headers = {**call.response_headers(), **retry_headers(error.status, error.retry_after_s)}
+        return JSONResponse(body, error.status, headers=headers)
+
+    async def _stand_in(self, call: PendingCall, error: UpstreamError) -> EngineAnswer | None:
+        """The specialist's answer, whatever its confidence, to a call that no LLM answers; None where it has none."""
+        specialist = call.specialist
+        if specialist is None or not may_stand_in(error):
+            return None
+        ask = asked_again(self._engines[specialist.base], specialist, call, self.config.specialist_timeout_s)
+        if (answer := await ask) is not None:
+            call.decision, call.is_reference = degraded_decision(call.decision, answer), False
+        return answer
 
     def _end(
         self,
@@ -311,6 +340,8 @@ class GatewayCore:
         captured = call.captured(
             self._pseudonyms, response=response, endpoint=endpoint, served_by=served_by, status=status, error=error
         )
+        if endpoint is not None:
+            self.fallback.charge(endpoint, captured.usage)
         action = call.decision.action
         self.meter.count("understudy_calls_total", action=action, task_id=call.decision.task_id or "")
         self.meter.observe("understudy_call_latency_ms", captured.latency_ms or 0.0, action=action)

@@ -38,6 +38,8 @@ class PendingCall:
     decision: RouteDecision
     facing: Facing
     """Whether it speaks to a person, as far as that is known before it is answered."""
+    specialist: Specialist | None = None
+    """Who was asked first."""
     specialist_cost_usd: float = 0.0
     is_reference: bool = False
     is_watched: bool = False
@@ -114,7 +116,7 @@ class PendingCall:
         return call.model_copy(update={"faces_person": self.facing.faces(self.request, call.message)})
 
     def response_headers(self) -> dict[str, str]:
-        """x-understudy-* headers: what was done with the call, and why."""
+        """x-understudy-* headers: what was done with the call, and why; OpenAI's x-request-id is its id."""
         decision = self.decision
         values = {
             "route": decision.action,
@@ -124,8 +126,10 @@ class PendingCall:
             "reason": decision.reason,
             "call-id": self.call_id,
             "release": decision.release,
+            "degraded": "below threshold" if decision.action == "degrade" else None,
         }
-        return {f"x-understudy-{name}": _header_text(value) for name, value in values.items() if value}
+        headers = {f"x-understudy-{name}": _header_text(value) for name, value in values.items() if value}
+        return {**headers, "x-request-id": self.call_id}
 
     def _session(self) -> str:
         """What is one conversation: the client's word for it, else all up to the first user message."""

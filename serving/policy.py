@@ -17,6 +17,10 @@ from serving.openai_wire import Denied
 
 MODEL_PREFIX = "understudy/"
 """What a specialist's name as a model begins with; its task's id follows."""
+LLM_MODEL = MODEL_PREFIX + "llm"
+"""The model name that asks for the LLM, whichever model its entry in `upstream` names."""
+ROUTE_HEADER = "x-understudy-route"
+"""In a request, `llm` asks for the LLM and leaves the model to the client; in an answer, what was done."""
 
 
 class Guess(Protocol):
@@ -27,20 +31,38 @@ class Guess(Protocol):
 
 
 def named_task(request: Mapping[str, Any], specialists: Mapping[str, Specialist]) -> str | None:
-    """The task whose specialist the request asks for as its model, or None where it names another model.
+    """The task whose specialist the request asks for as its model, or None where it names another model, or the LLM.
 
     Raises:
         Denied: 404, no such specialist is served.
     """
     model = request.get("model")
-    if not isinstance(model, str) or not model.startswith(MODEL_PREFIX):
+    if not isinstance(model, str) or not model.startswith(MODEL_PREFIX) or model == LLM_MODEL:
         return None
     task_id = model.removeprefix(MODEL_PREFIX)
     if task_id in specialists:
         return task_id
     served = ", ".join(MODEL_PREFIX + task for task in sorted(specialists)) or "no specialist yet"
-    message = f"The model `{model}` does not exist; served are {served}, and the LLM's own models (GET /v1/models)"
-    raise Denied(404, message, "invalid_request_error", "model_not_found", "model")
+    raise no_such_model(model, f"{served}, and the LLM's own models (GET /v1/models)")
+
+
+def no_such_model(model: str, served: str) -> Denied:
+    """The error for a model that neither a specialist nor the LLM is."""
+    message = f"The model `{model}` does not exist; served are {served}"
+    return Denied(404, message, "invalid_request_error", "model_not_found", "model")
+
+
+def is_for_llm(request: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
+    """Whether the client asks for the LLM, so that no specialist is.
+
+    Raises:
+        Denied: 400, the header asks for something else.
+    """
+    route = headers.get(ROUTE_HEADER)
+    if route not in (None, "llm"):
+        message = f"{ROUTE_HEADER}: allowed is llm; a specialist is asked for as the model {MODEL_PREFIX}TASK_ID"
+        raise Denied(400, message, code="invalid_request")
+    return route == "llm" or request.get("model") == LLM_MODEL
 
 
 def decide_before(

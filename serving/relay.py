@@ -15,8 +15,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import UpstreamError
+from cluster.sse import SseReader
 from cluster.upstream import LLMNodeConfig, UpstreamStream
-from serving.openai_wire import Denied, SseReader, error_body, error_code, sse_event
+from serving.openai_wire import Denied, error_body, error_code, sse_event
 from serving.pending import PendingCall
 from serving.reassembly import Reassembler
 

@@ -17,11 +17,12 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from cluster.confidence import confidence
-from cluster.config import Config
 from cluster.engine import EngineAnswer, rendering_version
 from cluster.errors import EngineError, StoreError
 from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
+from serving.presence import Presence
+from serving.scaling import ScaleConfig, autoscaling_of
 
 ADAPTER_MODE = "lora"
 LOGPROB_MODE = "raw_logprobs"
@@ -31,7 +32,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for its largest rank: vllm.config.lora.MaxLoRARanks."""
 
 
-class SpecialistConfig(Config):
+class SpecialistConfig(ScaleConfig):
     """How the engine of each base model runs."""
 
     device: str = Field(default="cpu", pattern="^(cpu|gpu)$")
@@ -52,9 +53,7 @@ class SpecialistConfig(Config):
     num_threads: int = Field(default=1, ge=1)
     """OpenMP threads of a CPU engine."""
     min_replicas: int = Field(default=1, ge=0)
-    """Replicas kept when idle."""
-    max_replicas: int = Field(default=1, ge=1)
-    """Replicas at most."""
+    """Replicas kept when idle. With 0 the LLM answers while none is up, and the first such call starts one."""
 
     @field_validator("max_lora_rank")
     @classmethod
@@ -82,9 +81,11 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
         placement_group_config={"bundles": [{"CPU": 1} if is_cpu else {"GPU": 1}]},
         engine_kwargs=_engine_kwargs(config),
         deployment_config={
-            "autoscaling_config": {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas},
+            "autoscaling_config": autoscaling_of(config, config.max_num_seqs),
             "ray_actor_options": {"num_cpus": 0},
             "max_ongoing_requests": 4 * config.max_num_seqs,
+            # One gateway's queue; beyond it the LLM answers at once instead of after the timeout.
+            "max_queued_requests": 4 * config.max_num_seqs,
         },
         runtime_env={"env_vars": environment} if is_cpu else {},
         log_engine_metrics=False,
@@ -172,22 +173,35 @@ class SharedLoads:
 
 
 class ServeEngine:
-    """`cluster.engine.Engine` over a Ray Serve handle of SpecialistServer."""
+    """`cluster.engine.Engine` over a Ray Serve handle of SpecialistServer. Belongs to one event loop."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, idle_s: float | None = None) -> None:
+        """
+        Args:
+            idle_s: after how long without a call the last replica may go; None where one is always kept.
+        """
         self._handle = handle
+        self._presence = Presence(self.fingerprint, idle_s)
 
     async def fingerprint(self) -> str:
         return await self._handle.fingerprint.remote()
 
     async def load(self, adapter: str) -> None:
-        await self._handle.options(multiplexed_model_id=adapter).load.remote(adapter)
+        with self._presence.watch():
+            await self._handle.options(multiplexed_model_id=adapter).load.remote(adapter)
 
     async def answer(
         self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
     ) -> EngineAnswer:
+        await self._presence.check()
         handle = self._handle.options(multiplexed_model_id=adapter) if adapter else self._handle
-        return await handle.answer.remote(adapter, prompt_format, request, max_answer_tokens)
+        with self._presence.watch():
+            return await handle.answer.remote(adapter, prompt_format, request, max_answer_tokens)
+
+
+def idle_s_of(config: SpecialistConfig) -> float | None:
+    """After how long without a call the last replica may go; None where one is always kept."""
+    return None if config.min_replicas else config.downscale_delay_s
 
 
 def _engine_kwargs(config: SpecialistConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from cluster.records import Release, Rollout, Specialist
 from cluster.route_model import RouteModel
 from cluster.store import Store
 from cluster.telemetry import log_event
-from serving.policy import MODEL_PREFIX
+from serving.policy import LLM_MODEL, MODEL_PREFIX
 
 POLL_INTERVAL_S = 1.0
 
@@ -45,12 +45,16 @@ class Snapshot:
     """Stages of the specialists that are not live, by task."""
 
 
-def model_entries(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """The snapshot's specialists as OpenAI's model list shows them; a call that names none of them is routed."""
-    return [
-        {"id": MODEL_PREFIX + task, "object": "model", "created": int(snapshot.created_ts), "owned_by": "understudy"}
-        for task in sorted(snapshot.specialists)
-    ]
+def model_entries(snapshot: Snapshot, *, has_llm: bool) -> list[dict[str, Any]]:
+    """What may be asked for by name, as OpenAI's model list shows it; a call that names none of it is routed.
+
+    Args:
+        has_llm: whether the LLM can be asked for as LLM_MODEL.
+    """
+    names = [LLM_MODEL] if has_llm else []
+    names += [MODEL_PREFIX + task for task in sorted(snapshot.specialists)]
+    created = int(snapshot.created_ts)
+    return [{"id": name, "object": "model", "created": created, "owned_by": "understudy"} for name in names]
 
 
 def crowded_base(specialists: Iterable[Specialist], max_adapters: int) -> tuple[str, int] | None:

@@ -130,6 +130,8 @@ class FakeLLM:
         """What it says in a whole answer."""
         self.body: dict[str, Any] | None = None
         """A whole answer to give instead."""
+        self.answer_with: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        """The assistant message for a request, given whole or streamed; instead of all of the above."""
         self.may_answer = asyncio.Event()
         """While unset, whole answers are held back."""
         self.may_answer.set()
@@ -161,6 +163,8 @@ class FakeLLM:
         self.requests.append(request)
         if self.status != 200:
             return web.json_response({"error": self.error}, status=self.status)
+        if self.answer_with is not None:
+            return await _say(http_request, request, self.answer_with(request))
         if not request.get("stream"):
             await self.may_answer.wait()
             return web.json_response(self.body or llm_body(self.text))
@@ -336,6 +340,44 @@ def promote_release(
     sha = registry.publish_release(store, release)
     registry.promote(store, sha)
     return sha
+
+
+async def _say(
+    http_request: web.Request, request: dict[str, Any], message: dict[str, Any]
+) -> web.Response | web.StreamResponse:
+    """The message as OpenAI gives it: whole, or in deltas that cut texts and arguments in two, with usage if asked."""
+    calls = message.get("tool_calls") or []
+    end = "tool_calls" if calls else "stop"
+    if not request.get("stream"):
+        body = llm_body()
+        body["choices"] = [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": end}]
+        return web.json_response(body)
+    text = message.get("content") or ""
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": None if calls else ""}]
+    deltas += [{"content": part} for part in (text[:3], text[3:]) if part]
+    for index, call in enumerate(calls):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        deltas.append({"tool_calls": [{"index": index, **call, "function": {"name": name, "arguments": ""}}]})
+        parts = (arguments[:3], arguments[3:])
+        deltas += [{"tool_calls": [{"index": index, "function": {"arguments": part}}]} for part in parts]
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(http_request)
+    for event in [*(_event(delta, None) for delta in deltas), _event({}, end)]:
+        await response.write(event)
+    if (request.get("stream_options") or {}).get("include_usage"):
+        usage = {**json.loads(_event({}, None)[6:]), "choices": [], "usage": llm_body()["usage"]}
+        await response.write(f"data: {json.dumps(usage)}\n\n".encode())
+    await response.write(b"data: [DONE]\n\n")
+    return response
+
+
+def tool_message(*calls: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """An assistant message that calls tools, as an LLM writes it."""
+    written = [
+        {"id": f"call_{n}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+        for n, (name, arguments) in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": None, "tool_calls": written}
 
 
 def _event(delta: dict[str, Any], finish_reason: str | None) -> bytes:

@@ -1,7 +1,10 @@
-"""`understudy serve` as a process of its own: answers at the base_url it prints, and SIGTERM loses no captured call."""
+"""`understudy serve` as a process of its own: answers at the base_url it prints, and SIGTERM cuts no stream
+and loses no captured call."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import pathlib
 import signal
@@ -9,9 +12,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
+from background_loop import background_loop
+from fakes import LLM_TEXT, FakeLLM
 
 from cluster.access import ApiKeys, keys_folder
 from cluster.calls import read_calls
@@ -21,42 +28,62 @@ from serving.app import KEYS_FILE
 pytestmark = pytest.mark.integration
 
 ROOT = pathlib.Path(__file__).parents[2]
+MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 START_TIMEOUT_S, STOP_TIMEOUT_S = 120.0, 60.0
 
 
-def test_serve_answers_until_it_is_told_to_stop_and_then_flushes(tmp_path: pathlib.Path) -> None:
+def test_serve_answers_until_it_is_told_to_stop_and_then_finishes_and_flushes(tmp_path: pathlib.Path) -> None:
     store = Store(str(tmp_path / "store"))
     key = ApiKeys(keys_folder(store.uri) / KEYS_FILE).create("agent", "agent")
-    llm = subprocess.Popen(
-        [sys.executable, "-m", "jobs.demo.llm", "--port", "0", "--latency-scale", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    assert llm.stdout is not None
-    upstream = f"upstream.0.base_url={llm.stdout.readline().strip()}/v1"
-    # An hour between writes: whatever is stored was written because of the signal.
-    words = [f"store={store.uri}", upstream, f"serve.http.port={_free_port()}", "capture.flush_interval_s=3600.0"]
-    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jobs", "serve", *words], stdout=out, stderr=err, cwd=ROOT, env=_environment()
-        )
-    try:
-        base_url = _wait_for_base_url(process, tmp_path)
-        with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=30) as client:
-            messages = [{"role": "user", "content": "Hello"}]
-            reply = client.chat.completions.with_raw_response.create(model="scripted-llm-v1", messages=messages)
-        assert reply.headers["x-understudy-route"] == "llm" and reply.parse().choices[0].message.content
-        assert read_calls(store) == []
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_TIMEOUT_S) == 0, (tmp_path / "err").read_text()
-        assert [call.call_id for call in read_calls(store)] == [reply.headers["x-understudy-call-id"]]
-    finally:
-        process.kill()
-        process.wait(STOP_TIMEOUT_S)
-        llm.terminate()
-        llm.wait(STOP_TIMEOUT_S)
-        llm.stdout.close()
+    with _running_llm() as (llm, url, loop):
+        # An hour between writes: whatever is stored was written because of the signal.
+        words = [f"store={store.uri}", f"upstream.0.base_url={url}", f"serve.http.port={_free_port()}"]
+        words.append("capture.flush_interval_s=3600.0")
+        with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "jobs", "serve", *words], stdout=out, stderr=err, cwd=ROOT, env=_environment()
+            )
+        try:
+            base_url = _wait_for_base_url(process, tmp_path)
+            with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=30) as client:
+                reply = client.chat.completions.with_raw_response.create(model="llm-1", messages=MESSAGES)
+                assert reply.headers["x-understudy-route"] == "llm" and reply.parse().choices[0].message.content
+                assert read_calls(store) == []
+                loop.call_soon_threadsafe(llm.may_go_on.clear)
+                stream = client.chat.completions.create(model="llm-1", messages=MESSAGES, stream=True)
+                said = next(stream).choices[0].delta.content
+                process.send_signal(signal.SIGTERM)
+                _wait_until_calls_are_turned_away(client)
+                loop.call_soon_threadsafe(llm.may_go_on.set)
+                said += "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
+                assert said == LLM_TEXT
+            assert process.wait(STOP_TIMEOUT_S) == 0, (tmp_path / "err").read_text()
+            calls = read_calls(store)
+            assert reply.headers["x-understudy-call-id"] in {call.call_id for call in calls}
+            assert [call.status for call in calls if call.request.get("stream")] == [200]
+        finally:
+            process.kill()
+            process.wait(STOP_TIMEOUT_S)
+
+
+def _wait_until_calls_are_turned_away(client: openai.OpenAI) -> None:
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while True:
+        try:
+            client.chat.completions.create(model="llm-1", messages=MESSAGES)
+        except openai.APIError:
+            return
+        assert time.monotonic() < deadline, "calls are still answered"
+
+
+@contextlib.contextmanager
+def _running_llm() -> Iterator[tuple[FakeLLM, str, asyncio.AbstractEventLoop]]:
+    llm = FakeLLM()
+    with background_loop() as loop:
+        try:
+            yield llm, asyncio.run_coroutine_threadsafe(llm.start(), loop).result(10), loop
+        finally:
+            asyncio.run_coroutine_threadsafe(llm.close(), loop).result(10)
 
 
 def _environment() -> dict[str, str]:

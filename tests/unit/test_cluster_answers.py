@@ -269,6 +269,7 @@ def test_why_a_tool_call_must_not_be_kept(message, change, reason):
         (saying(None) | {"refusal": "I cannot"}, "text", {}, "refusal"),
         (calling(("book", {})), "text", REQUEST, "tool call where text"),
         (saying("hi"), "text", REQUEST | {"tool_choice": "required"}, "required"),
+        (saying("hi"), "text", REQUEST | {"tool_choice": {"type": "function", "function": {"name": "book"}}}, "names"),
         (saying("a\nb"), "label", {}, "does not read as label"),
         (saying("{oops"), "json", {}, "does not read as json"),
         (saying("```json\n{}\n```"), "json", {}, None),

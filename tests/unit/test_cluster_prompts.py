@@ -263,6 +263,23 @@ def test_what_a_format_has_no_words_for_goes_to_the_llm(chat_tokenizer, tokenize
         chat_tokenizer.chat_template = CHAT
 
 
+def test_a_developer_message_reads_as_a_system_one_where_the_template_knows_only_that(chat_tokenizer):
+    chat_tokenizer.chat_template = "{% for m in messages if m.role in ('system', 'user') %}{{ m.content }} {% endfor %}"
+    said = [{"role": role, "content": "be brief"} for role in ("system", "developer")]
+    try:
+        prompts = [
+            render_prompt({"messages": [one, *request("hi")["messages"]]}, CHAT_FORMAT, chat_tokenizer) for one in said
+        ]
+        assert prompts[0] == prompts[1] and chat_tokenizer.decode(prompts[0].ids) == "be brief hi "
+        chat_tokenizer.chat_template += "{# developer #}"
+        prompts = [
+            render_prompt({"messages": [one, *request("hi")["messages"]]}, CHAT_FORMAT, chat_tokenizer) for one in said
+        ]
+        assert chat_tokenizer.decode(prompts[1].ids) == "hi ", "a template of its own decides itself"
+    finally:
+        chat_tokenizer.chat_template = CHAT
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -24,6 +24,12 @@ def test_the_shipped_recipes_fit_two_cores():
         check_fits(plan_conversion(load_recipe([f"recipe={recipe}"])), TWO_CORES, FREE, "the cluster")
 
 
+def test_gateways_that_never_fit_are_named():
+    recipe = load_recipe([BASE, "gateway.min_replicas=3", "gateway.max_replicas=3"])
+    with pytest.raises(ConfigError, match=r"gateway\.min_replicas=3.*at most 2"):
+        check_fits(plan_serving(recipe, 0), TWO_CORES, FREE, "the cluster")
+
+
 @pytest.mark.parametrize(
     ("word", "parts"),
     [
@@ -32,11 +38,11 @@ def test_the_shipped_recipes_fit_two_cores():
         ("fleet.max_parallel=3", ("fleet.max_parallel=3", "3 CPUs", "the cluster has 2", "at most 2")),
         ("pretrain.cpus_per_worker=4.0", ("pretrain.cpus_per_worker=4", "largest node of the cluster has 2 CPUs")),
         ("pretrain.num_workers=3", ("pretrain.num_workers=3", "at most 2")),
-        ("specialists.min_replicas=5", ("specialists.min_replicas=5", "at most 2")),
+        ("specialists.min_replicas=5 specialists.max_replicas=5", ("specialists.min_replicas=5", "at most 2")),
     ],
 )
 def test_what_never_fits_is_named(word, parts):
-    message = problem_of([word], TWO_CORES)
+    message = problem_of(word.split(), TWO_CORES)
     assert [part for part in parts if part not in message] == []
     assert "RAY_ADDRESS=ADDRESS" in message
 

@@ -30,6 +30,7 @@ FACES = FacesConfig()
 UNKNOWN = Facing(FACES, None)
 SHARES = SplitConfig(train=0.01, validation=0.01, calibration=0.97, test=0.01, test_by="hash")
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+TOOL_CHOICE = {"type": "function", "function": {"name": "look"}}
 MEDIA = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
 
 
@@ -37,19 +38,44 @@ MEDIA = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
     "extra",
     [
         {"n": 2},
+        {"n": True},
         {"logprobs": True},
         {"top_logprobs": 3},
-        {"stop": ["x"]},
-        {"tool_choice": "none"},
-        {"tool_choice": {"type": "function", "function": {"name": "look"}}},
+        {"stop": list("abcde")},
+        {"stop": [""]},
+        {"stop": {"a": 1}},
+        {"tools": [TOOL], "tool_choice": "any"},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}},
+        {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+        {"tools": [TOOL, {"type": "custom", "custom": {"name": "look"}}]},
+        {"tools": [TOOL, {"type": "function"}]},
+        {"functions": [{"name": "look"}]},
         {"temperature": 1.5},
+        {"temperature": "hot"},
+        {"max_tokens": 0},
+        {"max_completion_tokens": "ten"},
+        {"response_format": {"type": "grammar", "grammar": "x"}},
+        {"response_format": "json"},
+        {"modalities": ["text", "audio"]},
+        {"prediction": "x"},
+        {"model": 7},
+        {"an_unknown_field": 1},
+        {"guided_regex": "a+"},
         {"logit_bias": {"7": 1}},
         {"audio": {"voice": "a"}},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": [MEDIA]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "input_audio"}]}]},
+        {"messages": [{"role": "assistant", "content": None, "audio": {"id": "a"}}, REQUEST["messages"][1]]},
     ],
 )
 def test_what_a_specialist_cannot_do_is_not_asked_of_it(extra: dict[str, Any]) -> None:
     assert unservable_reason({**REQUEST, **extra}, 1.0, UNKNOWN)
+
+
+def test_a_reason_names_a_field_but_repeats_nothing_else_of_it() -> None:
+    said = [unservable_reason({**REQUEST, name: 1}, 1.0, UNKNOWN) for name in ("thinking", "my secret \n", "x" * 65)]
+    assert said[0] == "no specialist knows the field thinking"
+    assert said[1] == said[2] == "no specialist knows the field of this name"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +84,15 @@ def test_what_a_specialist_cannot_do_is_not_asked_of_it(extra: dict[str, Any]) -
         {"tool_choice": "required"},
         {"tool_choice": "auto"},
         {"response_format": {"type": "json_object"}},
+        {"tools": [TOOL], "tool_choice": "none", "parallel_tool_calls": True},
+        {"tools": [TOOL], "tool_choice": TOOL_CHOICE},
         {"n": 1, "logprobs": False, "temperature": 1.0, "stop": None},
+        {"stop": "\nObservation:"},
+        {"stop": ["a", "b", "c", "d"], "seed": 7, "top_p": 0.9, "frequency_penalty": 0, "top_k": 20},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"metadata": {"a": "b"}, "store": True, "user": "u", "service_tier": "flex", "prompt_cache_key": "k"},
+        {"modalities": ["text"], "reasoning_effort": "low", "verbosity": "low", "audio": None},
+        {"messages": [{"role": "developer", "content": "x"}, REQUEST["messages"][1]]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
     ],
 )
@@ -74,8 +108,11 @@ def test_cut_unread_long_and_wrong_answers_are_invalid_each_with_its_reason() ->
         invalid_reason(sure.model_copy(update={"message": None}), "label", REQUEST, UNKNOWN),
         invalid_reason(sure, "label", {"max_tokens": 1}, UNKNOWN),
         invalid_reason(sure, "json", REQUEST, UNKNOWN),
+        invalid_reason(sure, "label", {"stop": "fun"}, UNKNOWN),
+        invalid_reason(sure, "label", {"tools": [TOOL], "tool_choice": TOOL_CHOICE}, Facing(FACES, False)),
     ]
-    assert None not in reasons and len(set(reasons)) == 4
+    assert None not in reasons and len(set(reasons)) == 6
+    assert invalid_reason(sure, "label", {"stop": ["no", "such"]}, UNKNOWN) is None
 
 
 def _tool_calls(num: int) -> EngineAnswer:
@@ -99,13 +136,15 @@ def _tool_calls(num: int) -> EngineAnswer:
                 {"stop": ["x"]},
                 {"logit_bias": {"7": 1}},
                 {"logprobs": True},
+                {"stop": "fun"},
                 {"max_tokens": 1},
                 {"max_completion_tokens": 1},
-                {"tool_choice": "none"},
+                {"tools": [TOOL], "tool_choice": TOOL_CHOICE},
+                {"thinking": True},
                 {"response_format": {"type": "json_object"}},
                 {"messages": [REQUEST["messages"][0], MEDIA]},
             ],
-            [0, 1, 3],
+            [0, 1, 3, 5],
         ),
         (
             _tool_calls(2),
@@ -114,9 +153,10 @@ def _tool_calls(num: int) -> EngineAnswer:
                 {"tools": [TOOL]},
                 {"tools": [TOOL], "parallel_tool_calls": False},
                 {"tools": [TOOL], "tool_choice": "required"},
-                {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}}},
+                {"tools": [TOOL], "tool_choice": TOOL_CHOICE},
+                {"tools": [TOOL], "tool_choice": "none"},
             ],
-            [0, 2],
+            [0, 2, 3],
         ),
         (engine_answer("refund", 0.5), "label", [{}], []),
         (engine_answer("refund", 0.99, "length"), "label", [{}], []),

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 from fakes import DEAD, LLM_TEXT, REQUEST, llm_body
+from scripted_llm import HELLO, ROLE
 
 from cluster.config import validate
 from cluster.errors import ConfigError, UpstreamError
+from cluster.sse import SseReader
 from cluster.upstream import Upstream, UpstreamConfig
 from serving.app import ServeArgs
 from serving.cluster_llm import ClusterLLM, ClusterLLMConfig
 from serving.fallback import FallbackLLM
-from serving.openai_wire import SseReader, completion_chunks
+from serving.openai_wire import completion_chunks
 from serving.reassembly import reassemble
 
 with warnings.catch_warnings():
@@ -115,7 +117,7 @@ def test_a_stream_passes_through_and_is_cancelled_when_it_is_left() -> None:
 )
 def test_failures_are_upstream_errors_fit_for_a_client(script: Script, status: int) -> None:
     async def scenario() -> None:
-        llm, _ = cluster_llm(script, timeout_s=0.05, first_byte_timeout_s=0.05)
+        llm, _ = cluster_llm(script, timeout_s=0.05, first_token_timeout_s=0.05)
         with pytest.raises(UpstreamError) as caught:
             await llm.chat(REQUEST)
         assert caught.value.status == status and "error" in (caught.value.body or {})
@@ -137,11 +139,36 @@ def test_the_clients_own_error_is_passed_on() -> None:
 
 def test_a_stream_that_breaks_off_says_so() -> None:
     async def scenario() -> None:
-        llm, _ = cluster_llm([(200, b"data: {}\n\n"), ActorDiedError()])
+        llm, _ = cluster_llm([(200, HELLO), ActorDiedError()])
         async with llm.stream(REQUEST) as stream:
+            assert await anext(stream.chunks) == HELLO
             with pytest.raises(UpstreamError):
                 async for _ in stream.chunks:
                     pass
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [([(200, ROLE), 5.0], 504), ([(200, ROLE)], 502), ([(200, b'data: {"error": {"code": 503}}\n\n')], 503)],
+)
+def test_a_stream_without_content_is_no_answer(script: Script, status: int) -> None:
+    async def scenario() -> None:
+        llm, handle = cluster_llm(script, first_token_timeout_s=0.05)
+        with pytest.raises(UpstreamError) as caught:
+            async with llm.stream(REQUEST):
+                pass
+        assert caught.value.status == status and handle.pieces[0].num_cancelled == 1
+
+    asyncio.run(scenario())
+
+
+def test_the_clients_own_error_within_a_stream_gets_its_own_status() -> None:
+    async def scenario() -> None:
+        llm, _ = cluster_llm([(200, b'data: {"error": {"code": 400}}\n\n')])
+        async with llm.stream(REQUEST) as stream:
+            assert (stream.status, stream.content_type) == (400, "application/json")
 
     asyncio.run(scenario())
 

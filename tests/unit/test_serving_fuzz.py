@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.records import AgentCall
-from serving.openai_wire import MAX_NESTING, SseReader
+from cluster.sse import MAX_NESTING, SseReader
 
 ANY_TEXT = st.text(st.characters(), max_size=20) | st.sampled_from(["\ud800", "a\udfff", "\x00", "understudy/triage"])
 ANY_JSON = st.recursive(

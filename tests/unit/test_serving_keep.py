@@ -13,8 +13,8 @@ from fakes import LLM_TEXT, PATH, REQUEST, Running, gateway
 from cluster.calls import CALLS_FOLDER
 from cluster.errors import StoreError
 from cluster.records import AgentCall
+from cluster.sse import SseReader
 from serving.gateway import CLIENT_GONE
-from serving.openai_wire import SseReader
 
 FINISH, DONE = b'"finish_reason": "stop"', b"[DONE]"
 

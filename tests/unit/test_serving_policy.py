@@ -13,6 +13,7 @@ from cluster.faces import FacesConfig, Facing
 from cluster.records import RouteDecision
 from cluster.route_model import RouteGuess
 from serving import policy
+from serving.openai_wire import Denied
 
 
 def _before(request: dict[str, Any], task_id: str | None = "triage") -> Any:
@@ -51,6 +52,15 @@ def test_a_call_that_no_specialist_may_be_asked_goes_to_the_llm_with_its_task() 
     decision = _before({**REQUEST, "n": 2})
     assert isinstance(decision, RouteDecision)
     assert (decision.action, decision.reason, decision.task_id) == ("llm", "n is set", "triage")
+
+
+def test_the_llm_is_asked_for_by_its_name_or_by_the_header_and_a_task_of_that_name_is_none() -> None:
+    named, specialists = {"model": policy.LLM_MODEL}, {"llm": make_specialist()}
+    assert policy.is_for_llm(named, {}) and policy.named_task(named, specialists) is None
+    assert policy.is_for_llm({"model": "any"}, {policy.ROUTE_HEADER: "llm"})
+    assert not policy.is_for_llm({"model": "understudy/triage"}, {}) and not policy.is_for_llm({"model": ["x"]}, {})
+    with pytest.raises(Denied, match="allowed is llm"):
+        policy.is_for_llm(REQUEST, {policy.ROUTE_HEADER: "triage"})
 
 
 def test_invalid_and_ungated_answers_escalate() -> None:

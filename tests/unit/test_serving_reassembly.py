@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.openai_wire import SseReader, sse_event
+from cluster.sse import SseReader
+from serving.openai_wire import sse_event
 from serving.reassembly import Reassembler, reassemble
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -11,15 +11,14 @@ import gzip
 import json
 import pathlib
 import random
-import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
-import uvicorn
 from aiohttp import web
 from fakes import PATH, Running, gateway
+from loopback import served
 from shared_data import DATA, NO_DATA
 
 from cluster.upstream import Upstream, UpstreamConfig
@@ -109,7 +108,7 @@ class RecordedLLM:
 
 
 @contextlib.asynccontextmanager
-async def served(run: Running, llm: RecordedLLM) -> AsyncIterator[str]:
+async def served_before(run: Running, llm: RecordedLLM) -> AsyncIterator[str]:
     """The gateway behind a real HTTP server, in front of the recorded LLM behind another; its base address."""
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/v1/chat/completions", llm.answer)
@@ -119,15 +118,11 @@ async def served(run: Running, llm: RecordedLLM) -> AsyncIterator[str]:
     await run.core.fallback.close()
     config = UpstreamConfig(base_url=f"http://127.0.0.1:{runner.addresses[0][1]}/v1", max_attempts=1)
     run.core.fallback = FallbackLLM([Upstream(config)], run.core.meter)
-    server = uvicorn.Server(uvicorn.Config(run.api, lifespan="off", log_level="error", ws="none"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        task = asyncio.create_task(server.serve([listener]))
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await task
-            await runner.cleanup()
+    try:
+        async with served(run.api) as url:
+            yield url
+    finally:
+        await runner.cleanup()
 
 
 def _same(body: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +154,7 @@ def test_recorded_answers_pass_byte_for_byte_and_are_kept_as_they_were(tmp_path:
             return reply.headers["x-understudy-call-id"], request
 
     async def scenario() -> None:
-        async with gateway(tmp_path) as run, served(run, llm) as url:
+        async with gateway(tmp_path) as run, served_before(run, llm) as url:
             headers = {"Authorization": f"Bearer {run.key}"}
             connector = aiohttp.TCPConnector(limit=NUM_AT_ONCE)
             async with aiohttp.ClientSession(headers=headers, connector=connector) as http:

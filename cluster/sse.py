@@ -1,0 +1,96 @@
+"""Bytes of an LLM's stream, cut anywhere -> the JSON objects of its events.
+
+Reading is lenient: what does not parse is counted, because the bytes themselves go to whom they are for. Knows nothing
+of what the objects mean. Source: WHATWG HTML section 9.2 (server-sent events); RFC 8259 (JSON).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+MAX_STREAM_BYTES = 64 * 2**20
+MAX_NESTING = 256
+"""Objects and lists within each other, in a request or an answer; further on, code that walks them would overflow."""
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_DONE = b"[DONE]"
+
+
+class SseReader:
+    """Bytes of a stream, cut anywhere -> the JSON objects of its events."""
+
+    def __init__(self, max_bytes: int = MAX_STREAM_BYTES) -> None:
+        self.is_done = False
+        """Whether `[DONE]` has come."""
+        self.num_bad = 0
+        """Events that were no JSON object, and 1 for a stream longer than `max_bytes`, whose rest is ignored."""
+        self._rest = b""
+        self._data: list[bytes] = []
+        self._num_left = max_bytes
+
+    def feed(self, piece: bytes) -> list[dict[str, Any]]:
+        """Objects completed by this piece."""
+        if self._num_left < 0:
+            return []
+        self._num_left -= len(piece)
+        if self._num_left < 0:
+            self.num_bad += 1
+            return []
+        text = self._rest + piece
+        # A carriage return at the end may be half of a line end.
+        held = text[-1:] if text.endswith(b"\r") else b""
+        *lines, rest = _LINE_END.split(text[: len(text) - len(held)])
+        self._rest = rest + held
+        return [event for line in lines for event in self._read_line(line)]
+
+    def end(self) -> list[dict[str, Any]]:
+        """What the stream ended with, where its last event lacks only the line ends; an event cut short gives nothing."""
+        if self._num_left < 0:
+            return []
+        events = list(self._read_line(self._rest.rstrip(b"\r")))
+        data, self._data, self._rest = b"\n".join(self._data), [], b""
+        num_bad = self.num_bad
+        events += self._read_event(data) if data else []
+        self.num_bad = num_bad
+        return events
+
+    def _read_line(self, line: bytes) -> Iterator[dict[str, Any]]:
+        if line.startswith(b"data:"):
+            self._data.append(line[5:].removeprefix(b" "))
+        elif not line and self._data:
+            data, self._data = b"\n".join(self._data), []
+            yield from self._read_event(data)
+
+    def _read_event(self, data: bytes) -> Iterator[dict[str, Any]]:
+        if data.strip() == _DONE:
+            self.is_done = True
+            return
+        event = parse_object(data)
+        if event is None:
+            self.num_bad += 1
+        else:
+            yield event
+
+
+def parse_object(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object in `raw`, or None."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and not is_too_deep(raw, value) else None
+
+
+def is_too_deep(raw: bytes, value: Any) -> bool:
+    """Whether a value is nested deeper than MAX_NESTING; `raw` is its text."""
+    if raw.count(b"{") + raw.count(b"[") <= MAX_NESTING:
+        return False
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        items = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True

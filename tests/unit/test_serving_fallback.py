@@ -1,0 +1,164 @@
+"""LLMs in order over real HTTP: the next one answers as long as nothing was given out; what a day's answers cost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from scripted_llm import (
+    ANSWER,
+    BODY,
+    END,
+    GOOD,
+    HELLO,
+    KEY_ENV,
+    ROLE,
+    Reply,
+    Script,
+    hung_up,
+    running,
+    silent,
+    streamed,
+    whole,
+)
+
+from cluster.errors import UpstreamError
+from cluster.records import Usage
+from cluster.telemetry import Meter
+from serving.fallback import FallbackLLM
+
+PRICED = {"prompt_usd_per_million": 1.0, "completion_usd_per_million": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_ENV, raising=False)
+
+
+@contextlib.asynccontextmanager
+async def two(first: Script, second: Script, **config: Any) -> AsyncIterator[tuple[FallbackLLM, Meter]]:
+    meter, short = Meter(), {"max_attempts": 1, "first_token_timeout_s": 0.2, "timeout_s": 0.5}
+    async with running(first, **{**short, **config}) as (one, _), running(second, **short) as (other, _):
+        yield FallbackLLM([one, other], meter), meter
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        hung_up,
+        silent,
+        streamed(then="hang"),
+        streamed(ROLE, then="hang"),
+        streamed(b": ping\n\n", b": ping\n\n", then="hang"),
+        streamed(ROLE, then="cut"),
+        streamed(ROLE + HELLO[:25], then="cut"),
+        streamed(ROLE),
+        streamed(b"data: {oh\n\n"),
+        streamed(b'data: {"error": {"message": "busy"}}\n\n'),
+        whole(429, Retry_After="3600"),
+        whole(500),
+        streamed(b"<html>", content_type="text/html"),
+    ],
+    ids=[
+        "refuses",
+        "hangs before its headers",
+        "hangs after its headers",
+        "hangs after its role",
+        "pings and hangs",
+        "cut after its role",
+        "cut within its content",
+        "closes without content",
+        "malformed",
+        "error first",
+        "429",
+        "500",
+        "page",
+    ],
+)
+def test_the_next_llm_answers_a_stream_of_which_nothing_was_given_out(first: Reply) -> None:
+    broken, good = Script(first), Script(GOOD)
+
+    async def main() -> None:
+        async with (
+            two(broken, good) as (fallback, meter),
+            fallback.stream({**BODY, "stream": True}) as (stream, endpoint),
+        ):
+            assert b"".join([piece async for piece in stream.chunks]) == ROLE + HELLO + END
+            assert endpoint is fallback._llms[1].config
+            assert meter.total("understudy_upstream_failures_total") == 1
+
+    asyncio.run(main())
+    assert len(broken.bodies) == len(good.bodies) == 1
+
+
+@pytest.mark.parametrize("then", ["cut", "hang"])
+def test_bytes_of_two_llms_never_mix(then: str) -> None:
+    broken, good = Script(streamed(ROLE, HELLO, then=then)), Script(GOOD)
+
+    async def main() -> None:
+        async with two(broken, good) as (fallback, _), fallback.stream(BODY) as (stream, _):
+            assert await anext(stream.chunks) == ROLE + HELLO
+            with pytest.raises(UpstreamError):
+                await anext(stream.chunks)
+
+    asyncio.run(main())
+    assert good.bodies == []
+
+
+def test_the_next_llm_answers_where_the_first_has_no_place_left() -> None:
+    may_answer = asyncio.Event()
+
+    async def held(_: Any) -> Any:
+        await may_answer.wait()
+        return await whole()(_)
+
+    busy, good = Script(held), Script(whole())
+
+    async def main() -> None:
+        async with two(busy, good, max_concurrent=1, max_wait_s=0.0, timeout_s=60.0) as (fallback, _):
+            first = asyncio.create_task(fallback.chat(BODY))
+            while not busy.bodies:
+                await asyncio.sleep(0.01)
+            reply, endpoint = await fallback.chat(BODY)
+            assert reply.body == ANSWER and endpoint is fallback._llms[1].config
+            may_answer.set()
+            assert (await first)[1] is fallback._llms[0].config
+
+    asyncio.run(main())
+
+
+def test_an_llm_that_has_spent_its_day_is_left_out_and_the_last_one_says_until_when() -> None:
+    scripts = Script(whole()), Script(whole())
+
+    async def main() -> None:
+        async with two(*scripts, **PRICED, max_usd_per_day=0.001) as (fallback, meter):
+            _, first = await fallback.chat(BODY)
+            fallback.charge(first, Usage(prompt_tokens=600, completion_tokens=200))
+            assert meter.counts["understudy_llm_spend_usd_total", "0"] == pytest.approx(0.001)
+            _, second = await fallback.chat(BODY)
+            assert second is fallback._llms[1].config
+            fallback.charge(second, Usage(prompt_tokens=10**9, completion_tokens=0))
+            only = FallbackLLM(fallback._llms[:1])
+            only.charge(first, Usage(prompt_tokens=None, completion_tokens=None))
+            await only.chat(BODY)
+            only.charge(first, Usage(prompt_tokens=10**6, completion_tokens=0))
+            with pytest.raises(UpstreamError, match="max_usd_per_day") as caught:
+                await only.chat(BODY)
+            assert caught.value.status == 429 and 0 < (caught.value.retry_after_s or 0) <= 86_400
+            assert caught.value.body["error"]["code"] == "insufficient_quota"
+
+    asyncio.run(main())
+
+
+def test_answers_of_unknown_cost_are_counted_apart() -> None:
+    async def main() -> None:
+        async with two(Script(whole()), Script(whole()), **PRICED) as (fallback, meter):
+            _, endpoint = await fallback.chat(BODY)
+            fallback.charge(endpoint, Usage())
+            assert meter.counts["understudy_llm_unpriced_total", "0"] == 1
+            assert meter.total("understudy_llm_spend_usd_total") == 0
+
+    asyncio.run(main())
