@@ -8,6 +8,7 @@ compaction has moved, a comparison counts once. Pure but for `CallReader`; decid
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,14 +20,16 @@ from cluster.calls import read_new_columns
 from cluster.records import Record, Specialist, Stage
 from cluster.sequential import RiskTest, SafetyTest, confidence_sequence
 from cluster.store import Store
+from serving.drift import Asked
 
 LATE_S = 3600.0
 """A comparison this much older than the newest one is not counted any more: the ids of younger ones are remembered."""
-_MAX_SESSIONS = 10_000
+_MAX_SESSIONS = 5_000
 """Sessions remembered of each specialist, the latest; a conversation that goes on longer counts again."""
 KEPT = "would be kept"
 """Reason of a shadow whose answer reaches the threshold."""
 _ACTIONS = pa.array(["audit", "shadow"], pa.string())
+_ASKED = pa.array(["accept", "escalate"], pa.string())
 _COLUMNS = ["call_id", "ts", "session_id", "action", "route"]
 
 
@@ -69,6 +72,7 @@ class Evidence(Record):
     num_repeated: int = 0
     """Comparisons not counted, because their session had one."""
     sessions: tuple[str, ...] = ()
+    """Digests of those that were counted, the latest last."""
 
     def facts(self) -> dict[str, Any]:
         """What an event and a person are told."""
@@ -98,13 +102,19 @@ class CallReader:
         self._store = store
         self._known: list[str] = []
 
-    def read(self, cursor: Cursor) -> list[Comparison]:
-        """Comparisons in parts that are new to this reader, in no order; some may have been counted."""
+    def read(self, cursor: Cursor) -> tuple[list[Comparison], list[Asked]]:
+        """Comparisons, and calls that specialists were asked, in parts that are new to this reader; in no order, and some
+        may have been read before."""
         table, self._known = read_new_columns(
             self._store, _COLUMNS, set(self._known), max(0.0, cursor.newest_ts - LATE_S)
         )
-        rows = table.filter(pc.is_in(table["action"], value_set=_ACTIONS)).to_pylist()
-        return [found for row in rows if (found := _comparison(row)) is not None]
+        compared, asked = (
+            table.filter(pc.is_in(table["action"], value_set=actions)).to_pylist() for actions in (_ACTIONS, _ASKED)
+        )
+        return (
+            [found for row in compared if (found := _comparison(row)) is not None],
+            [found for row in asked if (found := _asked(row)) is not None],
+        )
 
 
 def advance(cursor: Cursor, found: Sequence[Comparison], now: float) -> tuple[Cursor, list[Comparison]]:
@@ -171,10 +181,10 @@ def _count(evidence: Evidence, comparisons: Sequence[Comparison]) -> Evidence:
     for one in comparisons:
         if one.agrees is None:
             num_unkept += 1
-        elif one.session_id in sessions:
+        elif (session := _digest(one.session_id)) in sessions:
             num_repeated += 1
         else:
-            sessions[one.session_id] = None
+            sessions[session] = None
             counted.append(one)
     own = "shadow" if evidence.stage == "shadow" else "audit"
     at_stage = [one for one in counted if one.action == own and one.ts >= evidence.stage_since]
@@ -189,6 +199,11 @@ def _count(evidence: Evidence, comparisons: Sequence[Comparison]) -> Evidence:
     )
 
 
+def _digest(session_id: str) -> str:
+    """Short enough to keep thousands of; two sessions alike by chance only cost a comparison."""
+    return hashlib.blake2b(session_id.encode(), digest_size=6).hexdigest()
+
+
 def _comparison(row: dict[str, Any]) -> Comparison | None:
     """None where the outcome is not known: the LLM gave no answer, or the call is of a release before outcomes."""
     route = json.loads(row["route"])
@@ -197,3 +212,11 @@ def _comparison(row: dict[str, Any]) -> Comparison | None:
     if not route.get("specialist") or (agrees is None and not is_unkept):
         return None
     return Comparison(row["call_id"], row["ts"], row["session_id"], row["action"], route["specialist"], agrees)
+
+
+def _asked(row: dict[str, Any]) -> Asked | None:
+    """None where the specialist was asked and gave no answer, such as to a prompt that is too long for it."""
+    route = json.loads(row["route"])
+    if not route.get("specialist") or route.get("confidence") is None:
+        return None
+    return Asked(row["ts"], route["specialist"], row["action"] == "escalate", route["confidence"])

@@ -234,7 +234,8 @@ class GatewayCore:
         # A client that asks for a specialist by its name says nothing of the task's traffic.
         if held and held.reason == rollout.SHADOW_REASON and not task_id:
             call.shadowed = found
-        call.is_watched = stage is not None and not task_id and self.auditor.is_drawn(call.call_id, stage.audit_share)
+        share = max(stage.audit_share if stage else 0.0, self.table.audit_shares.get(found.task_id, 0.0))
+        call.is_watched = not task_id and self.auditor.is_drawn(call.call_id, share)
         return held or found
 
     async def _judge(

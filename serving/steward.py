@@ -25,6 +25,7 @@ from cluster.events import Cause
 from cluster.records import Record, Release, Rollout
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging, log_event
+from serving.drift import AUDIT_SHARES_FILE, Asked, Drift, observe, read_audit_shares
 from serving.evidence import CallReader, Cursor, Evidence, advance, at_stage, begin, count
 
 STATE_FILE = "steward/state.json"
@@ -38,6 +39,9 @@ class StewardConfig(Config):
     it is moved on to the next stage."""
     interval_s: float = Field(default=10.0, gt=0)
     """Seconds between two looks at what was captured."""
+    raised_audit_share: float = Field(default=0.2, ge=0, le=1)
+    """Share of a task's calls that is audited while its escalations or confidences are not what they were at first; 0
+    leaves it at `audit.share`."""
 
 
 class State(Record):
@@ -46,6 +50,8 @@ class State(Record):
     cursor: Cursor = Cursor()
     evidence: dict[str, Evidence] = {}
     """By specialist, also of those that are served no more: a demoted one stays known."""
+    drift: dict[str, Drift] = {}
+    """By specialist of the served release."""
 
 
 class Change(Record):
@@ -131,16 +137,31 @@ class Steward:
             stop.wait(self._config.interval_s)
 
     def _count(self, release: Release, now: float) -> None:
-        cursor, fresh = advance(self._state.cursor, self._reader.read(self._state.cursor), now)
+        compared, asked = self._reader.read(self._state.cursor)
+        cursor, fresh = advance(self._state.cursor, compared, now)
         evidence = dict(self._state.evidence)
         for task, one in release.specialists.items():
             stage = release.stage_of(task)
             known = evidence.get(one.name)
             evidence[one.name] = at_stage(known, stage, now) if known else begin(one, stage, self._config.alpha, now)
-        state = State(cursor=cursor, evidence=count(evidence, fresh))
+        by_name: dict[str, list[Asked]] = {one.name: [] for one in release.specialists.values()}
+        for call in asked:
+            if call.specialist in by_name:
+                by_name[call.specialist].append(call)
+        drift = {name: observe(self._state.drift.get(name, Drift()), calls) for name, calls in by_name.items()}
+        state = State(cursor=cursor, evidence=count(evidence, fresh), drift=drift)
         if state != self._state:
             self._store.write_json(STATE_FILE, state.model_dump(mode="json"))
             self._state = state
+        self._raise_audits(release)
+
+    def _raise_audits(self, release: Release) -> None:
+        """Tell gateways which tasks to audit more; written where it is another set than before."""
+        share, drift = self._config.raised_audit_share, self._state.drift
+        wanted = {task: share for task, one in release.specialists.items() if share and drift[one.name].is_suspected}
+        if wanted != read_audit_shares(self._store):
+            self._store.write_json(AUDIT_SHARES_FILE, wanted)
+            log_event("drift_suspected", tasks=sorted(wanted), audit_share=share)
 
     def _apply(self, sha: str, release: Release, kind: Any, changes: list[Change]) -> tuple[str, Release]:
         refuse = {change.task_id: change.refused for change in changes if change.refused}

@@ -21,6 +21,7 @@ from cluster.records import Release, Rollout, Specialist
 from cluster.route_model import RouteModel
 from cluster.store import Store
 from cluster.telemetry import log_event
+from serving.drift import read_audit_shares
 from serving.policy import LLM_MODEL, MODEL_PREFIX
 
 POLL_INTERVAL_S = 1.0
@@ -73,14 +74,24 @@ class ServingTable:
         """Serve nothing yet; `engines` are by store path of their base model, with room for `max_adapters` each."""
         self._store, self._engines, self._max_adapters = store, engines, max_adapters
         self._snapshot = Snapshot()
+        self._audit_shares: dict[str, float] = {}
         self._failure: str | None = None
 
     @property
     def snapshot(self) -> Snapshot:
         return self._snapshot
 
+    @property
+    def audit_shares(self) -> Mapping[str, float]:
+        """Shares of kept answers to audit besides the reference stream, by task whose traffic looks otherwise than before."""
+        return self._audit_shares
+
     async def refresh(self) -> None:
         """Poll once: swap in the current release if it is another one and loads; else keep the snapshot and log why."""
+        try:
+            self._audit_shares = await asyncio.to_thread(read_audit_shares, self._store)
+        except (OSError, ValueError) as error:
+            self._log_failure(error)
         try:
             sha = await asyncio.to_thread(registry.current_sha, self._store)
             if sha == self._snapshot.release:

@@ -86,7 +86,7 @@ def test_in_its_shadow_stage_a_specialist_is_compared_and_the_client_gets_the_ll
             assert (shadow.route.action, shadow.route.reason, shadow.route.agrees) == ("shadow", KEPT, agrees)
             assert (shadow.served_by, shadow.message["content"], shadow.is_reference) == ("specialist", said, False)
             assert (shadow.request, shadow.session_id) == (client.request, client.session_id)
-            (found,) = CallReader(run.store).read(Cursor())
+            ((found,), _) = CallReader(run.store).read(Cursor())
             assert (found.action, found.agrees, found.specialist) == ("shadow", agrees, make_specialist().name)
             assert find_problem(shadow, keep_faces_person=True, max_prompt_chars=10_000), "no target is made of it"
 
@@ -102,7 +102,7 @@ def test_a_shadow_below_the_threshold_is_told_as_not_kept(tmp_path: pathlib.Path
             shadow = await compared(run)
             assert shadow is not None and shadow.route is not None
             assert (shadow.route.agrees, shadow.route.reason) == (None, "confidence below threshold")
-            (found,) = CallReader(run.store).read(Cursor())
+            ((found,), _) = CallReader(run.store).read(Cursor())
             assert found.agrees is None
 
     asyncio.run(scenario())
