@@ -3,7 +3,8 @@
 A pool is a whole population: the share that disagrees among its answers of at least some confidence is a fact, and
 calibration sets are drawn from it with replacement. The stand-in is scikit-learn's logistic regression on the hashed
 encoder, fitted on calls that are in no pool; its confidence is its largest probability. It names an answer's class: the whole
-answer where answers repeat, else the tools it calls or the keys it fills. The human's answer stands for the LLM's.
+answer where answers repeat, else the tools it calls or the keys it fills, where these differ. The human's answer stands for
+the LLM's.
 """
 
 from __future__ import annotations
@@ -211,7 +212,8 @@ def _dialogue(path: pathlib.Path) -> Pool:
 
 def _label_set(name: str, fitted: Sequence[AgentCall], held: Sequence[AgentCall]) -> LabelSet:
     described = [[_describe(call) for call in part] for part in (fitted, held)]
-    level = next((k for k in range(2) if _repeats([one[k] for one in described[0]])), 1)
+    wholes, parts = ([one[level] for one in described[0]] for level in range(2))
+    level = 0 if _repeats(wholes) or len(set(parts)) < 2 else 1
     named = [[one[level] for one in part] for part in described]
     numbers = {value: number for number, value in enumerate(sorted({*named[0], *named[1]}))}
     classes = [np.array([numbers[value] for value in part]) for part in named]
