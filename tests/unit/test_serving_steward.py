@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -18,7 +19,7 @@ from cluster.events import read_events
 from cluster.records import Action, AgentCall, Release, Rollout, RouteDecision
 from cluster.store import Store
 from serving.evidence import KEPT, LATE_S
-from serving.steward import STATE_FILE, Change, Steward, StewardConfig
+from serving.steward import STATE_FILE, Change, Steward, StewardConfig, StewardReplica
 
 NOW = 1_000_000.0
 NAME = make_specialist().name
@@ -261,3 +262,19 @@ def test_a_state_that_is_none_is_told(store: Store) -> None:
     store.write_bytes(STATE_FILE, b'{"cursor": 1}')
     with pytest.raises(ReleaseError, match="steward/state.json in store .*: not readable; next: remove it"):
         Steward(store, StewardConfig())
+
+
+def test_a_replica_looks_by_itself_and_is_unhealthy_once_its_thread_ended(store: Store) -> None:
+    write_calls(store, compared(BAD, begin=time.time() - 60))
+    before = registry.current_sha(store)
+    replica = StewardReplica(store.uri, {"interval_s": 0.001})
+    for _ in range(2_000):
+        if registry.current_sha(store) != before:
+            break
+        time.sleep(0.005)
+    assert "triage" not in served(store)[1].specialists
+    replica.check_health()
+    replica.__del__()
+    replica._thread.join(5)
+    with pytest.raises(ReleaseError, match="its thread has ended"):
+        replica.check_health()
