@@ -179,6 +179,15 @@ def read_calls(message: dict[str, Any]) -> list[dict[str, Any]] | None:
     return calls
 
 
+def strings_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in itertools.chain(value, value.values() if isinstance(value, dict) else ()):
+            yield from strings_in(item)
+
+
 def _content(message: dict[str, Any]) -> str | None:
     """The text of a message, parts joined; "" where it has none, None where a part is not text."""
     content = message.get("content") or ""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from cluster.prompts import PromptFormat
 from cluster.records import Record
 
-_RENDERING_SOURCES = ("answers.py", "confidence.py", "faces.py", "prompts.py", "servable.py")
+_RENDERING_SOURCES = ("acceptance.py", "answers.py", "confidence.py", "faces.py", "prompts.py", "servable.py")
 
 
 @functools.cache
@@ -34,11 +34,13 @@ class EngineAnswer(Record):
     """The assistant message, or None where the text does not parse as the task's kind of answer."""
     text: str
     confidence: float
-    """In [0, 1], from token log-probabilities; 0 where the answer is cut or unparsable."""
+    """In [0, 1], from token log-probabilities; 0 where the answer is cut or unparsable. Of a rejected one: what it could
+    have reached at most."""
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str
-    """"stop", or "length" where the answer was cut at max_answer_tokens."""
+    """"stop"; "length" where the answer was cut at max_answer_tokens; "rejected" where the engine gave it up, because no
+    continuation could reach `stop_below`."""
 
 
 class Engine(Protocol):
@@ -57,9 +59,20 @@ class Engine(Protocol):
         ...
 
     async def answer(
-        self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+        self,
+        adapter: str | None,
+        prompt_format: PromptFormat,
+        request: dict[str, Any],
+        max_answer_tokens: int,
+        stop_below: float = 0.0,
     ) -> EngineAnswer:
         """Answer one chat.completions request greedily with `adapter` (None: the base model alone).
+
+        A caller that is cancelled ends the generation in the engine too.
+
+        Args:
+            stop_below: confidence below which the answer is of no use; the engine ends the generation at the first token
+                after which it is certain, and says so. 0 asks for the whole answer whatever its confidence.
 
         Raises:
             InputError: the prompt does not fit the base model's context.

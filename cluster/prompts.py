@@ -18,10 +18,11 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from cluster.answers import to_message
+from cluster.acceptance import AnswerForm
+from cluster.answers import strings_in, to_message
 from cluster.errors import InputError
 from cluster.records import AnswerKind, Record
 
@@ -68,6 +69,8 @@ class PromptFormat(Record):
     """Keys (`word_key`) of the words that get no copy token, because no answer ever needs them."""
     max_prompt_tokens: int
     """A longer prompt is not for this specialist: the call goes to the LLM."""
+    answer_form: AnswerForm | None = None
+    """What its train answers look like; an answer of another form is not kept."""
 
 
 class Word(NamedTuple):
@@ -241,22 +244,13 @@ def _render_chat(request: dict[str, Any], tokenizer: Any) -> Prompt:
         *tokenizer.all_special_tokens,
         *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
     }
-    if any(token in text for text in _strings_in([messages, tools]) for token in special):
+    if any(token in text for text in strings_in([messages, tools]) for token in special):
         raise InputError("messages: a special token of the base model in their text; this call goes to the LLM")
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
     except jinja2.TemplateError as error:
         raise InputError(f"messages: not what the base model's chat template takes ({type(error).__name__})") from None
     return Prompt(tokenizer.encode(text, add_special_tokens=False), {})
-
-
-def _strings_in(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in itertools.chain(value, value.values() if isinstance(value, dict) else ()):
-            yield from _strings_in(item)
 
 
 def _render_compact(request: dict[str, Any], prompt_format: PromptFormat, tokenizer: Any) -> Prompt:

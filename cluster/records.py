@@ -35,10 +35,10 @@ class RouteDecision(Record):
     """What the gateway did with one call, and why; shown in response headers and captured.
 
     `accept` keeps the specialist's answer; `escalate` hands over because confidence is low or the answer
-    is invalid; `fall_back` hands over because of an error or a timeout; `llm` never asked a specialist; `degrade` keeps a
-    specialist's answer below its threshold because no LLM answers. `audit` marks the LLM's answer to a call whose client
-    already had the specialist's, `shadow` the specialist's answer to a call whose client already had the LLM's; no client
-    sees either.
+    is invalid; `fall_back` hands over because of an error, a timeout or an LLM that was quicker; `llm` never asked a
+    specialist; `degrade` keeps a specialist's answer below its threshold because no LLM answers. `audit` marks the LLM's
+    answer to a call whose client already had the specialist's, `shadow` the specialist's answer to a call whose client
+    already had the LLM's; no client sees either.
     """
 
     action: Action
@@ -92,6 +92,13 @@ class AgentCall(Record):
         return message if isinstance(message, dict) else None
 
     @property
+    def logprobs(self) -> Any:
+        """What the provider said of each token of the first choice's text (`logprobs.content`), unchecked; None where it
+        said nothing."""
+        found = self._choice.get("logprobs")
+        return found.get("content") if isinstance(found, dict) else None
+
+    @property
     def finish_reason(self) -> str | None:
         """Why the first choice ended, or None where the provider did not say."""
         reason = self._choice.get("finish_reason")
@@ -128,6 +135,9 @@ class Example(Record):
     """What a person should look at, such as planted instructions; heuristics that change nothing by themselves."""
     cost_usd: float | None = None
     latency_ms: float | None = None
+    logprobs: list[tuple[str, list[tuple[str, float]]]] | None = None
+    """What was likeliest at each token of the target's text, as training/stored_logprobs.py reads it; None where the LLM
+    did not tell, or where redaction changed the request or the target."""
 
 
 class TaskSpec(Record):

@@ -10,12 +10,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.acceptance import deformed_reason
 from cluster.answers import check
 from cluster.engine import Engine, EngineAnswer
 from cluster.faces import FACES_REASON, Facing
 from cluster.prompts import PromptFormat
-from cluster.records import AnswerKind
 
+REJECTED_REASON = "confidence below threshold, known early"
+"""Of an answer that the engine gave up."""
 _COUNT, _NUMBER, _TEXT, _FLAG, _OBJECT = (int,), (int, float), (str,), (bool,), (dict,)
 _TAKEN: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("messages", "tools"), (list,)),
@@ -69,8 +71,12 @@ def unservable_reason(request: Mapping[str, Any], max_temperature: float, facing
     return _tools_reason(request) or _content_reason(request)
 
 
-def invalid_reason(answer: EngineAnswer, kind: AnswerKind, request: Mapping[str, Any], facing: Facing) -> str | None:
+def invalid_reason(
+    answer: EngineAnswer, prompt_format: PromptFormat, request: Mapping[str, Any], facing: Facing
+) -> str | None:
     """Why an answer must not be kept whatever its confidence, or None."""
+    if answer.finish_reason == "rejected":
+        return REJECTED_REASON
     if answer.finish_reason == "length":
         return "the answer was cut"
     if answer.message is None:
@@ -81,7 +87,9 @@ def invalid_reason(answer: EngineAnswer, kind: AnswerKind, request: Mapping[str,
         return "a stop sequence is in the answer"
     if facing.bars_answer(request, answer.message):
         return FACES_REASON
-    return check(answer.message, kind, dict(request))
+    return check(answer.message, prompt_format.answer_kind, dict(request)) or deformed_reason(
+        answer.text, request, prompt_format.answer_form
+    )
 
 
 async def ask_engine(
@@ -91,8 +99,12 @@ async def ask_engine(
     request: dict[str, Any],
     max_answer_tokens: int,
     facing: Facing,
+    stop_below: float = 0.0,
 ) -> tuple[EngineAnswer, str | None]:
     """Ask a request that is servable; the answer, and why it must not be kept (None: its confidence decides).
+
+    Args:
+        stop_below: the gate's threshold where it is known: it changes when an answer is refused, never whether.
 
     Raises:
         InputError: the prompt is not for this specialist.
@@ -100,8 +112,8 @@ async def ask_engine(
     """
     # A longer answer would not be kept: the engine need not finish it.
     limit = min([max_answer_tokens, *_limits(request)])
-    answer = await engine.answer(adapter, prompt_format, request, limit)
-    return answer, invalid_reason(answer, prompt_format.answer_kind, request, facing)
+    answer = await engine.answer(adapter, prompt_format, request, limit, stop_below=stop_below)
+    return answer, invalid_reason(answer, prompt_format, request, facing)
 
 
 def _field_reason(name: str, value: Any) -> str | None:

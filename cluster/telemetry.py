@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 class MetricSpec(NamedTuple):
     """One metric: what it counts and by what."""
 
-    kind: Literal["counter", "histogram"]
+    kind: Literal["counter", "histogram", "gauge"]
     description: str
     tags: tuple[str, ...]
 
@@ -32,6 +32,12 @@ METRICS: dict[str, MetricSpec] = {
     "understudy_feedback_total": MetricSpec("counter", "Feedback taken, by role of who gave it", ("role",)),
     "understudy_call_latency_ms": MetricSpec("histogram", "Milliseconds from request to last byte", ("action",)),
     "understudy_specialist_latency_ms": MetricSpec("histogram", "Milliseconds a specialist took", ("task_id",)),
+    "understudy_early_rejections_total": MetricSpec(
+        "counter", "Answers of a specialist given up while it spoke, because their confidence was lost", ("task_id",)
+    ),
+    "understudy_hedges_total": MetricSpec(
+        "counter", "Calls of a slow specialist that the LLM was asked as well, by who was first", ("winner",)
+    ),
     "understudy_calls_captured_total": MetricSpec("counter", "Calls written to the store", ()),
     "understudy_calls_dropped_total": MetricSpec("counter", "Calls not written, by reason", ("reason",)),
     "understudy_calls_journaled_total": MetricSpec("counter", "Calls on the disk before their client's last byte", ()),
@@ -59,6 +65,12 @@ METRICS: dict[str, MetricSpec] = {
     "understudy_requests_failed_total": MetricSpec(
         "counter", "Requests answered with an error, by status", ("status",)
     ),
+    "understudy_finetune_step": MetricSpec("gauge", "Steps of a fine-tune that are done", ("run",)),
+    "understudy_finetune_loss": MetricSpec("gauge", "Mean loss of a fine-tune's last steps", ("run",)),
+    "understudy_finetune_agreement": MetricSpec(
+        "gauge", "Share of held-out examples that a fine-tune would answer as their reference", ("run",)
+    ),
+    "understudy_finetune_tokens_per_s": MetricSpec("gauge", "Tokens a second that a fine-tune learns from", ("run",)),
 }
 _BOUNDARIES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 30_000, 60_000]
 
@@ -85,6 +97,11 @@ class Meter:
         if self._export:
             self._metric(name).observe(value, tags=tags)
 
+    def set(self, name: str, value: float, **tags: str) -> None:
+        """Give a gauge its value."""
+        if self._export:
+            self._metric(name).set(value, tags=tags)
+
     def total(self, name: str) -> float:
         """Sum of a counter over all its tags."""
         return sum(value for key, value in self.counts.items() if key[0] == name)
@@ -94,10 +111,11 @@ class Meter:
             from ray.util import metrics
 
             spec = METRICS[name]
-            if spec.kind == "counter":
-                self._exported[name] = metrics.Counter(name, spec.description, spec.tags)
-            else:
+            if spec.kind == "histogram":
                 self._exported[name] = metrics.Histogram(name, spec.description, _BOUNDARIES_MS, spec.tags)
+            else:
+                made = metrics.Counter if spec.kind == "counter" else metrics.Gauge
+                self._exported[name] = made(name, spec.description, spec.tags)
         return self._exported[name]
 
 

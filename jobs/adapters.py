@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cluster.errors import ConfigError, InputError
 from cluster.prices import training_cost
 from cluster.prompts import PromptFormat
 from cluster.records import Record, TaskSpec
@@ -24,8 +25,9 @@ from training.catalog import known_license
 from training.dataset import TaskData, num_answer_tokens, save_dataset
 from training.finetune import ask_to_yield, finetune
 from training.fleet import FleetReport, FleetRun, num_places, run_fleet
+from training.memory import device_bytes
 from training.model_card import write_card
-from training.multi_finetune import AdapterTask, ManyTrained, finetune_many
+from training.multi_finetune import AdapterTask, ManyTrained, finetune_many, load_of, plan_run_of
 from training.multi_plan import TaskLoad, plan_groups
 
 _ANSWER_SLACK = 1.5
@@ -102,9 +104,14 @@ def train_adapters(
     """
     missing = {plan.task.task_id: plan for plan in plans if not store.is_published(plan.adapter)}
     places = num_places(recipe.fleet, plan_run(recipe.finetune), cluster_nodes(), recipe.limits)
-    groups = {names[0]: [missing[name] for name in names] for names in _plan_groups(recipe, missing, base, places)}
-    trainer = _GroupTrainer(recipe, store, work, base, tokenizer.pad_token_id, snapshot, min(places, len(groups)))
-    failed: dict[str, str] = {}
+    base_path = store.fetch(base, work / "cache")
+    groups, failed = _plan_groups(recipe, missing, base_path, work, places)
+    facts = {"base": base, "snapshot": snapshot, "made_with": code()}
+    shared = {"base_path": base_path, "pad_token_id": tokenizer.pad_token_id, "storage": work / "runs"}
+    shared["num_parallel"] = min(places, max(1, len(groups)))
+    trainer = _GroupTrainer(recipe, store, work, facts, shared)
+    for task_id, reason in failed.items():
+        say(f"fine-tune {task_id}: {reason}")
 
     def note(first: str, trained: ManyTrained | None, error: str | None) -> None:
         for task_id in (plan.task.task_id for plan in groups[first]):
@@ -128,34 +135,58 @@ def train_adapters(
     return {plan.task.task_id: store.manifest(plan.adapter)["metrics"] for plan in done}, failed
 
 
-def _plan_groups(recipe: Recipe, missing: dict[str, AdapterPlan], base: str, places: int) -> list[list[str]]:
-    """Task ids of each run: alone, or several as adapters over one base."""
-    if recipe.fleet.mode == "solo":
-        return [[task_id] for task_id in missing]
-    return plan_groups({task_id: TaskLoad(base, plan.mean_tokens) for task_id, plan in missing.items()}, places)
+def _plan_groups(
+    recipe: Recipe, missing: dict[str, AdapterPlan], base_path: pathlib.Path, work: pathlib.Path, places: int
+) -> tuple[dict[str, list[AdapterPlan]], dict[str, str]]:
+    """The tasks of each run, alone or several as adapters over one base, by its first; and reasons of those that no run of
+    several takes."""
+    if recipe.fleet.mode == "solo" or not missing:
+        return {task_id: [plan] for task_id, plan in missing.items()}, {}
+    config, base = recipe.finetune, str(base_path)
+    room = device_bytes(config, min(places, len(missing)))
+    loads, failed = {}, {}
+    for task_id, plan in missing.items():
+        try:
+            loads[task_id] = load_of(_adapter_task(recipe, plan, work), base_path)
+        except InputError as error:
+            failed[task_id] = str(error)
+
+    def reason_against_run(names: Sequence[str]) -> str | None:
+        try:
+            plan_run_of([loads[name] for name in names], config, base_path, room)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    failed |= {task_id: reason for task_id in loads if (reason := reason_against_run([task_id]))}
+    sizes = {name: TaskLoad(base, plan.mean_tokens) for name, plan in missing.items() if name not in failed}
+    groups = plan_groups(sizes, places, lambda names: reason_against_run(names) is None)
+    return {names[0]: [missing[name] for name in names] for names in groups}, failed
+
+
+def _adapter_task(recipe: Recipe, plan: AdapterPlan, work: pathlib.Path) -> AdapterTask:
+    return AdapterTask(
+        plan.task.task_id,
+        recipe.finetune,
+        work / plan.run_id / "train",
+        work / plan.run_id / "validation" if plan.has_validation else None,
+    )
 
 
 class _GroupTrainer:
     """Trains one run's tasks and publishes their adapters; one for all runs of a fleet, which call it side by side."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        store: Store,
-        work: pathlib.Path,
-        base: str,
-        pad_token_id: int,
-        snapshot: str,
-        num_parallel: int,
+        self, recipe: Recipe, store: Store, work: pathlib.Path, facts: dict[str, Any], shared: dict[str, Any]
     ) -> None:
+        """Take what all runs have in common.
+
+        Args:
+            facts: of every adapter's manifest.
+            shared: arguments of `finetune` and `finetune_many`.
+        """
         self._recipe, self._store, self._work = recipe, store, work
-        self._num_parallel = num_parallel
-        self._facts = {"base": base, "snapshot": snapshot, "made_with": code()}
-        self._shared = {
-            "base_path": store.fetch(base, work / "cache"),
-            "pad_token_id": pad_token_id,
-            "storage": work / "runs",
-        }
+        self._facts, self._shared = facts, shared
         self._spent_s: Counter[str] = Counter()
 
     def name_of(self, group: Sequence[AdapterPlan]) -> str:
@@ -181,21 +212,12 @@ class _GroupTrainer:
         return trained
 
     def _fit(self, name: str, group: Sequence[AdapterPlan]) -> ManyTrained:
-        tasks = [
-            AdapterTask(
-                plan.task.task_id,
-                self._recipe.finetune,
-                self._work / plan.run_id / "train",
-                self._work / plan.run_id / "validation" if plan.has_validation else None,
-            )
-            for plan in group
-        ]
+        tasks = [_adapter_task(self._recipe, plan, self._work) for plan in group]
         if self._recipe.fleet.mode == "multi_lora":
             return finetune_many(name, tasks, label=f"{len(tasks)} tasks", **self._shared)
         (task,) = tasks
         paths = {"train_path": task.train_path, "validation_path": task.validation_path}
-        options = {"label": task.name, "num_parallel": self._num_parallel}
-        return ManyTrained({task.name: finetune(name, task.config, **paths, **options, **self._shared)}, {})
+        return ManyTrained({task.name: finetune(name, task.config, label=task.name, **paths, **self._shared)}, {})
 
 
 def _publish_adapter(

@@ -25,19 +25,30 @@ def plan_conversion(recipe: Recipe) -> list[Part]:
         ConfigError: no base is named, it is unknown, or a remote store stands without a work folder.
     """
     work_folder(recipe)
-    base = _training(recipe.pretrain, "base training", "pretrain")
+    base = _least(_training(recipe.pretrain, "base training", "pretrain"), recipe.pretrain)
     names = named_bases(recipe.select)
     parts = [base] if any(isinstance(find_entry(name), ScratchModel) for name in names) else []
     fleet = plan_run(recipe.finetune)
     fields = {**fleet.fields, "groups": "fleet.max_parallel"}
     # Without a number, as many run at a time as fit; one must.
-    parts.append(fleet.model_copy(update={"groups": recipe.fleet.max_parallel or 1, "fields": fields}))
+    some = fleet.model_copy(update={"groups": recipe.fleet.max_parallel or 1, "fields": fields})
+    parts.append(_least(some, recipe.finetune))
     return [*parts, _engines(recipe, "validation engine", "validate", num_bases=1)]
 
 
 def plan_run(config: FinetuneConfig) -> Part:
     """One fine-tune of a fleet."""
     return _training(config, "fine-tunes", "finetune")
+
+
+def _least(part: Part, config: FinetuneConfig) -> Part:
+    """What must be there for a training that may go on with fewer workers."""
+    if config.min_workers is None:
+        return part
+    section = part.fields["workers"].split(".")[0]
+    return part.model_copy(
+        update={"workers": config.min_workers, "fields": {**part.fields, "workers": f"{section}.min_workers"}}
+    )
 
 
 def plan_serving(recipe: Recipe, num_bases: int) -> list[Part]:

@@ -18,7 +18,7 @@ from serving.audit import AuditConfig
 from serving.capture import CaptureConfig
 from serving.endpoint import ServeConfig
 from serving.fallback import AnyLLMConfig
-from serving.gateway import GatewayConfig
+from serving.gateway_config import GatewayConfig
 from serving.specialist import LORA_RANKS, SpecialistConfig
 from serving.steward import StewardConfig
 from training.canaries import CanaryConfig

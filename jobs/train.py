@@ -72,6 +72,9 @@ def train(
     lap("finetune")
     found = ((task_id, describe_left_out(its)) for task_id, its in data.items() if task_id not in failed)
     left_out = {task_id: told for task_id, told in found if told}
+    for task_id, counts in ((task_id, its.stored) for task_id, its in data.items() if its.stored):
+        told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        say(f"fine-tune {task_id}: log-probabilities of the LLM's answers: {told}; the others are learned as they are")
     for task_id, told in left_out.items():
         say(f"fine-tune {task_id}: {told}")
     learned = [plan for plan in plans if plan.task.task_id not in failed]
@@ -121,6 +124,7 @@ def _prepare_base(
 
     def tokenise(tokenizer: Any) -> dict[str, TaskData]:
         limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
+        limits["with_stored"] = recipe.finetune.distill.stored
         tokenised = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
         data = {task_id: keep_fitting(its, scope.max_model_tokens) for task_id, its in tokenised.items()}
         num_needed = calls_to_certify(recipe, len(scope.tasks) + len(refused))

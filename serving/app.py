@@ -33,7 +33,8 @@ from serving.capture import Capture, CaptureConfig, journal_folder
 from serving.cluster_llm import ClusterLLM, build_cluster_llm
 from serving.fallback import AnyLLMConfig, FallbackLLM
 from serving.feedback import FeedbackBox
-from serving.gateway import GatewayConfig, GatewayCore
+from serving.gateway import GatewayCore
+from serving.gateway_config import GatewayConfig
 from serving.passthrough import PassThrough
 from serving.scaling import autoscaling_of
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, idle_s_of

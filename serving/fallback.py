@@ -73,6 +73,11 @@ class FallbackLLM:
         """Whether an LLM can be asked without the client naming its model."""
         return any(llm.config.own_model for llm in self._llms)
 
+    @property
+    def configs(self) -> tuple[LLMNodeConfig, ...]:
+        """Of the LLMs, in the order in which they are asked."""
+        return tuple(llm.config for llm in self._llms)
+
     async def chat(self, body: dict[str, Any]) -> tuple[UpstreamReply, LLMNodeConfig]:
         """Ask for a whole answer.
 

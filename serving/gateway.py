@@ -1,22 +1,21 @@
 """One chat.completions call -> a specialist's accepted answer, else the LLM's; captured.
 
-Route, ask the specialist under a deadline, and accept, escalate or fall back. Nothing of a specialist's answer leaves
-before it is accepted, and the last byte of no answer before its call is kept as the capture promises. Every parsed call
-is captured once, answered or not. Content is never logged. Knows nothing of HTTP but its responses (serving/api.py).
+Route, ask the specialist under a share of the call's deadline, and accept, escalate or fall back. Nothing of a
+specialist's answer leaves before it is accepted, and of two answers that were asked for at once (serving/hedging.py) one
+leaves whole; the last byte of no answer leaves before its call is kept as the capture promises. Every parsed call is
+captured once, answered or not. Content is never logged. Knows nothing of HTTP but its responses (serving/api.py).
 Source: OpenAI API reference, chat completions; DESIGN "Serve".
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
-from pydantic import Field, field_validator
 from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, Response
 
@@ -28,8 +27,7 @@ from cluster.prices import PriceConfig, seconds_cost_usd
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.route_model import RouteGuess
-from cluster.servable import ask_engine
-from cluster.sse import parse_object
+from cluster.servable import REJECTED_REASON, ask_engine
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig
 from serving import policy, rollout
@@ -39,46 +37,20 @@ from serving.capture import Capture
 from serving.degraded import asked_again, degraded_decision, may_stand_in
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
+from serving.gateway_config import GatewayConfig
+from serving.hedging import race
+from serving.limits import fit_budget, late_error, prompt_cost_usd, read_limits
+from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
 from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, error_code
 from serving.overload import retry_headers
-from serving.passthrough import DEFAULT_PATHS, PassThrough, check_path
+from serving.passthrough import PassThrough
 from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
-from serving.scaling import ScaleConfig
 from serving.shadow import Shadows
 from serving.table import ServingTable, Snapshot
 
 CLIENT_GONE = 499
 """Status of a captured call whose client left before the last byte (as nginx writes it)."""
-
-
-class GatewayConfig(ScaleConfig):
-    """Who may call, how many at once, and how long a specialist may take."""
-
-    min_replicas: int = Field(default=1, ge=1)
-    """Replicas kept when idle."""
-    max_ongoing: int = Field(default=1_000, ge=1)
-    """Requests in flight at each replica at most; further ones are answered 503 with Retry-After."""
-    drain_timeout_s: float = Field(default=60.0, ge=0)
-    """How long calls in flight may take to finish when the endpoint is told to stop, in seconds."""
-    degraded: Literal["fail", "specialist"] = "fail"
-    """What a call gets that no LLM answers: the LLM's error, or what its specialist says below its threshold, if that is
-    valid, with the header x-understudy-degraded."""
-    auth: Literal["keys", "open"] = "keys"
-    """`keys` asks for an API key of this store; `open` lets everybody in who reaches the port."""
-    specialist_timeout_s: float = Field(default=10.0, gt=0)
-    """Longest wait for a specialist's answer, in seconds; then the LLM is asked."""
-    max_temperature: float = Field(default=1.0, ge=0)
-    """A request with a higher temperature wants variety, which a greedy specialist does not give. Gates count with it:
-    raise it before a conversion, not after."""
-    passthrough: tuple[str, ...] = DEFAULT_PATHS
-    """Paths besides the gateway's own whose POST requests go to the first endpoint of `upstream` as they are, under its
-    key. Every other path answers 404: an agent's key must not reach the owner's files, batches or fine-tunes."""
-
-    @field_validator("passthrough")
-    @classmethod
-    def _check_paths(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_path(path) for path in paths)
 
 
 class GatewayCore:
@@ -115,25 +87,44 @@ class GatewayCore:
         """Answer one parsed chat.completions request.
 
         Raises:
-            Denied: 400, it asks for an unknown route; 404, for a specialist that is not served; 503, the call cannot be
-                kept.
+            Denied: 400, it asks for an unknown route or has a limit in a header that cannot be read; 404, for a
+                specialist that is not served; 503, the call cannot be kept.
         """
         snapshot = self.table.snapshot
         is_for_llm = policy.is_for_llm(request, headers)
         task_id = None if is_for_llm else policy.named_task(request, snapshot.specialists)
+        limits = read_limits(
+            headers,
+            deadline_s=self.config.deadline_s,
+            budget_usd=self.config.budget_usd,
+            now=asyncio.get_running_loop().time(),
+        )
         reason = "the client asks for the LLM" if is_for_llm else "undecided"
         undecided = RouteDecision(action="llm", reason=reason, release=snapshot.release)
         facing = Facing(self.faces, faces_before(agent_of(headers), headers.get(FACES_HEADER), self.faces))
         call = PendingCall(
-            uuid.uuid4().hex, time.time(), time.perf_counter(), identity.client, request, headers, undecided, facing
+            uuid.uuid4().hex,
+            time.time(),
+            time.perf_counter(),
+            identity.client,
+            request,
+            headers,
+            undecided,
+            facing,
+            limits,
         )
         # A call that the router did not send says nothing of the task's traffic.
         call.is_reference = not (task_id or is_for_llm) and self.auditor.is_drawn(call.call_id)
         try:
-            answer = None if is_for_llm else await self._ask_specialist(call, snapshot, task_id)
-            if answer is not None:
-                return await self._accept(call, answer, snapshot)
-            return await (self._stream_llm(call) if request.get("stream") else self._ask_llm(call))
+            try:
+                found = await self._find_answer(call, snapshot, task_id, is_for_llm)
+            except UpstreamError as error:
+                return await self._fail(call, error)
+            if isinstance(found, EngineAnswer):
+                return await self._accept(call, found, snapshot)
+            if isinstance(found, BegunAnswer):
+                return LLMRelay(self, call, found.stream, found.endpoint, found.stack)
+            return await self._pass_on(call, found)
         except Denied:
             raise
         except asyncio.CancelledError:
@@ -185,6 +176,41 @@ class GatewayCore:
         """Capture and count, without waiting, a call whose client never saw its end."""
         self.capture.put(self._end(call, response=response, endpoint=endpoint, status=status, error=error))
 
+    async def _find_answer(
+        self, call: PendingCall, snapshot: Snapshot, task_id: str | None, is_for_llm: bool
+    ) -> EngineAnswer | WholeAnswer | BegunAnswer:
+        """A specialist's accepted answer, or the LLM's, before the deadline; the decision is left in `call`.
+
+        Raises:
+            UpstreamError: there is none; 504 where the time is over, 400 where the LLM's could cost too much.
+        """
+        try:
+            async with asyncio.timeout_at(call.limits.deadline_at):
+                if is_for_llm:
+                    return await self._ask_llm(call)
+                asking = self._ask_specialist(call, snapshot, task_id)
+                if self.config.hedge_after_s is None:
+                    return await asking or await self._ask_llm(call)
+                return await self._hedge(call, asking, self.config.hedge_after_s)
+        except TimeoutError:
+            raise late_error() from None
+
+    async def _hedge(
+        self, call: PendingCall, asking: Coroutine[Any, Any, EngineAnswer | None], after_s: float
+    ) -> EngineAnswer | WholeAnswer | BegunAnswer:
+        """Ask the LLM beside a specialist that is slow; raises what asking the LLM raises."""
+        ended = await race(asking, lambda: self._ask_llm(call), after_s=after_s, discard=lambda answer: answer.close())
+        if ended.was_hedged:
+            self.meter.count("understudy_hedges_total", winner="llm" if ended.first is None else "specialist")
+        if ended.first is not None:
+            if ended.was_hedged:
+                call.lost_cost_usd = prompt_cost_usd(call.request, self.fallback.configs[0])
+            return ended.first
+        assert ended.second is not None
+        if call.decision.reason == policy.GIVEN_UP:
+            call.decision = call.decision.model_copy(update={"reason": "slower than the LLM"})
+        return ended.second
+
     async def _ask_specialist(self, call: PendingCall, snapshot: Snapshot, task_id: str | None) -> EngineAnswer | None:
         """The accepted answer, or None for the LLM; the decision is left in `call`. `task_id` is what the client named."""
         specialist: Specialist | None = None
@@ -197,7 +223,8 @@ class GatewayCore:
                 call.decision = found
                 return None
             specialist = found
-            async with asyncio.timeout(self.config.specialist_timeout_s):
+            now = asyncio.get_running_loop().time()
+            async with asyncio.timeout(call.limits.specialist_s(now, self.config.specialist_timeout_s)):
                 answer, call.decision = await self._judge(specialist, call, release)
             return answer if call.decision.action == "accept" else None
         except InputError:
@@ -210,6 +237,10 @@ class GatewayCore:
             reason = "timeout" if isinstance(error, TimeoutError) else f"error: {name}"
             kept = policy.fall_back(specialist, reason, release=release) if specialist else None
             call.decision = kept or _unrouted(snapshot)
+        except asyncio.CancelledError:
+            if specialist:
+                call.decision = policy.fall_back(specialist, policy.GIVEN_UP, release=release)
+            raise
         finally:
             self._note_specialist(call, specialist, time.perf_counter() - begin)
             self._num_asking -= 1
@@ -244,8 +275,16 @@ class GatewayCore:
         prompt_format = PromptFormat.model_validate(specialist.prompt_format)
         engine = self._engines[specialist.base]
         answer, invalid = await ask_engine(
-            engine, specialist.adapter, prompt_format, call.request, specialist.max_answer_tokens, call.facing
+            engine,
+            specialist.adapter,
+            prompt_format,
+            call.request,
+            specialist.max_answer_tokens,
+            call.facing,
+            stop_below=specialist.gate.threshold or 0.0,
         )
+        if invalid == REJECTED_REASON:
+            self.meter.count("understudy_early_rejections_total", task_id=specialist.task_id)
         return answer, policy.decide_after(answer, specialist, invalid, release=release)
 
     def _note_specialist(self, call: PendingCall, specialist: Specialist | None, seconds: float) -> None:
@@ -279,28 +318,13 @@ class GatewayCore:
         specialist = snapshot.specialists[call.decision.task_id or ""]
         self.auditor.start(call, message, PromptFormat.model_validate(specialist.prompt_format).answer_kind)
 
-    async def _ask_llm(self, call: PendingCall) -> Response:
-        try:
-            reply, endpoint = await self.fallback.chat(call.request)
-        except UpstreamError as error:
-            return await self._fail(call, error)
-        return await self._whole(call, reply.status, reply.raw, reply.body, endpoint)
+    async def _ask_llm(self, call: PendingCall) -> WholeAnswer | BegunAnswer:
+        """Raises UpstreamError where no LLM answers, or the longest answer could cost more than the call may."""
+        left_usd = call.limits.budget_usd - call.specialist_cost_usd
+        return await ask_llm(self.fallback, fit_budget(call.request, left_usd, self.fallback.configs))
 
-    async def _stream_llm(self, call: PendingCall) -> Response:
-        async with contextlib.AsyncExitStack() as stack:
-            try:
-                stream, endpoint = await stack.enter_async_context(self.fallback.stream(call.request))
-                if stream.status == 200 and stream.content_type == EVENT_STREAM:
-                    return LLMRelay(self, call, stream, endpoint, stack.pop_all())
-                raw = b"".join([piece async for piece in stream.chunks])
-            except UpstreamError as error:
-                return await self._fail(call, error)
-            return await self._whole(call, stream.status, raw, parse_object(raw), endpoint)
-
-    async def _whole(
-        self, call: PendingCall, status: int, raw: bytes, body: dict[str, Any] | None, endpoint: LLMNodeConfig
-    ) -> Response:
-        """Pass on a reply that came in one piece: an answer, or an error that is the client's own."""
+    async def _pass_on(self, call: PendingCall, answer: WholeAnswer) -> Response:
+        status, raw, body, endpoint = answer
         if status >= 400 or body is None:
             error = _named("refused by the LLM" if status >= 400 else "the LLM's answer does not parse", body)
             await self.finish(call, status=status if status >= 400 else 502, error=error)
@@ -319,9 +343,11 @@ class GatewayCore:
     async def _stand_in(self, call: PendingCall, error: UpstreamError) -> EngineAnswer | None:
         """The specialist's answer, whatever its confidence, to a call that no LLM answers; None where it has none."""
         specialist = call.specialist
-        if specialist is None or not may_stand_in(error):
+        left_s = call.limits.deadline_at - asyncio.get_running_loop().time()
+        if specialist is None or not may_stand_in(error) or left_s <= 0:
             return None
-        ask = asked_again(self._engines[specialist.base], specialist, call, self.config.specialist_timeout_s)
+        timeout_s = min(self.config.specialist_timeout_s, left_s)
+        ask = asked_again(self._engines[specialist.base], specialist, call, timeout_s)
         if (answer := await ask) is not None:
             call.decision, call.is_reference = degraded_decision(call.decision, answer), False
         return answer

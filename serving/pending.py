@@ -18,6 +18,7 @@ from cluster.faces import Facing
 from cluster.prices import tokens_cost_usd
 from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.upstream import LLMNodeConfig
+from serving.limits import Limits
 from serving.openai_wire import usage_of
 
 _MAX_HEADER_CHARS = 200
@@ -26,7 +27,7 @@ _STEP = re.compile(r"[0-9]{1,9}")
 
 @dataclass
 class PendingCall:
-    """What is known of a call before it is answered; `decision` and the specialist's cost are filled in on the way."""
+    """What is known of a call before it is answered; `decision` and the costs are filled in on the way."""
 
     call_id: str
     ts: float
@@ -38,9 +39,12 @@ class PendingCall:
     decision: RouteDecision
     facing: Facing
     """Whether it speaks to a person, as far as that is known before it is answered."""
+    limits: Limits
     specialist: Specialist | None = None
     """Who was asked first."""
     specialist_cost_usd: float = 0.0
+    lost_cost_usd: float = 0.0
+    """Of an LLM that was asked as well and came too late: what reading the request cost."""
     is_reference: bool = False
     is_watched: bool = False
     """Audited where a specialist's answer is kept, because the specialist is new; not of the reference stream by that."""
@@ -58,6 +62,7 @@ class PendingCall:
             begin=time.perf_counter(),
             decision=self.decision.model_copy(update={"action": "audit", "reason": "reference stream"}),
             specialist_cost_usd=0.0,
+            lost_cost_usd=0.0,
             audit_of=self.call_id,
             is_finished=False,
         )
@@ -153,7 +158,7 @@ class PendingCall:
     def _cost_usd(self, usage: Usage, endpoint: LLMNodeConfig | None, served_by: ServedBy) -> float | None:
         """Tokens of the LLM plus time of a specialist, kept or not; None where the LLM did not report its tokens."""
         if served_by == "specialist":
-            return self.specialist_cost_usd
+            return self.specialist_cost_usd + self.lost_cost_usd
         if endpoint is None:
             return None
         cost = tokens_cost_usd(

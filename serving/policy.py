@@ -22,6 +22,9 @@ LLM_MODEL = MODEL_PREFIX + "llm"
 ROUTE_HEADER = "x-understudy-route"
 """In a request, `llm` asks for the LLM and leaves the model to the client; in an answer, what was done."""
 
+GIVEN_UP = "given up while it answered"
+"""Reason where nobody waited for a specialist any longer: its call's time was over, or its client had left."""
+
 
 class Guess(Protocol):
     """What the route model says about one request."""

@@ -2,7 +2,8 @@
 
 The call is kept however it ends: whole, broken off or abandoned. Bytes flow as they come until the answer ends; its
 end (the piece with the last finish_reason, counts, [DONE]) leaves once the call is as durable as the capture promises,
-so that no client has seen an answer finished which a crash could still lose. Knows nothing of specialists.
+so that no client has seen an answer finished which a crash could still lose. A stream that outlasts the call's deadline
+is broken off like one that its LLM breaks off. Knows nothing of specialists.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from cluster.errors import UpstreamError
 from cluster.sse import SseReader
 from cluster.upstream import LLMNodeConfig, UpstreamStream
+from serving.limits import until
 from serving.openai_wire import Denied, error_body, error_code, sse_event
 from serving.pending import PendingCall
 from serving.reassembly import Reassembler
@@ -56,7 +58,7 @@ class LLMRelay(StreamingResponse):
     async def _pieces(self, stream: UpstreamStream) -> AsyncIterator[bytes]:
         held: list[bytes] = []
         try:
-            async for piece in stream.chunks:
+            async for piece in until(stream.chunks, self._call.limits.deadline_at):
                 self._read(self._reader.feed(piece))
                 if not (self._reader.is_done or self._parts.is_finished):
                     yield piece

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from cluster.engine import EngineAnswer, rendering_version
 from cluster.errors import EngineError, StoreError
 from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
+from serving.generation import Generated, generate
 from serving.presence import Presence
 from serving.scaling import ScaleConfig, autoscaling_of
 
@@ -191,12 +191,23 @@ class ServeEngine:
             await self._handle.options(multiplexed_model_id=adapter).load.remote(adapter)
 
     async def answer(
-        self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+        self,
+        adapter: str | None,
+        prompt_format: PromptFormat,
+        request: dict[str, Any],
+        max_answer_tokens: int,
+        stop_below: float = 0.0,
     ) -> EngineAnswer:
         await self._presence.check()
         handle = self._handle.options(multiplexed_model_id=adapter) if adapter else self._handle
         with self._presence.watch():
-            return await handle.answer.remote(adapter, prompt_format, request, max_answer_tokens)
+            response = handle.answer.remote(adapter, prompt_format, request, max_answer_tokens, stop_below)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                # Serve cancels a call whose caller waits for its result, but not one just given to a replica.
+                response.cancel()
+                raise
 
 
 def idle_s_of(config: SpecialistConfig) -> float | None:
@@ -246,18 +257,18 @@ def _device_name(device: str) -> str:
     return current_platform.get_device_name()
 
 
-def _to_answer(output: Any, prompt: Prompt, prompt_format: PromptFormat, tokenizer: Any) -> EngineAnswer:
+def _to_answer(output: Generated, prompt: Prompt, prompt_format: PromptFormat, tokenizer: Any) -> EngineAnswer:
     ids = [token for token in output.token_ids if token != tokenizer.eos_token_id]
     text, message = read_answer(ids, prompt, prompt_format, tokenizer)
-    is_whole = output.finish_reason == "stop" and message is not None
-    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    is_rejected = output.finish_reason == "rejected"
+    is_kept = is_rejected or (output.finish_reason == "stop" and message is not None)
     return EngineAnswer(
-        message=message,
+        message=None if is_rejected else message,
         text=text,
-        confidence=confidence(logprobs) if is_whole else 0.0,
+        confidence=confidence(output.logprobs) if is_kept else 0.0,
         prompt_tokens=len(prompt.ids),
         completion_tokens=len(output.token_ids),
-        finish_reason=output.finish_reason or "length",
+        finish_reason=output.finish_reason,
     )
 
 
@@ -274,21 +285,6 @@ async def add_adapter(client: Any, lora: Any) -> None:
         if type(error) is not Exception:
             raise
         raise EngineError(f"{lora.lora_name}: {error}") from None
-
-
-async def _generate(client: Any, prompt_ids: list[int], *, max_tokens: int, stop: int, lora: Any) -> Any:
-    """vLLM's greedy output with log-probabilities, up to the token `stop`."""
-    from vllm import SamplingParams, TokensPrompt
-
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=0, stop_token_ids=[stop])
-    final = None
-    async for output in client.generate(
-        TokensPrompt(prompt_token_ids=prompt_ids), params, uuid.uuid4().hex, lora_request=lora
-    ):
-        final = output
-    if final is None:
-        raise EngineError("engine: no output")
-    return final.outputs[0]
 
 
 def _server_class() -> Any:
@@ -330,11 +326,16 @@ def _server_class() -> Any:
             await self._adapters.get(adapter)
 
         async def answer(
-            self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+            self,
+            adapter: str | None,
+            prompt_format: PromptFormat,
+            request: dict[str, Any],
+            max_answer_tokens: int,
+            stop_below: float = 0.0,
         ) -> EngineAnswer:
             prompt = render_prompt(request, prompt_format, self._tokenizer)
             lora = await self._adapters.get(adapter) if adapter else None
-            output = await self._generate(lora, prompt.ids, max_answer_tokens)
+            output = await self._generate(lora, prompt.ids, max_answer_tokens, stop_below)
             return _to_answer(output, prompt, prompt_format, self._tokenizer)
 
         async def _load_adapter(self, adapter: str) -> Any:
@@ -351,9 +352,8 @@ def _server_class() -> Any:
             await self._generate(lora, [self._tokenizer.eos_token_id], 1)
             return lora
 
-        async def _generate(self, lora: Any, prompt_ids: list[int], max_tokens: int) -> Any:
-            # Ray's engine wrapper has no token-in, token-out call in 2.60, so its vLLM client is used directly.
-            client, stop = self.engine._engine_client, self._tokenizer.eos_token_id
-            return await _generate(client, prompt_ids, max_tokens=max_tokens, stop=stop, lora=lora)
+        async def _generate(self, lora: Any, ids: list[int], max_tokens: int, stop_below: float = 0.0) -> Generated:
+            options = {"stop": self._tokenizer.eos_token_id, "lora": lora, "stop_below": stop_below}
+            return await generate(self.engine._engine_client, ids, max_tokens=max_tokens, **options)
 
     return SpecialistServer

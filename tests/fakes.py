@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cluster import registry
 from cluster.access import ApiKeys, Pseudonyms
 from cluster.calls import read_calls
+from cluster.confidence import ConfidenceBound, confidence
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, StoreError
 from cluster.faces import FacesConfig
@@ -36,7 +37,8 @@ from serving.audit import AuditConfig, Auditor
 from serving.capture import Capture, CaptureConfig
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
-from serving.gateway import GatewayConfig, GatewayCore
+from serving.gateway import GatewayCore
+from serving.gateway_config import GatewayConfig
 from serving.passthrough import PassThrough
 from serving.table import ServingTable
 
@@ -72,6 +74,12 @@ class FakeEngine:
         self.is_away = False
         """Whether the engine cannot be reached."""
         self.num_asked = 0
+        self.logprobs: list[float] | None = None
+        """Of the answer's tokens, one a turn of the loop; gives the confidence, and lets an answer be given up."""
+        self.num_tokens = 0
+        """Said of `logprobs` so far."""
+        self.num_aborted = 0
+        """Calls whose caller left."""
 
     async def fingerprint(self) -> str:
         return self.name
@@ -84,10 +92,36 @@ class FakeEngine:
         self.loaded.append(adapter)
 
     async def answer(
-        self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+        self,
+        adapter: str | None,
+        prompt_format: PromptFormat,
+        request: dict[str, Any],
+        max_answer_tokens: int,
+        stop_below: float = 0.0,
     ) -> EngineAnswer:
         self.num_asked += 1
-        return engine_answer(self.text, self.confidence) if self.answer_with is None else await self.answer_with()
+        try:
+            if self.answer_with is not None:
+                return await self.answer_with()
+            if self.logprobs is not None:
+                return await self._generate(self.logprobs, max_answer_tokens, stop_below)
+        except asyncio.CancelledError:
+            self.num_aborted += 1
+            raise
+        return engine_answer(self.text, self.confidence)
+
+    async def _generate(self, logprobs: list[float], max_tokens: int, stop_below: float) -> EngineAnswer:
+        bound = ConfidenceBound()
+        for number, logprob in enumerate(logprobs[:max_tokens], 1):
+            await asyncio.sleep(0)
+            self.num_tokens += 1
+            bound.add(logprob)
+            if number < len(logprobs) and bound.is_lost(stop_below):
+                given_up = {"message": None, "completion_tokens": number}
+                return engine_answer(self.text, bound.value, "rejected").model_copy(update=given_up)
+        is_whole = len(logprobs) <= max_tokens
+        answer = engine_answer(self.text, confidence(logprobs) if is_whole else 0.0, "stop" if is_whole else "length")
+        return answer.model_copy(update={"completion_tokens": min(len(logprobs), max_tokens)})
 
 
 class FakeKms:
@@ -133,12 +167,14 @@ class FakeLLM:
         self.answer_with: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         """The assistant message for a request, given whole or streamed; instead of all of the above."""
         self.may_answer = asyncio.Event()
-        """While unset, whole answers are held back."""
+        """While unset, answers are held back, streams before their first byte."""
         self.may_answer.set()
         self.may_go_on = asyncio.Event()
         """While unset, streams stop after their first piece."""
         self.may_go_on.set()
         self.requests: list[dict[str, Any]] = []
+        self.num_left = 0
+        """Calls whose client left before their end."""
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> str:
@@ -146,7 +182,7 @@ class FakeLLM:
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_get("/v1/models", self._models)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
@@ -163,11 +199,18 @@ class FakeLLM:
         self.requests.append(request)
         if self.status != 200:
             return web.json_response({"error": self.error}, status=self.status)
-        if self.answer_with is not None:
-            return await _say(http_request, request, self.answer_with(request))
-        if not request.get("stream"):
+        try:
+            if self.answer_with is not None:
+                return await _say(http_request, request, self.answer_with(request))
             await self.may_answer.wait()
+            if request.get("stream"):
+                return await self._stream(http_request)
             return web.json_response(self.body or llm_body(self.text))
+        except (asyncio.CancelledError, ConnectionError):
+            self.num_left += 1
+            raise
+
+    async def _stream(self, http_request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(http_request)
         await response.write(_event({"role": "assistant", "content": LLM_TEXT[:4]}, None))

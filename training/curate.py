@@ -52,7 +52,7 @@ from training.snapshot import (
 from training.spill import SpillWriter
 from training.splits import SPLITS, SplitConfig, assign_splits, learned_split_of
 
-CURATION_VERSION = 3
+CURATION_VERSION = 4
 """Part of every snapshot's name: raise it when the same calls would give other examples, be it by what is dropped, how
 sessions are split, what is recognised as personal or what it is replaced with."""
 BIASED = "left to the LLM by a specialist, outside the reference stream"
@@ -202,6 +202,7 @@ def _curate(
         num_train_requests_with_several_answers=num_ambiguous,
         redacted=dict(sorted(result.redacted.items())),
         paraphrased=result.paraphrased,
+        logprobs=result.logprobs,
         audits=audits,
         flagged=index.count_flags(),
         num_clients=index.count("SELECT COUNT(DISTINCT client) FROM calls"),
@@ -227,7 +228,7 @@ def _read_calls(index: CallIndex, work: ShardWork, config: CurateConfig, secret:
         index.add(facts)
         if facts.shard is not None and learned_split_of(call.session_id, config.split) in REDACTED_SPLITS:
             request = {field: call.request[field] for field in ANSWER_FIELDS if call.request.get(field) is not None}
-            content = [seq, call.client_id, call.session_id, request, call.message]
+            content = [seq, call.client_id, call.session_id, request, call.message, call.logprobs]
             writer.append(content_stream(facts.shard), content)
     writer.close()
     index.flush()
@@ -301,5 +302,6 @@ def _examples(index: CallIndex, split: Split) -> Iterator[tuple[int, int, dict[s
             "flags": [flag for flag in flags.split("\n") if flag],
             "cost_usd": cost_usd,
             "latency_ms": latency_ms,
+            "logprobs": None,
         }
         yield seq, shard, row

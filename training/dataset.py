@@ -7,39 +7,57 @@ and carry no loss. Compact answers point at prompt words (training/copying.py); 
 from __future__ import annotations
 
 import pathlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from cluster.acceptance import AnswerForm, learn_form
 from cluster.answers import to_text
 from cluster.errors import InputError
 from cluster.prompts import Prompt, PromptFormat, encode_answer, render_prompt
 from cluster.records import Example, TaskSpec
 from training.copying import CopyRule, fit_copy_rule, fit_plain_words, point
+from training.stored_logprobs import NO_TARGET, Vocabulary
 
 
 class TaskData(NamedTuple):
     """One task, tokenised."""
 
     prompt_format: PromptFormat
-    """As given, with what the train split taught about its words."""
+    """As given, with what the train split taught about its words and its answers."""
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     num_skipped: int
     """Train examples whose prompt is longer than the format allows, or that cannot be written."""
+    stored: Mapping[str, int] = MappingProxyType({})
+    """Where log-probabilities of captured answers were asked for: what became of them -> train examples."""
 
 
 def build_task_data(
-    train: list[Example], validation: list[Example], prompt_format: PromptFormat, tokenizer: Any
+    train: list[Example],
+    validation: list[Example],
+    prompt_format: PromptFormat,
+    tokenizer: Any,
+    *,
+    with_stored: bool = False,
 ) -> TaskData:
-    """Tokenise a task's examples; the copy rule and the plain words are fitted on the train split."""
+    """Tokenise a task's examples; the copy rule, plain words and the form of answers are fitted on the train split.
+
+    Args:
+        with_stored: give train rows the log-probabilities that their answers carry (`top_ids` and `top_logprobs`, a list
+            for each token of the answer, empty where nothing is known).
+    """
     rule = None
+    prompt_format = prompt_format.model_copy(update={"answer_form": _form_of(train)})
     if prompt_format.kind == "compact":
         pairs = _render(train, prompt_format, tokenizer)
         rule = fit_copy_rule(prompt_format.answer_kind, pairs)
         prompt_format = prompt_format.model_copy(update={"plain_words": fit_plain_words(pairs, rule)})
     rows = _build_rows(train, prompt_format, tokenizer, rule)
     held_out = _build_rows(validation, prompt_format, tokenizer, rule)
-    return TaskData(prompt_format, rows, held_out, len(train) - len(rows))
+    data = TaskData(prompt_format, rows, held_out, len(train) - len(rows))
+    return _add_stored(data, find_written(train, prompt_format, tokenizer), tokenizer) if with_stored else data
 
 
 def tokenise_tasks(
@@ -50,11 +68,13 @@ def tokenise_tasks(
     *,
     is_scratch: bool,
     max_prompt_tokens: int,
+    with_stored: bool = False,
 ) -> dict[str, TaskData]:
     """Every task's data in a base's tokens: compact prompts for a scratch base, the base's own chat for the others.
 
     Args:
         train, validation: task_id -> examples.
+        with_stored: see `build_task_data`.
     """
     data = {}
     for number, task in enumerate(tasks):
@@ -65,7 +85,8 @@ def tokenise_tasks(
             task_number=number if is_scratch else 0,
             max_prompt_tokens=max_prompt_tokens,
         )
-        data[task.task_id] = build_task_data(train[task.task_id], validation[task.task_id], prompt_format, tokenizer)
+        split = train[task.task_id], validation[task.task_id]
+        data[task.task_id] = build_task_data(*split, prompt_format, tokenizer, with_stored=with_stored)
     return data
 
 
@@ -96,6 +117,38 @@ def save_dataset(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
 def num_answer_tokens(row: dict[str, Any]) -> int:
     """Length of a row's answer, end token included."""
     return len(row["input_ids"]) - row["num_prompt"]
+
+
+def _form_of(examples: list[Example]) -> AnswerForm | None:
+    """What the answers that can be written look like."""
+    answered = []
+    for example in examples:
+        try:
+            answered.append((example.request, to_text(example.target)))
+        except InputError:
+            continue
+    return learn_form(answered)
+
+
+def _add_stored(data: TaskData, examples: list[Example], tokenizer: Any) -> TaskData:
+    """Train rows with targets from the log-probabilities of their answers.
+
+    Args:
+        examples: of the rows, in their order.
+    """
+    vocabulary = Vocabulary(tokenizer)
+    is_chat = data.prompt_format.kind == "chat"
+    counts: Counter[str] = Counter()
+    rows = []
+    for row, example in zip(data.train, examples, strict=True):
+        answer = row["input_ids"][row["num_prompt"] :]
+        # A compact answer points at words instead of spelling them, so its tokens are never the LLM's.
+        found = vocabulary.map_answer(example.logprobs, answer) if example.logprobs and is_chat else None
+        counts["used" if found else "of other tokens" if example.logprobs else "not told"] += 1
+        targets = found or [NO_TARGET] * len(answer)
+        rows.append({**row, "top_ids": [one.ids for one in targets], "top_logprobs": [one.logprobs for one in targets]})
+    # Without any the columns would have no type.
+    return data._replace(train=rows if counts["used"] else data.train, stored=dict(counts))
 
 
 def _build_rows(

@@ -7,7 +7,7 @@ diagnosis. A run that meets the end of its memory goes on from its last checkpoi
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -17,9 +17,10 @@ from cluster.errors import InputError, RunYielded, TrainingError
 from training.diagnosis import Diagnosis, read_diagnosis, write_diagnosis
 from training.distill import DistillConfig
 from training.loop import train_loop
-from training.memory import Load, device_bytes, shape_of
+from training.memory import Load, ModelShape, device_bytes, shape_of
 from training.methods import UNSHARDED, Method, check_base_folder, check_method
 from training.progress import show_progress
+from training.watching import LogTo, check_log_to, watch_settings
 from training.zero import ZeroPlan, plan_zero
 
 
@@ -32,7 +33,7 @@ class FinetuneConfig(Config):
     num_steps: int = Field(default=300, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(default=16, ge=1)
-    """Examples per worker and step."""
+    """Examples per worker and step, where all num_workers are there."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Examples that are in memory at a time; the gradients of a batch's parts are summed, so the result is the same. None
     takes the largest that the memory prediction allows, and half of it whenever a worker runs out of memory."""
@@ -70,6 +71,10 @@ class FinetuneConfig(Config):
     """Steps between checkpoints; a killed worker loses at most these."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers per fine-tune."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Go on with so few workers where there is no room for num_workers, and with more once there is (Ray looks once a
+    minute): a run then starts again from its last checkpoint. Steps stay what they are: batch_size x num_workers examples,
+    shared by the workers there are. None: num_workers or none. Needs ZeRO stage 0."""
     gpus_per_worker: int = Field(default=0, ge=0)
     """GPUs per worker; 0 trains on CPU with gloo."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
@@ -78,6 +83,9 @@ class FinetuneConfig(Config):
     """How often a run restarts from its last checkpoint before it counts as failed."""
     seed: int = 0
     """Of initial weights and data order."""
+    log_to: LogTo = "none"
+    """Where losses, agreement and speed are written for people to watch, beside the terminal and Ray's own metrics:
+    tensorboard (event files in WORK/runs/RUN.tensorboard) or mlflow (at MLFLOW_TRACKING_URI)."""
 
     @field_validator("zero_stage", mode="before")
     @classmethod
@@ -88,6 +96,16 @@ class FinetuneConfig(Config):
 
     @model_validator(mode="after")
     def _check_together(self) -> FinetuneConfig:
+        if self.min_workers and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers}: above num_workers={self.num_workers}; allowed: at most that"
+            )
+        if self.min_workers and (self.zero_stage not in ("auto", 0) or self.offload not in ("auto", "none")):
+            raise ValueError(
+                f"min_workers={self.min_workers}: zero_stage={self.zero_stage}, offload={self.offload!r}; a checkpoint of a "
+                "sharded optimiser is cut for its number of workers and cannot be read by another; allowed: zero_stage 0 "
+                "or auto, offload none or auto"
+            )
         if self.method == "qlora" and not self.gpus_per_worker:
             raise ValueError("method='qlora': 4-bit weights need a GPU; allowed: gpus_per_worker=1, or lora, rslora")
         if self.micro_batch_size and self.micro_batch_size > self.batch_size:
@@ -157,6 +175,7 @@ def finetune(
         "progress_path": str(storage.resolve() / f"{name}.progress"),
         "diagnosis_path": str(diagnosis_path),
         "yield_path": str(yield_path(name, storage)),
+        **watch_settings(name, config.log_to, storage),
     }
     diagnosis_path.unlink(missing_ok=True)
     yield_path(name, storage).unlink(missing_ok=True)
@@ -184,19 +203,30 @@ def plan_finetune(
     import datasets
 
     check_method(config.method, config.gpus_per_worker)
+    check_log_to(config.log_to)
     check_base_folder(base_path)
     table = datasets.load_from_disk(str(train_path))
     lengths = [len(ids) for ids in table["input_ids"]]
     answers = [length - start for length, start in zip(lengths, table["num_prompt"], strict=True)]
     load = Load(examples=config.batch_size, row_tokens=max(lengths), answer_tokens=max(answers))
     shape = shape_of(base_path, config)
-    if shape.context_window_tokens is not None and max(lengths) > shape.context_window_tokens:
-        num_long = sum(length > shape.context_window_tokens for length in lengths)
-        raise InputError(
-            f"dataset {str(train_path)!r}: {num_long} of {len(lengths)} examples are longer than the base's window of "
-            f"{shape.context_window_tokens} tokens (longest {max(lengths)}); next: a base with a longer window"
-        )
+    check_window(train_path, lengths, shape)
     return plan_zero(shape, config, load, device_bytes(config, num_parallel))
+
+
+def check_window(path: pathlib.Path, lengths: Sequence[int], shape: ModelShape) -> None:
+    """Refuse a dataset whose examples have so many tokens, where a base does not read them whole.
+
+    Raises:
+        InputError: names the dataset, and how many examples are too long.
+    """
+    window = shape.context_window_tokens
+    if window is not None and max(lengths) > window:
+        num_long = sum(length > window for length in lengths)
+        raise InputError(
+            f"dataset {str(path)!r}: {num_long} of {len(lengths)} examples are longer than the base's window of {window} "
+            f"tokens (longest {max(lengths)}); next: a base with a longer window"
+        )
 
 
 def _fit(name: str, config: FinetuneConfig, settings: dict[str, Any], storage: pathlib.Path) -> Any:
@@ -253,7 +283,9 @@ def build_trainer(
         loop,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(config.min_workers, config.num_workers) if config.min_workers else config.num_workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
         run_config=RunConfig(

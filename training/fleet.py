@@ -86,8 +86,16 @@ def num_places(config: FleetConfig, run: Part, nodes: Sequence[Node], limits: Li
     return max(1, num_groups_that_fit(run, nodes))
 
 
-def plan_fleet(seconds: Mapping[str, float], num_places: int) -> FleetPlan:
+def start_order(sizes: Mapping[str, float]) -> list[str]:
+    """The order in which runs start: the largest first, of equal ones the first by name."""
+    return sorted(sizes, key=lambda name: (-sizes[name], name))
+
+
+def plan_fleet(seconds: Mapping[str, float], num_places: int, sizes: Mapping[str, float] | None = None) -> FleetPlan:
     """Which place runs what, where every run takes the seconds given.
+
+    Args:
+        sizes: what is expected of the runs before their seconds are known, and orders them; None: they are known.
 
     Example:
         >>> plan_fleet({"a": 3, "b": 2, "c": 2, "d": 1}, 2).makespan_s
@@ -95,7 +103,7 @@ def plan_fleet(seconds: Mapping[str, float], num_places: int) -> FleetPlan:
     """
     places: list[list[str]] = [[] for _ in range(num_places)]
     free = [(0.0, number) for number in range(num_places)]
-    for name in sorted(seconds, key=lambda name: (-seconds[name], name)):
+    for name in start_order(seconds if sizes is None else sizes):
         at, number = heapq.heappop(free)
         places[number].append(name)
         heapq.heappush(free, (at + seconds[name], number))
@@ -154,7 +162,7 @@ class _Fleet(Generic[ResultT]):
         on_done: Callable[[str, ResultT | None, str | None], Any],
     ) -> None:
         self._runs, self._num_places, self._on_done = runs, num_places, on_done
-        self._waiting = sorted(runs, key=lambda name: (-runs[name].size, name))
+        self._waiting = start_order({name: run.size for name, run in runs.items()})
         self._running: dict[concurrent.futures.Future[ResultT], tuple[str, float]] = {}
         self._yielding: set[str] = set()
         self._room = num_places

@@ -28,13 +28,15 @@ from training.diagnosis import (
     smaller_micro_batch,
     write_diagnosis,
 )
-from training.distill import Distiller
+from training.distill import Distiller, StoredDistiller
 from training.engine import build_engine
 from training.grading import grade_rows
 from training.methods import build_model
 from training.objective import answer_loss
 from training.progress import write_progress
+from training.speed import Speed, peak_memory_bytes, time_collectives
 from training.stopping import best_point, is_patience_over
+from training.watching import Nobody, Watcher, open_watcher
 
 _NUM_CURVE_POINTS = 20
 
@@ -53,6 +55,7 @@ class _Run(NamedTuple):
     """Local folder for the weights of the best checkpoint so far."""
     rank: int
     world_size: int
+    speed: Speed
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -61,7 +64,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     Args:
         settings: `training.finetune.finetune` makes them.
 
-    Side effects: reports {step, loss, validation_loss, agreement, released_step, curve} with a checkpoint every
+    Side effects: reports {step, loss, validation_loss, agreement, released_step, curve}, and of this worker since it
+    began {tokens_per_s, communication_share, peak_memory_bytes} (training/speed.py), with a checkpoint every
     `checkpoint_every` steps and at the end; the last checkpoint's `model/` folder holds what is served (PEFT or full
     safetensors). A run that diverges or does not fit in memory leaves its diagnosis and ends; one that is asked to yield
     reports {step, yielded} with a checkpoint and ends.
@@ -96,21 +100,37 @@ def _build_run(settings: dict[str, Any], released: pathlib.Path) -> _Run:
     torch.manual_seed(settings["seed"])
     engine = build_engine(build_model(settings), settings)
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    rows = Rows(settings["train_path"], settings, rank, world_size)
+    # However many workers there are, a step is of the examples that all num_workers would share.
+    rows = Rows(settings["train_path"], settings, rank, world_size, settings["batch_size"] * settings["num_workers"])
     # Held-out rows are graded one by one, so they are not packed.
     path, unpacked = settings["validation_path"], {**settings, "packing": False}
     held_out = Rows(path, unpacked, 0, 1) if path else None
     average = MovingAverage(engine.module, settings["ema_decay"]) if settings["ema_decay"] else None
+    speed = Speed(world_size, blocks=engine.device.type == "cpu")
+    time_collectives(speed)
+    return _Run(
+        settings, engine, rows, held_out, average, _loss_of(settings, engine), released, rank, world_size, speed
+    )
+
+
+def _loss_of(settings: dict[str, Any], engine: Any) -> Callable[[Any, dict[str, Any], Any], Any]:
     distill = {**settings["distill"], "bf16": settings["bf16"]}
-    loss_of = Distiller(distill, engine).loss if distill["teacher"] else answer_loss
-    return _Run(settings, engine, rows, held_out, average, loss_of, released, rank, world_size)
+    if distill["teacher"]:
+        return Distiller(distill, engine).loss
+    return StoredDistiller(distill).loss if distill["stored"] else answer_loss
 
 
 def _train(run: _Run) -> None:
+    settings = run.settings
+    step, curve, losses = _resume(run)
+    with contextlib.closing(open_watcher(settings, step) if run.rank == 0 else Nobody()) as watcher:
+        _take_steps(run, watcher, step, curve, losses)
+
+
+def _take_steps(run: _Run, watcher: Watcher, step: int, curve: list[dict[str, Any]], losses: list[float]) -> None:
     import torch
 
     settings, engine = run.settings, run.engine
-    step, curve, losses = _resume(run)
     stride = max(1, settings["num_steps"] // _NUM_CURVE_POINTS)
     # A model comes from its folder in evaluation mode.
     engine.train()
@@ -118,7 +138,8 @@ def _train(run: _Run) -> None:
         # Dropout of a resumed run is that of the undisturbed one: it follows from seed, rank and step alone.
         torch.manual_seed(_seed_of(settings["seed"], run.rank, step))
         rate = _set_learning_rate(engine, settings, step)
-        loss = _mean_over_ranks(train_step(engine, run.rows.micro_batches(step), run.loss_of), run)
+        with run.speed.step(run.rows.num_tokens(step)):
+            loss = _mean_over_ranks(train_step(engine, run.rows.micro_batches(step), run.loss_of), run)
         check_loss(f"step {step + 1}: the loss", loss, rate, [point["loss"] for point in curve] + losses)
         losses.append(loss)
         if run.average:
@@ -131,7 +152,9 @@ def _train(run: _Run) -> None:
         if is_checkpoint:
             _checkpoint(run, step, curve, rate)
         if run.rank == 0 and curve and curve[-1]["step"] == step:
-            write_progress(pathlib.Path(settings["progress_path"]), step, curve[-1]["loss"])
+            facts = {**curve[-1], **run.speed.read()}
+            write_progress(pathlib.Path(settings["progress_path"]), facts)
+            watcher.write(facts)
         if step < settings["num_steps"] and _is_asked_to_yield(run):
             # Not graded: the undisturbed run has no point of its curve here.
             _report(run, {"step": step, "yielded": True}, step, curve, losses)
@@ -173,7 +196,8 @@ def _mean_over_ranks(loss: float, run: _Run) -> float:
     if run.world_size == 1:
         return loss
     mean = torch.tensor(loss, device=run.engine.device)
-    torch.distributed.all_reduce(mean)
+    with run.speed.communication():
+        torch.distributed.all_reduce(mean)
     return float(mean) / run.world_size
 
 
@@ -240,6 +264,7 @@ def _report(run: _Run, metrics: dict[str, Any], step: int, curve: list[dict[str,
     import ray.train
     from ray.train import Checkpoint
 
+    metrics = {**metrics, **run.speed.read(), "peak_memory_bytes": peak_memory_bytes()}
     state = {"step": step, "curve": curve, "losses": losses, "average": run.average and run.average.state()}
     with tempfile.TemporaryDirectory() as folder:
         local = pathlib.Path(folder)

@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError, RunYielded, TrainingError
-from training.finetune import FinetuneConfig, build_trainer, yield_path
+from training.finetune import FinetuneConfig, build_trainer, check_window, yield_path
+from training.memory import device_bytes, shape_of
+from training.methods import check_base_folder
 from training.multi_loop import multi_loop
+from training.multi_memory import AdapterLoad, ManyPlan, plan_many
 from training.progress import show_progress
+from training.watching import check_log_to, watch_settings
 
 _OF_THE_RUN = (
     "zero_stage",
@@ -23,6 +27,7 @@ _OF_THE_RUN = (
     "gpus_per_worker",
     "cpus_per_worker",
     "max_failures",
+    "log_to",
 )
 """Fields that all adapters of a run have in common; in all others they may differ."""
 _ALLOWED = {
@@ -31,6 +36,7 @@ _ALLOWED = {
     "ema_decay": (0.0,),
     "gradient_checkpointing": (False,),
     "offload": ("auto", "none"),
+    "min_workers": (None,),
 }
 """What the loop of many adapters can do of what a solo run can."""
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
@@ -53,6 +59,8 @@ class ManyTrained(NamedTuple):
     """Task -> (PEFT folder, last metrics), as `finetune` returns them."""
     failed: dict[str, str]
     """Task -> why it stopped."""
+    speed: dict[str, float] = {}
+    """tokens_per_s, communication_share and peak_memory_bytes of a run of several adapters (training/speed.py)."""
 
 
 def finetune_many(
@@ -63,29 +71,36 @@ def finetune_many(
     pad_token_id: int,
     storage: pathlib.Path,
     label: str | None = None,
+    num_parallel: int = 1,
 ) -> ManyTrained:
     """Train and wait for the result. Continues from the last checkpoint where a run of this name began before.
 
     Args:
         storage: folder for checkpoints; shared by all nodes of the cluster.
         label: what its progress bar is called; None takes `name`.
+        num_parallel: runs like this one that share the cluster's memory.
 
     Raises:
-        ConfigError: the tasks cannot share a run.
+        ConfigError: the tasks cannot share a run, or it does not fit in memory.
+        InputError: the base or a dataset cannot be used.
         TrainingError: the run failed more than `max_failures` times.
         RunYielded: it stopped at a checkpoint because `ask_to_yield` was called; call again to go on.
     """
     config = common_config(tasks)
-    kind = "cuda" if config.gpus_per_worker else "cpu"
+    check_log_to(config.log_to)
+    check_base_folder(base_path)
+    loads = [load_of(task, base_path) for task in tasks]
+    plan = plan_run_of(loads, config, base_path, device_bytes(config, num_parallel))
     settings = {
         "adapters": [adapter_settings(task, pad_token_id) for task in tasks],
         "base_path": str(base_path),
-        "zero_stage": 3 if config.zero_stage == 3 else 0,
+        "zero_stage": plan.stage,
         "bf16": config.bf16,
         "num_threads": max(1, int(config.cpus_per_worker)),
-        "tokens_per_pass": _TOKENS_PER_PASS[kind],
+        "tokens_per_pass": plan.tokens_per_pass,
         "progress_path": str(storage.resolve() / f"{name}.progress"),
         "yield_path": str(yield_path(name, storage)),
+        **watch_settings(name, config.log_to, storage),
     }
     storage.mkdir(parents=True, exist_ok=True)
     yield_path(name, storage).unlink(missing_ok=True)
@@ -96,7 +111,41 @@ def finetune_many(
         raise TrainingError(f"run {name}: failed after {config.max_failures} restarts: {result.error}")
     if result.metrics["yielded"]:
         raise RunYielded(f"run {name}: stopped after round {result.metrics['step']}, because it was asked to")
-    return _collect(pathlib.Path(result.checkpoint.path), result.metrics["adapters"])
+    return _collect(pathlib.Path(result.checkpoint.path), result.metrics)
+
+
+def load_of(task: AdapterTask, base_path: pathlib.Path) -> AdapterLoad:
+    """What a task's adapter asks of its worker's memory; its datasets are read for their longest rows.
+
+    Raises:
+        InputError: the base does not read its longest rows whole.
+    """
+    shape = shape_of(base_path, task.config)
+    rows, answers = [], []
+    for path in filter(None, (task.train_path, task.validation_path)):
+        lengths = _lengths(path)
+        check_window(path, [row for row, _ in lengths], shape)
+        rows += [row for row, _ in lengths]
+        answers += [answer for _, answer in lengths]
+    return AdapterLoad(
+        name=task.name,
+        trainable=shape.trainable,
+        examples=task.config.batch_size,
+        row_tokens=max(rows),
+        answer_tokens=max(answers),
+    )
+
+
+def plan_run_of(
+    loads: Sequence[AdapterLoad], config: FinetuneConfig, base_path: pathlib.Path, num_bytes: int
+) -> ManyPlan:
+    """Place a run of these adapters on workers whose devices have `num_bytes`.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    kind = "cuda" if config.gpus_per_worker else "cpu"
+    return plan_many(shape_of(base_path, config), config, loads, num_bytes, _TOKENS_PER_PASS[kind])
 
 
 def common_config(tasks: Sequence[AdapterTask]) -> FinetuneConfig:
@@ -135,6 +184,11 @@ def reason_against(config: FinetuneConfig) -> str | None:
             f"finetune.distill.teacher={config.distill.teacher!r}: not with fleet.mode=multi_lora; allowed: none; next: "
             "fleet.mode=solo"
         )
+    if config.distill.stored:
+        return (
+            "finetune.distill.stored=true: not with fleet.mode=multi_lora; allowed: false; next: "
+            "finetune.distill.stored=false, or fleet.mode=solo"
+        )
     return _reason_against_stage(config.zero_stage)
 
 
@@ -152,7 +206,7 @@ def _reason_against_stage(stage: int | str) -> str | None:
 def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
     """What the loop needs to know of a task."""
     paths = [path for path in (task.train_path, task.validation_path) if path is not None]
-    longest = max(_longest_row(path) for path in paths)
+    longest = max(row for path in paths for row, _ in _lengths(path))
     return {
         **task.config.model_dump(mode="json"),
         "name": task.name,
@@ -163,18 +217,23 @@ def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
     }
 
 
-def _longest_row(path: pathlib.Path) -> int:
+def _lengths(path: pathlib.Path) -> list[tuple[int, int]]:
+    """Tokens of each example, and of its answer."""
     import datasets
 
-    return max(len(ids) for ids in datasets.load_from_disk(str(path))["input_ids"])
+    table = datasets.load_from_disk(str(path))
+    columns = zip(table["input_ids"], table["num_prompt"], strict=True)
+    return [(len(ids), len(ids) - num_prompt) for ids, num_prompt in columns]
 
 
-def _collect(checkpoint: pathlib.Path, adapters: dict[str, dict[str, Any]]) -> ManyTrained:
+def _collect(checkpoint: pathlib.Path, metrics: dict[str, Any]) -> ManyTrained:
     done, failed = {}, {}
-    for name, facts in adapters.items():
+    for name, facts in metrics["adapters"].items():
         if facts["reason"]:
             failed[name] = facts["reason"]
         else:
-            metrics = {key: value for key, value in facts.items() if key != "reason"}
-            done[name] = (checkpoint / "models" / name, metrics)
-    return ManyTrained(done, failed)
+            done[name] = (checkpoint / "models" / name, {key: one for key, one in facts.items() if key != "reason"})
+    speed = {
+        key: metrics[key] for key in ("tokens_per_s", "communication_share", "peak_memory_bytes") if key in metrics
+    }
+    return ManyTrained(done, failed, speed)

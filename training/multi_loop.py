@@ -9,6 +9,7 @@ checkpoint holds adapters alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -21,6 +22,10 @@ from training.multi_lora import Graded, MultiLora, join_batches
 from training.multi_member import Member, load_members, save_members
 from training.multi_plan import plan_passes
 from training.progress import write_progress
+from training.speed import Speed, peak_memory_bytes, time_collectives
+from training.watching import Nobody, Watcher, open_watcher
+
+_NOBODY = Nobody()
 
 
 def multi_loop(settings: dict[str, Any]) -> None:
@@ -29,7 +34,8 @@ def multi_loop(settings: dict[str, Any]) -> None:
     Args:
         settings: see `training.multi_finetune`.
 
-    Side effects: reports {step, yielded, adapters: {name: metrics}} with a checkpoint whenever an adapter's own solo run
+    Side effects: reports {step, yielded, adapters: {name: metrics}}, and of this worker since it began {tokens_per_s,
+    communication_share, peak_memory_bytes} (training/speed.py), with a checkpoint whenever an adapter's own solo run
     would write one, and where it is asked to yield; the last one's `models/NAME/` are PEFT folders.
     """
     import ray.train
@@ -52,7 +58,9 @@ def multi_loop(settings: dict[str, Any]) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             run.resume(pathlib.Path(folder))
-    run.train(report)
+    watcher = open_watcher(settings, run.step) if context.get_world_rank() == 0 else Nobody()
+    with contextlib.closing(watcher):
+        run.train(report, watcher)
 
 
 class ManyRun:
@@ -61,22 +69,28 @@ class ManyRun:
     def __init__(self, settings: dict[str, Any], device: Any, rank: int, world_size: int) -> None:
         self._settings, self._device, self._rank, self._world_size = settings, device, rank, world_size
         base = load_base(settings, "lora").requires_grad_(False).eval()
-        self.members = [Member(one, base, device, rank, world_size) for one in settings["adapters"]]
+        self._speed = Speed(world_size, blocks=device.type == "cpu")
+        self.members = [Member(one, base, device, rank, world_size, self._speed) for one in settings["adapters"]]
         base = _place_base(base, settings, device)
+        if settings["zero_stage"]:
+            time_collectives(self._speed)
         self._model = MultiLora(base, [member.factors for member in self.members])
-        self._step = 0
+        self.step = 0
+        """Rounds done."""
 
     def resume(self, folder: pathlib.Path) -> None:
         load_members(self.members, folder, self._device)
-        self._step = max(member.step for member in self.members)
+        self.step = max(member.step for member in self.members)
 
-    def train(self, report: Callable[[dict[str, Any], pathlib.Path], None]) -> None:
+    def train(self, report: Callable[[dict[str, Any], pathlib.Path], None], watcher: Watcher = _NOBODY) -> None:
         """Until every adapter is done; `report` is called on every worker with metrics and a checkpoint's folder."""
+        self._watcher = watcher
         if not any(member.is_training for member in self.members):
             self._report(report)
         while active := [number for number, member in enumerate(self.members) if member.is_training]:
-            self._train_round(active)
-            self._step += 1
+            with self._speed.step(sum(self.members[number].num_tokens for number in active)):
+                self._train_round(active)
+            self.step += 1
             due = [number for number in active if self.members[number].is_checkpoint and self.members[number].step]
             self._grade([number for number in due if not self.members[number].reason])
             is_over = not any(member.is_training for member in self.members)
@@ -147,7 +161,8 @@ class ManyRun:
 
     def _report(self, report: Callable[[dict[str, Any], pathlib.Path], None], is_yielding: bool = False) -> None:
         adapters = {member.name: member.metrics() for member in self.members}
-        metrics = {"step": self._step, "yielded": is_yielding, "adapters": adapters}
+        metrics = {"step": self.step, "yielded": is_yielding, "adapters": adapters}
+        metrics |= self._speed.read() | {"peak_memory_bytes": peak_memory_bytes()}
         with tempfile.TemporaryDirectory() as local:
             folder = pathlib.Path(local)
             if self._rank == 0:
@@ -162,8 +177,19 @@ class ManyRun:
                 member.save_peft(folder / "models" / member.name)
         losses = [member.curve[-1]["loss"] for member in self.members if member.curve]
         if losses:
-            mean = sum(losses) / len(losses)
-            write_progress(pathlib.Path(self._settings["progress_path"]), self._step, mean)
+            facts = {"step": self.step, "loss": sum(losses) / len(losses), **self._speed.read()}
+            write_progress(pathlib.Path(self._settings["progress_path"]), facts)
+            self._watcher.write(facts | self._facts_of_members())
+
+    def _facts_of_members(self) -> dict[str, float]:
+        """The last point of the curve of every adapter that trained in this round, each number under the adapter's name."""
+        return {
+            f"{member.name}/{key}": value
+            for member in self.members
+            if member.curve and member.step == self.step
+            for key, value in member.curve[-1].items()
+            if key != "step"
+        }
 
 
 def _place_base(base: Any, settings: dict[str, Any], device: Any) -> Any:

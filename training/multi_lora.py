@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     answer_ids: Any
     """[A]"""
     weights: Any
-    """[A]: 1 / (tokens of the answer x rows of the adapter)."""
+    """[A]: 1 / (tokens of the answer x examples of the adapter, as a mean over the workers)."""
     row_starts: tuple[tuple[int, ...], ...]
     """Of each adapter: where in A each of its rows begins, and where the last one ends."""
     segments: Segments
@@ -78,7 +78,8 @@ def join_batches(batches: Mapping[int, Mapping[str, Any]], device: Any) -> Batch
     """Lay several adapters' padded batches out as one line.
 
     Args:
-        batches: number of the adapter -> {input_ids, labels}, both [B, T], as `training.batches.Rows` gives them.
+        batches: number of the adapter -> {input_ids, labels}, both [B, T], and num_examples to divide by where that is
+            another number than B, as `training.batches.Rows` gives them.
     """
     import torch
 
@@ -89,7 +90,7 @@ def join_batches(batches: Mapping[int, Mapping[str, Any]], device: Any) -> Batch
         lengths = is_answer.sum(dim=1)
         places.append(is_answer.flatten().nonzero().squeeze(1) + begin - 1)
         answers.append(one["labels"][is_answer])
-        weights.append((1 / (lengths * num_rows)).repeat_interleave(lengths))
+        weights.append((1 / (lengths * one.get("num_examples", num_rows))).repeat_interleave(lengths))
         starts.append((num_answers, *(num_answers + lengths.cumsum(0)).tolist()))
         num_answers, begin = starts[-1][-1], begin + num_rows * length
         ends.append(begin)

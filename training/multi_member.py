@@ -17,6 +17,7 @@ from training.batches import Rows
 from training.loop import rate_factor
 from training.methods import add_adapter
 from training.multi_lora import Factors
+from training.speed import Speed
 from training.stopping import best_point, is_patience_over
 
 _BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.98), 0.01, 1.0
@@ -28,16 +29,19 @@ _STATE, _FACTS = "adapters.safetensors", "adapters.json"
 class Member:
     """One adapter in training."""
 
-    def __init__(self, settings: dict[str, Any], base: Any, device: Any, rank: int, world_size: int) -> None:
+    def __init__(
+        self, settings: dict[str, Any], base: Any, device: Any, rank: int, world_size: int, speed: Speed
+    ) -> None:
         """Draw the initial weights. The base is left as it was.
 
         Args:
             settings: of this adapter, see `training.multi_finetune`.
+            speed: told how long the exchange of gradients takes.
         """
         import torch
 
         self.settings, self.name = settings, settings["name"]
-        self._world_size = world_size
+        self._world_size, self._speed = world_size, speed
         torch.manual_seed(settings["seed"])
         with_adapter = add_adapter(base, settings, settings["method"])
         self._lora_config = with_adapter.peft_config["default"]
@@ -68,6 +72,11 @@ class Member:
         return not done and self.reason is None
 
     @property
+    def num_tokens(self) -> int:
+        """That all workers together learn from in this adapter's next step."""
+        return self.rows.num_tokens(self.step)
+
+    @property
     def is_checkpoint(self) -> bool:
         """Whether a solo run would write a checkpoint after this step."""
         return self.step % self.settings["checkpoint_every"] == 0 or self.step == self.settings["num_steps"]
@@ -81,7 +90,8 @@ class Member:
 
         self.gradients[-1] = loss
         if self._world_size > 1:
-            torch.distributed.all_reduce(self.gradients)
+            with self._speed.communication():
+                torch.distributed.all_reduce(self.gradients)
             self.gradients /= self._world_size
         norm = self._weights.grad.norm()
         of_all, norm_of_all = torch.stack([self.gradients[-1], norm]).tolist()

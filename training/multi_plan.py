@@ -3,13 +3,13 @@
 Adapters of a run lie one after another in a batch, so none is padded to another's length; what a bad grouping costs is
 waiting: of runs that share the cluster for the longest one, and of memory that a pass with too many tokens does not have.
 So runs are balanced by their tokens (longest task first to the run with least, at most 4/3 of the best possible: Graham
-1969), and a pass takes as many adapters as fit its number of tokens. An adapter's gradients come out of one pass alone,
+1969), as far as the memory of one holds them, and a pass takes as many adapters as fit its number of tokens. An adapter's gradients come out of one pass alone,
 so passes change no result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -21,11 +21,14 @@ class TaskLoad(NamedTuple):
     """Over all steps."""
 
 
-def plan_groups(loads: Mapping[str, TaskLoad], max_groups: int) -> list[list[str]]:
+def plan_groups(
+    loads: Mapping[str, TaskLoad], max_groups: int, fits: Callable[[Sequence[str]], bool] = lambda names: True
+) -> list[list[str]]:
     """Split tasks into runs of one base each.
 
     Args:
-        max_groups: of one base; runs that train at the same time.
+        max_groups: of one base; runs that train at the same time. There are more where memory asks for it.
+        fits: whether a run of these tasks has room; one of a single task is not asked about.
 
     Returns:
         Names of tasks, the longest run first.
@@ -36,9 +39,13 @@ def plan_groups(loads: Mapping[str, TaskLoad], max_groups: int) -> list[list[str
         totals = [0.0] * min(max_groups, len(own))
         members: list[list[str]] = [[] for _ in totals]
         for name in sorted(own, key=lambda name: (-loads[name].num_tokens, name)):
-            least = totals.index(min(totals))
-            totals[least] += loads[name].num_tokens
-            members[least].append(name)
+            by_tokens = sorted(range(len(totals)), key=lambda number: (totals[number], number))
+            chosen = next((n for n in by_tokens if not members[n] or fits([*members[n], name])), len(totals))
+            if chosen == len(totals):
+                totals.append(0.0)
+                members.append([])
+            totals[chosen] += loads[name].num_tokens
+            members[chosen].append(name)
         groups += zip(totals, members, strict=True)
     return [names for _, names in sorted(groups, key=lambda one: (-one[0], one[1]))]
 

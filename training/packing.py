@@ -68,12 +68,13 @@ def split_evenly(items: Sequence[int], num_parts: int) -> list[list[int]]:
 
 
 def collate_padded(ids: Sequence[Sequence[int]], num_prompts: Sequence[int], pad: int) -> dict[str, Any]:
-    """One example a row: input_ids and labels [B, T]."""
+    """One example a row: input_ids and labels [B, T]; `examples` in the order of the rows."""
     return _lay_out(ids, num_prompts, [[k] for k in range(len(ids))], pad)
 
 
 def collate_packed(ids: Sequence[Sequence[int]], num_prompts: Sequence[int], pad: int, capacity: int) -> dict[str, Any]:
-    """Several examples a row: input_ids, labels and position_ids [R, T]; padding is a sequence of its own."""
+    """Several examples a row: input_ids, labels and position_ids [R, T]; padding is a sequence of its own. `examples` in
+    the order in which they lie in the rows."""
     return _lay_out(ids, num_prompts, pack([len(one) for one in ids], capacity), pad, is_packed=True)
 
 
@@ -102,5 +103,5 @@ def _lay_out(
             positions[line, begin:end] = torch.arange(len(own))
             begin = end
         positions[line, begin:] = torch.arange(width - begin)
-    tensors = {"input_ids": input_ids, "labels": labels}
+    tensors = {"input_ids": input_ids, "labels": labels, "examples": [k for row in rows for k in row]}
     return {**tensors, "position_ids": positions} if is_packed else tensors

@@ -1,6 +1,6 @@
 """A fine-tune's progress, from its worker to the terminal of the person who waits: a small file, and a bar that reads it.
 
-The file lies beside the run's checkpoints, which all nodes share. Only what is shown goes through it.
+The bar tells the time left from the steps so far. The file lies beside the run's checkpoints, which all nodes share. Only what is shown goes through it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,30 @@ import contextlib
 import json
 import pathlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
 
 _POLL_S = 0.5
 
 
-def write_progress(path: pathlib.Path, step: int, loss: float) -> None:
-    """Replace the file whole, so that a reader never sees half of it."""
+_SHOWN = {
+    "loss": ("loss", "{:.3f}"),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+    "communication_share": ("waiting", "{:.0%}"),
+    "agreement": ("agreement", "{:.1%}"),
+}
+"""Fact -> what it is called beside the bar, and how it is written."""
+
+
+def write_progress(path: pathlib.Path, facts: Mapping[str, float]) -> None:
+    """Replace the file whole, so that a reader never sees half of it.
+
+    Args:
+        facts: step, and what there is of loss, tokens_per_s, communication_share and agreement.
+    """
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({"step": step, "loss": loss}))
+    beside.write_text(json.dumps(dict(facts)))
     beside.replace(path)
 
 
@@ -37,12 +50,22 @@ def show_progress(path: pathlib.Path, name: str, num_steps: int) -> Iterator[Non
             watcher.join()
 
 
+def describe_progress(facts: Mapping[str, float]) -> str:
+    """What stands beside the bar.
+
+    Example:
+        >>> describe_progress({"step": 40, "loss": 0.5, "tokens_per_s": 2100.0})
+        'loss 0.500, tokens/s 2,100'
+    """
+    return ", ".join(f"{name} {form.format(facts[key])}" for key, (name, form) in _SHOWN.items() if key in facts)
+
+
 def _follow(path: pathlib.Path, bar: tqdm, is_over: threading.Event) -> None:
     while True:
         is_last = is_over.wait(_POLL_S)
         if path.exists():
-            progress = json.loads(path.read_text())
-            bar.set_postfix(loss=f"{progress['loss']:.3f}", refresh=False)
-            bar.update(progress["step"] - bar.n)
+            facts = json.loads(path.read_text())
+            bar.set_postfix_str(describe_progress(facts), refresh=False)
+            bar.update(facts["step"] - bar.n)
         if is_last:
             return

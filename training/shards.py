@@ -20,6 +20,7 @@ from training.paraphrase import Paraphrase
 from training.redact import RedactConfig, Redactor
 from training.snapshot import write_mapping, write_part
 from training.spill import read_spill
+from training.stored_logprobs import Stored, read_logprobs
 
 REDACTED_SPLITS: tuple[Split, ...] = ("train", "validation")
 """The splits whose content is stored."""
@@ -46,10 +47,12 @@ class ShardResult(NamedTuple):
     """Kind of personal value -> distinct values, summed over sessions."""
     paraphrased: dict[str, int]
     """Passages reworded, and kept as they were."""
+    logprobs: dict[str, int]
+    """What became of the log-probabilities of examples that carry any."""
 
 
 def content_stream(shard: int) -> str:
-    """Stream of [seq, client, session, request, answer]."""
+    """Stream of [seq, client, session, request, answer, log-probabilities of its tokens]."""
     return f"content-{shard:05d}"
 
 
@@ -65,42 +68,62 @@ def curate_shard(work: ShardWork, shard: int) -> ShardResult:
         StoreError: the spill was changed, or the store cannot be written.
     """
     plan = dict(read_spill(work.spill, work.spill_key, plan_stream(shard)))
-    sessions: dict[tuple[str, str, str], list[tuple[dict[str, Any], Any, Any]]] = defaultdict(list)
-    for seq, client, session, request, answer in read_spill(work.spill, work.spill_key, content_stream(shard)):
+    sessions: dict[tuple[str, str, str], list[tuple[dict[str, Any], Any, Any, Any]]] = defaultdict(list)
+    for seq, client, session, request, answer, logprobs in read_spill(
+        work.spill, work.spill_key, content_stream(shard)
+    ):
         row = plan.get(seq)
         if row is not None:
-            sessions[client, session, row["split"]].append((row, request, answer))
+            sessions[client, session, row["split"]].append((row, request, answer, logprobs))
     # A redactor of its own: what it remembers goes with the shard.
     redactor = Redactor(work.redact, work.surrogate_key, work.paraphrase)
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    redacted: Counter[str] = Counter()
+    redacted, kept = Counter[str](), Counter[str]()
     restored: list[dict[str, str]] = []
     for (client, session, split), calls in sessions.items():
         turns, found = redactor.redact_session(
-            [(request, answer) for _, request, answer in calls], f"{client}/{session}"
+            [(request, answer) for _, request, answer, _ in calls], f"{client}/{session}"
         )
         redacted += found
         mapping = redactor.mapping_of(f"{client}/{session}")
         restored += [{"session_id": session, "surrogate": new, "original": old} for new, old in mapping.items()]
-        for (row, _, _), (request, target) in zip(calls, turns, strict=True):
-            rows[split].append({**row, "request": _dump(request), "target": _dump(target)})
+        for (row, *served, logprobs), (request, target) in zip(calls, turns, strict=True):
+            stored = None
+            if logprobs is not None:
+                stored, became = _keep_logprobs(logprobs, is_as_served=served == [request, target])
+                kept[became] += 1
+            content = {"request": _dump(request), "target": _dump(target), "logprobs": stored and _dump(stored)}
+            rows[split].append({**row, **content})
     parts = {s: [write_part(work.store, work.folder, f"{s}-{shard:05d}", own)] for s, own in rows.items()}
     if restored:
         parts["mapping"] = [write_mapping(work.store, work.folder, f"mapping-{shard:05d}", restored)]
-    return ShardResult(parts, dict(redacted), dict(redactor.paraphrased))
+    return ShardResult(parts, dict(redacted), dict(redactor.paraphrased), dict(kept))
+
+
+def _keep_logprobs(logprobs: Any, *, is_as_served: bool) -> tuple[Stored | None, str]:
+    """What is stored of them, and what became of them.
+
+    Those of a call that redaction changed would name, among what else the LLM might have said, what was removed.
+    """
+    if not is_as_served:
+        return None, "redacted"
+    stored = read_logprobs(logprobs)
+    return stored, "kept" if stored else "unreadable"
 
 
 def curate_shards(work: ShardWork, shards: Iterable[int], *, on_ray: bool) -> ShardResult:
     """Write the examples of all shards."""
     parts: dict[str, list[str]] = {split: [] for split in REDACTED_SPLITS}
-    redacted, paraphrased = Counter[str](), Counter[str]()
+    redacted, paraphrased, logprobs = Counter[str](), Counter[str](), Counter[str]()
     results = _on_ray(work, list(shards)) if on_ray else (curate_shard(work, shard) for shard in shards)
     for result in results:
         for split, paths in result.parts.items():
             parts.setdefault(split, []).extend(paths)
         redacted.update(result.redacted)
         paraphrased.update(result.paraphrased)
-    return ShardResult({split: sorted(paths) for split, paths in parts.items()}, dict(redacted), dict(paraphrased))
+        logprobs.update(result.logprobs)
+    sorted_parts = {split: sorted(paths) for split, paths in parts.items()}
+    return ShardResult(sorted_parts, dict(redacted), dict(paraphrased), dict(logprobs))
 
 
 def is_ray_connected() -> bool:

@@ -37,9 +37,10 @@ EXAMPLE_SCHEMA = pa.schema(
         pa.field("flags", pa.list_(pa.string())),
         pa.field("cost_usd", pa.float64()),
         pa.field("latency_ms", pa.float64()),
+        pa.field("logprobs", pa.string()),
     ]
 )
-_ENCRYPTED = ("request", "target")
+_ENCRYPTED = ("request", "target", "logprobs")
 _MAPPING = "mapping"
 """Among the parts of the splits: those that say what surrogates stand for."""
 MAPPING_SCHEMA = pa.schema([(name, pa.string()) for name in ("session_id", "surrogate", "original")])
@@ -74,6 +75,9 @@ class CurationCounts(Record):
     """Kind of personal value -> distinct values replaced, summed over the sessions of train and validation."""
     paraphrased: dict[str, int] = {}
     """Passages that an LLM reworded, and that were kept because the rewording lost what an answer copies."""
+    logprobs: dict[str, int] = {}
+    """What became of the log-probabilities that answers of train and validation carry -> examples: kept, unreadable (of
+    no known shape, or without alternatives), or redacted (they are of other texts than what is learned)."""
     audits: dict[str, AuditCounts] = {}
     """task_id -> its reference stream where a specialist answered."""
     flagged: dict[str, int] = {}
@@ -158,8 +162,9 @@ def remove_examples(store: Store, snapshot_id: str, call_ids: set[str]) -> int:
             if split != _MAPPING:
                 count += pc.sum(gone).as_py()
                 sessions |= set(table["session_id"].filter(gone).to_pylist())
-            encrypted = ("surrogate", "original") if split == _MAPPING else _ENCRYPTED
             kept = table.filter(pc.invert(gone))
+            secret = ("surrogate", "original") if split == _MAPPING else _ENCRYPTED
+            encrypted = tuple(one for one in secret if one in kept.column_names)
             name = path.rsplit("/", 1)[-1].rpartition("-")[0]
             paths[number] = _write(store, folder, name, kept, encrypted)
             removed.append(path)
@@ -225,7 +230,8 @@ def load_split(store: Store, snapshot_id: str, split: Split, *, as_served: bool)
         _join_served(store, rows)
     else:
         for row in rows:
-            row.update(request=json.loads(row["request"]), target=json.loads(row["target"]))
+            content = {name: row.get(name) for name in _ENCRYPTED}
+            row.update({name: None if text is None else json.loads(text) for name, text in content.items()})
     return [Example(**row) for row in rows]
 
 

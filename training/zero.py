@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from training.finetune import FinetuneConfig
 
 Offload = Literal["none", "optimizer", "parameters"]
-_USABLE = 0.9
+USABLE = 0.9
 """Of a device's memory; the rest is left to fragmentation and to what a prediction misses."""
 _SOURCE = "arXiv 1910.02054 section 5"
 
@@ -63,7 +63,7 @@ def plan_zero(shape: ModelShape, config: FinetuneConfig, load: Load, device_byte
                 shape=shape,
                 load=part,
             )
-            if memory.total <= _USABLE * device_bytes:
+            if memory.total <= USABLE * device_bytes:
                 return plan
             tried.append(plan)
     raise ConfigError(_explain_refusal(config, min(tried, key=lambda plan: plan.memory.total)))
@@ -76,9 +76,10 @@ def placements(config: FinetuneConfig) -> list[tuple[int, Offload]]:
     host's memory is the device's.
     """
     every: list[tuple[int, Offload]] = [(0, "none")]
-    if config.num_workers > 1:
+    # With another number of workers than it was written by, a sharded checkpoint could not be read.
+    if config.num_workers > 1 and not config.min_workers:
         every += [(1, "none"), (2, "none"), (3, "none")]
-    if config.gpus_per_worker:
+    if config.gpus_per_worker and not config.min_workers:
         every += [(2, "optimizer"), (3, "optimizer"), (3, "parameters")]
     if config.zero_stage != "auto":
         offloads = sorted({offload for stage, offload in every if stage == config.zero_stage}, key=_OFFLOADS.index)
@@ -144,7 +145,7 @@ def _micro_batches(config: FinetuneConfig, most: int) -> Iterator[int]:
 
 def _explain_refusal(config: FinetuneConfig, plan: ZeroPlan) -> str:
     """What the placement that needs least needs, and what would give it room."""
-    memory, usable = plan.memory, _USABLE * plan.device_bytes
+    memory, usable = plan.memory, USABLE * plan.device_bytes
     fixed = memory.overhead + memory.activations + memory.logits
     sharded = memory.total - fixed
     remedies = []
@@ -157,14 +158,14 @@ def _explain_refusal(config: FinetuneConfig, plan: ZeroPlan) -> str:
         remedies.append("finetune.method=lora")
     if not config.bf16:
         remedies.append("finetune.bf16=true")
-    gib = memory.total / _USABLE / 2**30
+    gib = memory.total / USABLE / 2**30
     return (
         f"fine-tune: {plan.shape.parameters:,} parameters by {config.method} need {_gib(memory.total).strip()} on each "
         f"worker (ZeRO {plan.stage}, offload {plan.offload}, micro-batch {plan.micro_batch_size}: weights "
         f"{_gib(memory.weights).strip()}, gradients {_gib(memory.gradients).strip()}, optimiser "
         f"{_gib(memory.optimizer).strip()}, activations {_gib(memory.activations).strip()}, logits "
         f"{_gib(memory.logits).strip()}, overhead {_gib(memory.overhead).strip()}), and a device has "
-        f"{_gib(plan.device_bytes).strip()}, of which {_USABLE:.0%} may be used; what would fit: a device of "
+        f"{_gib(plan.device_bytes).strip()}, of which {USABLE:.0%} may be used; what would fit: a device of "
         f"{gib:.1f} GiB{''.join(', or ' + one for one in remedies)}"
     )
 

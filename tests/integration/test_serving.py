@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pathlib
 import shutil
 import subprocess
@@ -18,13 +19,14 @@ from teaching import teach
 from cluster import registry
 from cluster.access import ApiKeys, keys_folder
 from cluster.calls import read_calls
+from cluster.engine import EngineAnswer
 from cluster.feedback import read_outcomes
 from cluster.records import AgentCall, Gate, Release, Specialist
 from cluster.route_model import RouteModel
 from cluster.signature import signature_of
 from cluster.store import Store, content_hash
 from serving.app import KEYS_FILE, ServeArgs, build
-from serving.specialist import SpecialistConfig, fingerprint_of
+from serving.specialist import SpecialistConfig, find_engine, fingerprint_of
 from training.finetune import FinetuneConfig, finetune
 
 pytestmark = pytest.mark.integration
@@ -126,6 +128,26 @@ def test_a_prompt_too_long_for_the_specialist_escalates_to_the_llm(endpoint: End
     assert reply.parse().model == LLM
     call = _captured(endpoint, reply.headers["x-understudy-call-id"])
     assert call.served_by == "llm" and call.route is not None and call.route.action == "escalate"
+
+
+def test_the_engine_gives_up_what_a_gate_would_refuse_and_nothing_else(endpoint: Endpoint, toy: Any) -> None:
+    engine = find_engine(APP, BASE)
+    system, user = toy.examples[0].request["messages"]
+    asked = {**toy.examples[0].request, "messages": [system, {**user, "content": "heater heater radio, fan or low"}]}
+
+    async def answer(stop_below: float) -> EngineAnswer:
+        return await engine.answer(ADAPTER, toy.prompt_format, asked, 64, stop_below)
+
+    async def scenario() -> None:
+        whole = await answer(0.0)
+        assert whole.completion_tokens > 2 and whole.finish_reason in ("stop", "length")
+        early = await answer(0.999999)
+        assert early.finish_reason == "rejected" and early.message is None
+        assert early.completion_tokens < whole.completion_tokens
+        assert whole.confidence <= early.confidence < 0.999999
+        assert await answer(whole.confidence) == whole, "at its own confidence it is kept"
+
+    asyncio.run(scenario())
 
 
 def test_an_unknown_call_goes_to_the_llm(endpoint: Endpoint) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 from fakes import REQUEST, FakeEngine, engine_answer, gateway, make_specialist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.calls import write_calls
 from cluster.engine import EngineAnswer
 from cluster.faces import FacesConfig, Facing
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Example, TaskSpec
-from cluster.servable import invalid_reason, unservable_reason
+from cluster.servable import ask_engine, invalid_reason, unservable_reason
 from cluster.store import Store
 from training.canaries import Canary
 from training.curate import CurateConfig, curate
@@ -26,8 +28,11 @@ from training.snapshot import load_split
 from training.splits import SplitConfig, split_of
 
 MAX_TEMPERATURE = 0.7
+LOOP = "again and " * 20
 FACES = FacesConfig()
 UNKNOWN = Facing(FACES, None)
+LABEL = PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100)
+JSON = LABEL.model_copy(update={"answer_kind": "json"})
 SHARES = SplitConfig(train=0.01, validation=0.01, calibration=0.97, test=0.01, test_by="hash")
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 TOOL_CHOICE = {"type": "function", "function": {"name": "look"}}
@@ -102,17 +107,17 @@ def test_what_a_specialist_can_do_is_asked_of_it(extra: dict[str, Any]) -> None:
 
 def test_cut_unread_long_and_wrong_answers_are_invalid_each_with_its_reason() -> None:
     sure = engine_answer("refund", 1.0)
-    assert invalid_reason(sure, "label", {"max_completion_tokens": 2, "max_tokens": None}, UNKNOWN) is None
+    assert invalid_reason(sure, LABEL, {"max_completion_tokens": 2, "max_tokens": None, **REQUEST}, UNKNOWN) is None
     reasons = [
-        invalid_reason(engine_answer("refund", 1.0, "length"), "label", REQUEST, UNKNOWN),
-        invalid_reason(sure.model_copy(update={"message": None}), "label", REQUEST, UNKNOWN),
-        invalid_reason(sure, "label", {"max_tokens": 1}, UNKNOWN),
-        invalid_reason(sure, "json", REQUEST, UNKNOWN),
-        invalid_reason(sure, "label", {"stop": "fun"}, UNKNOWN),
-        invalid_reason(sure, "label", {"tools": [TOOL], "tool_choice": TOOL_CHOICE}, Facing(FACES, False)),
+        invalid_reason(engine_answer("refund", 1.0, "length"), LABEL, REQUEST, UNKNOWN),
+        invalid_reason(sure.model_copy(update={"message": None}), LABEL, REQUEST, UNKNOWN),
+        invalid_reason(sure, LABEL, {"max_tokens": 1}, UNKNOWN),
+        invalid_reason(sure, JSON, REQUEST, UNKNOWN),
+        invalid_reason(sure, LABEL, {"stop": "fun"}, UNKNOWN),
+        invalid_reason(sure, LABEL, {"tools": [TOOL], "tool_choice": TOOL_CHOICE}, Facing(FACES, False)),
     ]
     assert None not in reasons and len(set(reasons)) == 6
-    assert invalid_reason(sure, "label", {"stop": ["no", "such"]}, UNKNOWN) is None
+    assert invalid_reason(sure, LABEL, {"stop": ["no", "such"], **REQUEST}, UNKNOWN) is None
 
 
 def _tool_calls(num: int) -> EngineAnswer:
@@ -158,10 +163,16 @@ def _tool_calls(num: int) -> EngineAnswer:
             ],
             [0, 2, 3],
         ),
+        (
+            engine_answer(LOOP, 0.99),
+            "text",
+            [{}, {"messages": [REQUEST["messages"][0], {"role": "user", "content": f"Say this: {LOOP}"}]}],
+            [1],
+        ),
         (engine_answer("refund", 0.5), "label", [{}], []),
         (engine_answer("refund", 0.99, "length"), "label", [{}], []),
     ],
-    ids=["label", "tool_call", "unsure", "cut"],
+    ids=["label", "tool_call", "loop", "unsure", "cut"],
 )
 def test_what_the_gateway_accepts_is_what_a_gate_counts(
     tmp_path: pathlib.Path, answer: EngineAnswer, kind: str, extras: list[dict[str, Any]], expected: list[int]
@@ -184,6 +195,28 @@ def test_what_the_gateway_accepts_is_what_a_gate_counts(
 
     accepted, counted = asyncio.run(scenario())
     assert accepted == counted == expected
+
+
+@given(
+    st.lists(st.floats(-2.0, 0.0), min_size=1, max_size=20), st.floats(0.0, 1.0), st.integers(1, 20), st.integers(1, 20)
+)
+def test_a_threshold_that_is_known_beforehand_decides_no_call_otherwise(
+    logprobs: list[float], threshold: float, max_answer_tokens: int, max_tokens: int
+) -> None:
+    """Validation asks without one, the gateway with the gate's."""
+    engine = FakeEngine()
+    engine.logprobs = logprobs
+    request = {**REQUEST, "max_tokens": max_tokens}
+
+    async def is_kept(stop_below: float) -> bool:
+        answer, invalid = await ask_engine(engine, "a", LABEL, request, max_answer_tokens, UNKNOWN, stop_below)
+        return invalid is None and answer.confidence >= threshold
+
+    async def whole() -> bool:
+        answer = await engine.answer("a", LABEL, request, max_answer_tokens)
+        return invalid_reason(answer, LABEL, request, UNKNOWN) is None and answer.confidence >= threshold
+
+    assert asyncio.run(is_kept(threshold)) == asyncio.run(is_kept(0.0)) == asyncio.run(whole())
 
 
 def test_what_is_not_asked_or_not_kept_counts_as_no_agreement(tmp_path: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from cluster.config import validate
 from cluster.errors import ConfigError
 from serving.cluster_llm import ClusterLLMConfig
-from serving.gateway import GatewayConfig
+from serving.gateway_config import GatewayConfig
 from serving.scaling import ScaleConfig, autoscaling_of
 from serving.specialist import SpecialistConfig
 

@@ -60,7 +60,7 @@ def test_without_an_engine_there_is_no_fingerprint(installed: dict[str, str]) ->
         fingerprint_of("base", CONFIG)
 
 
-@pytest.mark.parametrize("name", ["prompts.py", "confidence.py", "answers.py", "servable.py"])
+@pytest.mark.parametrize("name", ["prompts.py", "confidence.py", "acceptance.py", "answers.py", "servable.py"])
 def test_any_change_of_what_renders_and_keeps_answers_changes_the_version(
     tmp_path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from fakes import FakeEngine, engine_answer
 
+from cluster.acceptance import AnswerForm
 from cluster.errors import InputError
 from cluster.faces import FacesConfig
 from cluster.prompts import PromptFormat, render_prompt
@@ -62,6 +63,12 @@ def test_the_part_that_fits_is_learned_whole_and_the_rest_is_named(data):
     assert describe_left_out(found).startswith("60 of 80 train examples have prompts longer than 64 tokens")
 
 
+def test_the_form_of_answers_is_learned_from_the_train_split_and_goes_with_the_prompt_format(data):
+    form = data[0].prompt_format.answer_form
+    assert form == AnswerForm(max_chars=2 * len("yes"), scripts=("LATIN",), follows_language=False, repeats=False)
+    assert PromptFormat.model_validate(data[0].prompt_format.model_dump(mode="json")) == data[0].prompt_format
+
+
 def test_a_task_of_which_too_little_fits_is_refused_with_the_numbers(data):
     found, _ = data
     reason = refuse_lengths(found, "b", 32, num_calibration=200, num_needed=59)
@@ -77,7 +84,7 @@ def test_the_gate_of_such_a_task_is_about_the_part_that_fits_and_long_calls_esca
     found, tokenizer = data
 
     class Engine(FakeEngine):
-        async def answer(self, adapter, prompt_format: PromptFormat, request, max_answer_tokens):
+        async def answer(self, adapter, prompt_format: PromptFormat, request, max_answer_tokens, stop_below=0.0):
             render_prompt(request, prompt_format, tokenizer)
             return engine_answer("yes", 0.99)
 

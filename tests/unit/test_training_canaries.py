@@ -41,7 +41,7 @@ class Memoriser:
         self.known = {canary.request["messages"][-1]["content"]: canary.secret for canary in known}
         self.failing = {canary.request["messages"][-1]["content"] for canary in failing}
 
-    async def answer(self, adapter, prompt_format, request, max_answer_tokens):
+    async def answer(self, adapter, prompt_format, request, max_answer_tokens, stop_below=0.0):
         asked = request["messages"][-1]["content"]
         if asked in self.failing:
             raise EngineError("no")

@@ -294,6 +294,28 @@ def test_splits_are_joined_with_what_was_served(tmp_path):
     assert "a@mail.com" not in str(stored.request)
 
 
+def test_log_probabilities_are_kept_unless_they_are_of_other_texts_than_what_is_learned(tmp_path):
+    def tell(text):
+        return [{"token": text, "logprob": -0.1, "bytes": None, "top_logprobs": [{"token": "no", "logprob": -2.5}]}]
+
+    def call(index, question, content):
+        said = {"message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}
+        response = {"choices": [{**said, "logprobs": {"content": content}}]}
+        return make_call(index, question, session_id=SESSION_IN["train"], client_id=f"c{index}", response=response)
+
+    calls = [
+        call(0, "is it open on sundays?", tell("yes")),
+        call(1, "is maria.keller@example.org a member?", tell("yes")),
+        call(2, "is it closed in winter?", [{"token": "yes", "logprob": -0.1, "top_logprobs": []}]),
+        make_call(3, "is the shop near here?", session_id=SESSION_IN["train"], client_id="c3"),
+    ]
+    store, snapshot = curate_calls(tmp_path, calls, max_client_share=1.0)
+    assert snapshot.counts.logprobs == {"kept": 1, "redacted": 1, "unreadable": 1}
+    found = {one.source_call_ids[0]: one.logprobs for one in load_split(store, snapshot.id, "train", as_served=False)}
+    assert found.pop("call-0") == [("796573", [("796573", -0.1), ("6e6f", -2.5)])]
+    assert set(found) == {"call-1", "call-2", "call-3"} and not any(found.values())
+
+
 @pytest.mark.parametrize(("split", "as_served"), [("train", True), ("calibration", False), ("test", False)])
 def test_a_split_is_refused_in_a_form_it_must_not_have(tmp_path, split, as_served):
     store, snapshot = curate_calls(tmp_path, [make_call(0)])

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import PAD, make_rows, save_tiny_base, tiny_settings
 
-from cluster.errors import TrainingError
-from training.distill import Distiller, divergence
+from cluster.config import validate
+from cluster.errors import ConfigError, TrainingError
+from training.distill import DistillConfig, Distiller, StoredDistiller, divergence, sparse_divergence
 from training.methods import build_model
 from training.objective import answer_loss
 from training.packing import collate_padded
@@ -84,3 +85,48 @@ def test_a_teacher_of_other_tokens_or_none_is_refused(base, tmp_path):
         Distiller({**SETTINGS, "teacher": str(tmp_path / "other")}, student)
     with pytest.raises(TrainingError, match="teacher '.*gone' cannot be loaded"):
         Distiller({**SETTINGS, "teacher": str(tmp_path / "gone")}, student)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_few_known_tokens_teach_as_a_dense_vector_that_is_zero_elsewhere(logits, temperature):
+    student, teacher = (one.clone().double() for one in logits)
+    student.requires_grad_()
+    top_logprobs, top_ids = teacher.log_softmax(-1).topk(3)
+    top_logprobs = top_logprobs.float()
+    top_logprobs[1, 2] = -torch.inf  # a row of which only two are known
+    top_logprobs[4] = -torch.inf  # and one of which nothing is
+    found = sparse_divergence(student, top_ids, top_logprobs, temperature)
+    found.sum().backward()
+    gradient, student.grad = student.grad, None
+    weights = (top_logprobs.double() / temperature).exp()
+    dense = torch.zeros_like(teacher).scatter(1, top_ids, weights)
+    dense = dense / dense.sum(-1, keepdim=True).clamp_min(1e-30)
+    own = (student / temperature).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(own, dense, reduction="none").sum(-1) * temperature**2
+    expected.sum().backward()
+    torch.testing.assert_close(found, expected.detach().float(), check_dtype=False)
+    torch.testing.assert_close(gradient, student.grad, atol=1e-6, rtol=1e-5, check_dtype=False)
+    assert found[4] == 0 and not gradient[4].any() and gradient[:4].any(dim=-1).all()
+
+
+def test_tokens_of_which_nothing_is_known_are_learned_as_they_are(base):
+    student = build_model(tiny_settings(base_path=str(base), method="full")).eval()
+    batch = batch_of(4)
+    num_answers = int((batch["labels"] != -100).sum())
+    nothing = {"top_ids": torch.zeros(num_answers, 2, dtype=torch.long)}
+    nothing["top_logprobs"] = torch.full((num_answers, 2), -torch.inf)
+    distiller = StoredDistiller({"weight": 0.5, "temperature": 1.0})
+    hard = answer_loss(student, batch, "cpu").item()
+    assert distiller.loss(student, batch, "cpu").item() == pytest.approx(hard)
+    assert distiller.loss(student, {**batch, **nothing}, "cpu").item() == pytest.approx(hard)
+    known = {name: tensor.clone() for name, tensor in nothing.items()}
+    known["top_ids"][0], known["top_logprobs"][0] = torch.tensor([3, 4]), torch.tensor([-0.5, -1.0])
+    assert distiller.loss(student, {**batch, **known}, "cpu").item() != pytest.approx(hard)
+
+
+def test_stored_probabilities_exclude_a_teacher_and_the_reverse_direction():
+    assert validate(DistillConfig, {"stored": True}).stored
+    with pytest.raises(ConfigError, match="teacher='t' is named too; allowed: one of both"):
+        validate(DistillConfig, {"stored": True, "teacher": "t"})
+    with pytest.raises(ConfigError, match="direction='reverse' needs all of the teacher's"):
+        validate(DistillConfig, {"stored": True, "direction": "reverse"})

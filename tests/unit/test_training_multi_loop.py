@@ -218,7 +218,8 @@ def test_a_run_that_was_cut_off_ends_as_the_undisturbed_one(folder: pathlib.Path
     again = ManyRun(settings, torch.device("cpu"), 0, 1)
     again.resume(cut.last)
     again.train(cut)
-    assert cut.metrics[-1] == whole.metrics[-1]
+    assert cut.metrics[-1]["adapters"] == whole.metrics[-1]["adapters"]
+    assert cut.metrics[-1]["step"] == whole.metrics[-1]["step"]
     for number in range(3):
         own, other = (load_file(one.last / f"models/task{number}/adapter_model.safetensors") for one in (cut, whole))
         assert all(torch.equal(own[key], other[key]) for key in own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,19 @@ loads = st.dictionaries(
     min_size=1,
     max_size=12,
 )
+
+
+def test_a_run_takes_no_more_tasks_than_its_memory_holds_and_waits_for_none_that_fits_nowhere() -> None:
+    loads = {name: TaskLoad("one", tokens) for name, tokens in (("a", 9), ("b", 7), ("c", 5), ("d", 3), ("e", 1))}
+    asked: list[list[str]] = []
+
+    def fits(names: Sequence[str]) -> bool:
+        asked.append(list(names))
+        return len(names) <= 2
+
+    assert plan_groups(loads, 2, fits) == [["a", "d"], ["b", "c"], ["e"]]
+    assert all(len(names) > 1 for names in asked), "a task alone was asked about"
+    assert plan_groups(loads, 2, lambda names: "a" not in names) == [["b", "c", "d", "e"], ["a"]]
 
 
 @settings(max_examples=50, deadline=None)

@@ -129,6 +129,41 @@ def test_every_rank_has_as_many_micro_batches_and_an_empty_one_counts_nothing(mo
         assert sum(parts) == pytest.approx(whole, abs=1e-5)
 
 
+def examples_of(rows: Rows, step: int) -> list[tuple[int, ...]]:
+    """The examples of a rank's step that count, read off its tensors."""
+    found = []
+    for part in rows.micro_batches(step):
+        if part["num_examples"] != float("inf"):
+            found += [tuple(ids[: ids.index(PAD)] if PAD in ids else ids) for ids in part["input_ids"].tolist()]
+    return found
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 39])
+def test_a_step_is_of_the_same_examples_and_loss_however_many_ranks_share_it(model, tmp_path, num_rows):
+    save_dataset(make_rows(num_rows, seed=8), tmp_path / "rows")
+    settings = tiny_settings(batch_size=4, micro_batch_size=3)
+    by_world = {
+        world: [Rows(str(tmp_path / "rows"), settings, rank, world, step_examples=8) for rank in range(world)]
+        for world in (1, 2, 3)
+    }
+    assert {rows.num_batches() for ranks in by_world.values() for rows in ranks} == {-(-num_rows // 8)}
+    last = by_world[1][0].num_batches() - 1
+    for step in (0, last, last + 3):
+        drawn = {
+            world: sorted(sum((examples_of(rows, step) for rows in ranks), [])) for world, ranks in by_world.items()
+        }
+        assert drawn[1] == drawn[2] == drawn[3] and len(drawn[1]) == len(set(drawn[1])) > 0
+        tokens = {rows.num_tokens(step) for ranks in by_world.values() for rows in ranks}
+        assert tokens == {sum(map(len, drawn[1]))}
+        # Gradients are averaged over the ranks, so the mean of their losses must not depend on how many there are.
+        for way in (Rows.micro_batches, lambda rows, step: [rows.batch(step)]):
+            means = [
+                sum(answer_loss(model, part, "cpu").item() for rows in ranks for part in way(rows, step)) / world
+                for world, ranks in by_world.items()
+            ]
+            assert means == pytest.approx([means[0]] * 3, abs=1e-5)
+
+
 def test_a_step_draws_the_same_batch_whenever_it_is_asked_for(rows_path):
     rows = Rows(str(rows_path), tiny_settings(), 0, 1)
     later = rows.batch(13)["input_ids"].tolist()

@@ -86,6 +86,16 @@ def test_the_cheapest_placement_that_fits_is_taken(device_gib, changes, expected
     assert bool(plan.memory.host) == (plan.offload != "none")
 
 
+def test_a_run_that_goes_on_with_fewer_workers_shards_nothing_and_says_why():
+    config = make_config(num_workers=4, min_workers=2)
+    assert placements(config) == [(0, "none")]
+    with pytest.raises(ConfigError, match="min_workers=5: above num_workers=4; allowed: at most that"):
+        make_config(num_workers=4, min_workers=5)
+    for changes in ({"zero_stage": 2}, {"offload": "optimizer"}):
+        with pytest.raises(ConfigError, match="is cut for its number of workers and cannot be read by another"):
+            make_config(num_workers=4, min_workers=2, **changes)
+
+
 def test_a_smaller_micro_batch_comes_before_a_dearer_placement():
     shape = SEVEN_B.model_copy(update={"trainable": 20_000_000})
     plan = plan_zero(shape, make_config(method="lora", num_workers=2), BATCH, 40 * GIB)

@@ -1,0 +1,53 @@
+"""One request to the LLMs -> their answer: whole, or a stream whose first byte is here. Knows nothing of specialists."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+from cluster.sse import parse_object
+from cluster.upstream import LLMNodeConfig, UpstreamStream
+from serving.fallback import FallbackLLM
+from serving.relay import EVENT_STREAM
+
+
+class WholeAnswer(NamedTuple):
+    """A reply in one piece: an answer, or an error that is the client's own."""
+
+    status: int
+    raw: bytes
+    body: dict[str, Any] | None
+    """`raw` as JSON; None where it is no object."""
+    endpoint: LLMNodeConfig
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class BegunAnswer(NamedTuple):
+    """A stream of events that has begun; who takes it closes it."""
+
+    stream: UpstreamStream
+    endpoint: LLMNodeConfig
+    stack: contextlib.AsyncExitStack
+
+    async def close(self) -> None:
+        await self.stack.aclose()
+
+
+async def ask_llm(fallback: FallbackLLM, request: dict[str, Any]) -> WholeAnswer | BegunAnswer:
+    """Ask for an answer as the request wants it, streamed or not.
+
+    Raises:
+        UpstreamError: none of the LLMs gave one.
+    """
+    if not request.get("stream"):
+        reply, endpoint = await fallback.chat(request)
+        return WholeAnswer(reply.status, reply.raw, reply.body, endpoint)
+    async with contextlib.AsyncExitStack() as stack:
+        stream, endpoint = await stack.enter_async_context(fallback.stream(request))
+        if stream.status == 200 and stream.content_type == EVENT_STREAM:
+            return BegunAnswer(stream, endpoint, stack.pop_all())
+        raw = b"".join([piece async for piece in stream.chunks])
+        return WholeAnswer(stream.status, raw, parse_object(raw), endpoint)
+    raise AssertionError("the block returns or raises")
