@@ -22,6 +22,7 @@ from pydantic import Field
 from cluster.errors import InputError
 from cluster.records import AnswerKind, Record
 from cluster.store import content_hash
+from cluster.tool_values import canonical, fill_defaults, match_alternatives
 
 _CALL_BEGIN, _CALL_END = "<tool_call>", "</tool_call>"
 _FENCE = re.compile(r"```(?:json|JSON)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
@@ -114,19 +115,33 @@ def check(message: dict[str, Any] | None, kind: AnswerKind, request: dict[str, A
     return _check_response_format(content, request)
 
 
-def grade(answer: dict[str, Any] | None, reference: dict[str, Any], kind: AnswerKind, request: dict[str, Any]) -> Grade:
+def grade(
+    answer: dict[str, Any] | None,
+    reference: dict[str, Any],
+    kind: AnswerKind,
+    request: dict[str, Any],
+    alternatives: Sequence[dict[str, Any]] | None = None,
+) -> Grade:
     """Compare an answer with the reference.
 
     tool_call: the same calls in any order, each as often, by name and canonical arguments (2 equals 2.0, key order is
-    ignored, arguments left out equal none). json: by value, a fence is ignored. label: exact after strip and casefold.
-    text: exact after whitespace is normalised; its score is the character n-gram F1, orders 1 to 6 averaged (chrF of
-    Popovic 2015 with beta 1). None never agrees, nor does anything with a reference that is not of this kind, nor an
-    answer that `check` refuses for this request where it keeps the reference (a fence that response_format forbids).
+    ignored, arguments left out equal their defaults, optional ones that are null equal none). json: by value, a fence is
+    ignored. label: exact after strip and casefold. text: exact after whitespace is normalised; its score is the character
+    n-gram F1, orders 1 to 6 averaged (chrF of Popovic 2015 with beta 1). None never agrees, nor does anything with a
+    reference that is not of this kind, nor an answer that `check` refuses for this request where it keeps the reference (a
+    fence that response_format forbids).
+
+    Args:
+        alternatives: for tool calls, all that a person accepts, instead of the reference's values; see
+            cluster/tool_values.py.
     """
     if answer is None:
         return Grade(agrees=False, score=0.0)
+    if kind == "tool_call" and alternatives is not None:
+        return _from_fields(match_alternatives(read_calls(answer) or [], alternatives, request))
     if kind == "tool_call":
-        compared = _grade_calls(read_calls(answer), read_calls(reference))
+        ours, theirs = read_calls(answer), read_calls(reference)
+        compared = _grade_calls(ours and fill_defaults(ours, request), theirs and fill_defaults(theirs, request))
     elif kind == "json":
         compared = _grade_json(json_value(_content(answer) or ""), json_value(_content(reference) or ""))
     else:
@@ -244,19 +259,6 @@ def _dump(value: Any) -> str:
     return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(value, separators=(",", ":"))
 
 
-def _canonical(value: Any) -> str:
-    """Text that is equal exactly for equal JSON values: keys sorted, 2.0 as 2, true apart from 1."""
-    return json.dumps(_whole_floats_as_integers(value), sort_keys=True)
-
-
-def _whole_floats_as_integers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _whole_floats_as_integers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_whole_floats_as_integers(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _response_format(request: dict[str, Any]) -> str:
     return (request.get("response_format") or {}).get("type") or "text"
 
@@ -348,7 +350,7 @@ def _align(
     answer: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any] | None]]:
     """Pair equal calls first, then the others of one name in canonical order, whichever side they come from."""
-    ours, theirs = (Counter(map(_canonical, calls)) for calls in (answer, reference))
+    ours, theirs = (Counter(map(canonical, calls)) for calls in (answer, reference))
     shared = ours & theirs
     yield from ((call, call) for call in map(json.loads, shared.elements()))
     left, right = ([json.loads(text) for text in sorted((side - shared).elements())] for side in (ours, theirs))
@@ -362,13 +364,13 @@ def _grade_json(answer: Any, reference: Any) -> Grade:
         return Grade(agrees=False, score=0.0)
     if isinstance(answer, dict) and isinstance(reference, dict):
         return _from_fields(_same_keys(answer, reference))
-    return _from_fields({"value": _canonical(answer) == _canonical(reference)})
+    return _from_fields({"value": canonical(answer) == canonical(reference)})
 
 
 def _same_keys(answer: dict[str, Any], reference: dict[str, Any]) -> dict[str, bool]:
     """For each key of either side, whether both have it with the same value."""
     keys = sorted(answer.keys() | reference.keys())
-    return {k: k in answer and k in reference and _canonical(answer[k]) == _canonical(reference[k]) for k in keys}
+    return {k: k in answer and k in reference and canonical(answer[k]) == canonical(reference[k]) for k in keys}
 
 
 def _from_fields(fields: dict[str, bool]) -> Grade:

@@ -12,7 +12,7 @@ import datetime
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -183,6 +183,36 @@ def _read_parts(store: Store, columns: list[str] | None) -> Iterator[pa.Table]:
             yield table if columns is None else table.select(columns)
         if is_complete:
             return
+
+
+def read_new_columns(
+    store: Store, columns: list[str], known: Collection[str], since_ts: float
+) -> tuple[pa.Table, list[str]]:
+    """Some columns of the parts that are not `known`, of the day of `since_ts` and later ones, without forgotten clients.
+
+    Args:
+        columns: see `read_call_columns`.
+
+    Returns:
+        The rows, and the store paths of all those days' parts, to be known the next time. A part that is replaced while
+        this reads is left out: its calls come again in another one, as do all calls that a compaction has moved.
+    """
+    first = f"{CALLS_FOLDER}/date={datetime.datetime.fromtimestamp(since_ts, datetime.UTC).date().isoformat()}"
+    forgotten = read_forgotten(store)
+    wanted = columns if not forgotten else sorted({*columns, "client_id", "ts"})
+    tables, paths = [pa.schema([CALL_SCHEMA.field(name) for name in columns]).empty_table()], []
+    for path in store.list(CALLS_FOLDER, ".parquet"):
+        if path.rsplit("/", 1)[0] < first:
+            continue
+        if path not in known:
+            try:
+                tables.append(without_forgotten(store.read_table(path, wanted), forgotten).select(columns))
+            except StoreError:
+                if store.exists(path):
+                    raise
+                continue
+        paths.append(path)
+    return pa.concat_tables(tables, promote_options="permissive"), paths
 
 
 def read_call_ids(store: Store) -> set[str]:

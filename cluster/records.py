@@ -14,7 +14,8 @@ Split = Literal["train", "validation", "calibration", "test"]
 AnswerKind = Literal["tool_call", "json", "label", "text"]
 Reference = Literal["llm", "gold"]
 ServedBy = Literal["llm", "gold", "specialist"]
-Action = Literal["llm", "accept", "escalate", "fall_back", "degrade", "audit"]
+Action = Literal["llm", "accept", "escalate", "fall_back", "degrade", "audit", "shadow"]
+Stage = Literal["shadow", "canary", "live"]
 
 
 class Record(BaseModel):
@@ -35,8 +36,9 @@ class RouteDecision(Record):
 
     `accept` keeps the specialist's answer; `escalate` hands over because confidence is low or the answer
     is invalid; `fall_back` hands over because of an error, a timeout or an LLM that was quicker; `llm` never asked a
-    specialist; `degrade` keeps a specialist's answer below its threshold because no LLM answers. `audit` marks
-    the LLM's answer to a call whose client already had the specialist's; no client sees it.
+    specialist; `degrade` keeps a specialist's answer below its threshold because no LLM answers. `audit` marks the LLM's
+    answer to a call whose client already had the specialist's, `shadow` the specialist's answer to a call whose client
+    already had the LLM's; no client sees either.
     """
 
     action: Action
@@ -45,6 +47,8 @@ class RouteDecision(Record):
     specialist: str | None = None
     confidence: float | None = None
     release: str | None = None
+    agrees: bool | None = None
+    """`audit` and `shadow`: whether specialist and LLM say the same; None where the specialist's answer is not kept."""
 
 
 class AgentCall(Record):
@@ -78,7 +82,8 @@ class AgentCall(Record):
     is_reference: bool = False
     """Drawn by its id alone into the fixed uniform share of calls that the LLM answers whatever the specialist says."""
     audit_of: str | None = None
-    """Id of the accepted call that this one asks the LLM again, in the background; such a call is no client traffic."""
+    """Id of the client's call that this one asks again in the background, an accepted one of the LLM, one of the LLM's of
+    a specialist in its shadow stage; such a call is no client traffic."""
 
     @property
     def message(self) -> dict[str, Any] | None:
@@ -216,6 +221,17 @@ class Specialist(Record):
         return f"{self.task_id}@{self.sha[:12]}"
 
 
+class Rollout(Record):
+    """A specialist on its way to all of its task's calls; one without is live."""
+
+    stage: Literal["shadow", "canary"]
+    """`shadow`: the LLM answers and the specialist is compared off the path. `canary`: it answers a share of sessions."""
+    canary_share: float = Field(default=0.1, gt=0, le=1)
+    """Share of the sessions that are in the canary, drawn by the session alone: larger shares hold the smaller ones."""
+    audit_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the calls of a canary that the LLM is asked in the background, so that evidence comes soon."""
+
+
 class Release(Record):
     """Immutable map task_id -> specialist, plus the route model. Its hash is its name."""
 
@@ -227,3 +243,9 @@ class Release(Record):
     snapshot: str
     previous: str | None = None
     created_ts: float
+    rollout: dict[str, Rollout] = {}
+    """task_id -> how far it is, for the specialists that are not live."""
+
+    def stage_of(self, task_id: str) -> Stage:
+        """The stage of a task that has a specialist."""
+        return self.rollout[task_id].stage if task_id in self.rollout else "live"

@@ -1,22 +1,28 @@
 """Releases: what may be served, and which one is.
 
 A release is immutable and named by the hash of its content, the time of its making left out (releases/SHA.json): the
-same conversion run twice is one release. CURRENT, one small object replaced
-whole, names the one that is served and the ones before it. One writer of CURRENT at a time: an object store has
-no compare-and-swap that works everywhere. Knows nothing of Ray or of who serves.
+same conversion run twice is one release. CURRENT, one small object replaced whole, names the one that is served and the
+ones before it. Every write of it is an event with its cause (cluster/events.py). Writers wait for each other where the
+store is a folder; an object store has no lock or compare-and-swap that works everywhere, so there a writer that says what
+it expects to find compares, writes and looks again, which leaves open the moment between. Knows nothing of Ray or of who serves.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from cluster.errors import ReleaseError, StoreError
-from cluster.records import Release
+from cluster.events import Cause, write_event
+from cluster.records import Release, Rollout
 from cluster.store import Store, content_hash
 
 CURRENT = "CURRENT"
+FROZEN = "FROZEN"
+"""While it exists, nothing but a person writes CURRENT."""
 
 
 def publish_release(store: Store, release: Release) -> str:
@@ -45,18 +51,29 @@ def load_release(store: Store, sha: str) -> Release:
     return release
 
 
-def promote(store: Store, sha: str) -> None:
+def promote(store: Store, sha: str, *, expected: str | None = None, cause: Cause = Cause()) -> None:  # noqa: B008 (frozen)
     """Make a release the served one. Promoting the served one again changes nothing.
 
+    Args:
+        expected: name of the release that must be the served one until now; None takes any.
+
     Raises:
-        ReleaseError: no such release, or one that names an unpublished artifact or a refused specialist.
+        ReleaseError: no such release, one that names an unpublished artifact or a refused specialist, or another one is
+            served than `expected`, or the store is frozen and the cause no person.
     """
     _check(store, sha, load_release(store, sha))
-    pointer = _pointer(store)
-    if pointer is None:
-        _point_to(store, sha, [])
-    elif pointer["release"] != sha:
-        _point_to(store, sha, [*pointer["history"], pointer["release"]])
+    with store.exclusive(CURRENT):
+        pointer = _pointer(store)
+        before = None if pointer is None else pointer["release"]
+        if expected is not None and before != expected:
+            raise ReleaseError(f"release {sha}: {CURRENT} is {before}, not {expected}; look at it and decide again")
+        if cause.by != "person" and is_frozen(store):
+            raise ReleaseError(f"release {sha}: the store is frozen; next: understudy release unfreeze")
+        if before != sha:
+            history = [] if pointer is None or before is None else [*pointer["history"], before]
+            _point_to(store, sha, history, before, cause)
+    if expected is not None and current_sha(store) != sha:
+        raise ReleaseError(f"release {sha}: another writer replaced it at once; look at {CURRENT} and decide again")
 
 
 def roll_back(store: Store) -> str:
@@ -65,13 +82,61 @@ def roll_back(store: Store) -> str:
     Raises:
         ReleaseError: there is no earlier release, or it can no longer be served.
     """
-    pointer = _pointer(store)
-    if pointer is None or not pointer["history"]:
-        raise ReleaseError(f"no earlier release in store {store.uri}; promote one by its name instead")
-    *history, sha = pointer["history"]
-    _check(store, sha, load_release(store, sha))
-    _point_to(store, sha, history)
+    with store.exclusive(CURRENT):
+        pointer = _pointer(store)
+        if pointer is None or not pointer["history"]:
+            raise ReleaseError(f"no earlier release in store {store.uri}; promote one by its name instead")
+        *history, sha = pointer["history"]
+        _check(store, sha, load_release(store, sha))
+        _point_to(store, sha, history, pointer["release"], Cause(kind="roll_back"))
     return sha
+
+
+def derive(
+    sha: str,
+    release: Release,
+    *,
+    refuse: Mapping[str, str] = {},  # noqa: B006 (never written)
+    rollout: Mapping[str, Rollout | None] = {},  # noqa: B006 (never written)
+) -> Release:
+    """The release named `sha` with some tasks refused, or at another stage; publishes nothing.
+
+    Args:
+        refuse: task_id -> reason.
+        rollout: task_id -> its stage from now on; None is live.
+    """
+    stages = {**release.rollout, **rollout}
+    changed = {
+        "specialists": {task: one for task, one in release.specialists.items() if task not in refuse},
+        "refused": {**release.refused, **refuse},
+        "rollout": {task: stage for task, stage in stages.items() if stage is not None and task not in refuse},
+        "previous": sha,
+        "created_ts": time.time(),
+    }
+    return release.model_copy(update=changed)
+
+
+def freeze(store: Store, reason: str) -> None:
+    """Keep everything but a person from writing CURRENT, until `unfreeze`. Repeating it changes nothing."""
+    with store.exclusive(CURRENT):
+        if not is_frozen(store):
+            served = current_sha(store)
+            write_event(store, Cause(kind="freeze", evidence={"reason": reason}), release=served, before=served)
+            store.write_json(FROZEN, {"reason": reason, "ts": time.time()})
+
+
+def unfreeze(store: Store) -> None:
+    """Let the steward write CURRENT again. Repeating it changes nothing."""
+    with store.exclusive(CURRENT):
+        if is_frozen(store):
+            served = current_sha(store)
+            write_event(store, Cause(kind="unfreeze"), release=served, before=served)
+            store.delete(FROZEN)
+
+
+def is_frozen(store: Store) -> bool:
+    """Whether only a person may write CURRENT."""
+    return store.exists(FROZEN)
 
 
 def current(store: Store) -> tuple[str, Release] | None:
@@ -115,7 +180,8 @@ def _pointer(store: Store) -> dict[str, Any] | None:
         ) from None
 
 
-def _point_to(store: Store, sha: str, history: list[str]) -> None:
+def _point_to(store: Store, sha: str, history: list[str], before: str | None, cause: Cause) -> None:
+    write_event(store, cause, release=sha, before=before)
     store.write_json(CURRENT, {"release": sha, "history": history})
 
 
@@ -127,6 +193,8 @@ def _check(store: Store, sha: str, release: Release) -> None:
         if not specialist.gate.is_open:
             raise ReleaseError(f"release {sha}: {specialist.name} has a refused gate ({specialist.gate.refused})")
         needed |= {specialist.adapter: f"adapter of {task_id}", specialist.base: f"base model of {task_id}"}
+    if idle := sorted(release.rollout.keys() - release.specialists.keys()):
+        raise ReleaseError(f"release {sha}: task {idle[0]} has a stage and no specialist; publish it without")
     missing = [f"{what} {path}" for path, what in needed.items() if not store.is_published(path)]
     if missing:
         raise ReleaseError(

@@ -7,6 +7,7 @@ half-written one. Single files are replaced whole. Paths are store-relative, wit
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -138,6 +139,18 @@ class Store:
         finally:
             # Gone already where it has its name.
             self._delete_full(unfinished)
+
+    @contextlib.contextmanager
+    def exclusive(self, path: str) -> Iterator[None]:
+        """One process at a time runs a block for `path`, others wait. An object store has no such lock: there it holds nobody
+        off, and writers compare what they read before with what stands there."""
+        if not isinstance(self._fs, pafs.LocalFileSystem):
+            yield
+            return
+        folder, name = self._full(path).rsplit("/", 1)
+        with open(f"{folder}/.{name}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def sync(self, paths: Iterable[str]) -> None:
         """Return once these files with their keys and names outlive a power failure; a process's end they outlive at once.

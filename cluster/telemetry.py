@@ -46,6 +46,13 @@ METRICS: dict[str, MetricSpec] = {
         "counter", "Kept answers compared with the LLM's, by task and whether they agree", ("task_id", "agrees")
     ),
     "understudy_audits_missed_total": MetricSpec("counter", "Audits drawn and not done, by reason", ("reason",)),
+    "understudy_shadows_total": MetricSpec(
+        "counter", "Specialists' answers compared off the path, by task and whether they agree", ("task_id", "agrees")
+    ),
+    "understudy_shadows_missed_total": MetricSpec("counter", "Shadows not done, by reason", ("reason",)),
+    "understudy_release_changes_total": MetricSpec(
+        "counter", "Changes of the served release by the steward, by kind and task", ("kind", "task_id")
+    ),
     "understudy_upstream_failures_total": MetricSpec(
         "counter", "LLM calls that failed, by endpoint number", ("endpoint",)
     ),

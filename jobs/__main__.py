@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cluster.access import Role
 from cluster.errors import ConfigError, InputError, UnderstudyError
-from jobs import bench_verb, calls_verb, catalog, ingest_verb, plan_verb, tasks, upkeep_verb
+from jobs import bench_verb, calls_verb, catalog, ingest_verb, plan_verb, release_verb, tasks, upkeep_verb
 
 if TYPE_CHECKING:
     from cluster.store import Store
@@ -81,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
     convert.set_defaults(run=_convert)
     plan_verb.add_verb(verbs, words, stages)
-    parts = ("store", "upstream", "gateway", "capture", "audit", "faces", "specialists", "prices", "serve", "limits")
+    parts = ("store", "upstream", "gateway", "capture", "audit", "faces", "specialists", "steward", "prices", "serve")
+    parts += ("limits",)
     serve = verbs.add_parser(
         "serve", help="run the endpoint until Ctrl-C: specialists first, else the LLM", sections=parts
     )
@@ -91,13 +92,14 @@ def _parser() -> argparse.ArgumentParser:
         "--print-config", action="store_true", help="print what `serve deploy` and a RayService take instead; no Ray"
     )
     serve.set_defaults(run=_serve)
-    release = verbs.add_parser("promote", help="make a release the served one")
-    release.add_argument("release")
-    release.add_argument("words", **words)
-    release.set_defaults(run=_promote)
+    promoted = verbs.add_parser("promote", help="make a release the served one; see also release promote --stage")
+    promoted.add_argument("release")
+    promoted.add_argument("words", **words)
+    promoted.set_defaults(run=_promote)
     back = verbs.add_parser("rollback", help="serve the release that was served before")
     back.add_argument("words", **words)
     back.set_defaults(run=_roll_back)
+    release_verb.add_verb(verbs, words, _Verb)
     _add_keys(verbs, words)
     demo = verbs.add_parser(
         "demo", help="the whole journey on this machine with a scripted LLM", sections=(*stages, "prices")

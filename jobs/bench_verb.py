@@ -41,6 +41,15 @@ def add_verb(verbs: Any) -> None:
     train.add_argument("--part", nargs="+", default=[], metavar="PART", help="only these; default all")
     train.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
     train.set_defaults(run=_train)
+    gate = names.add_parser("gate", help="whether gates and audits keep their promises; coverage beside an oracle's")
+    gate.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
+    gate.add_argument(
+        "--calls", type=pathlib.Path, nargs="+", default=[], help="label sets to draw calibration sets from"
+    )
+    gate.add_argument(
+        "--fit", type=pathlib.Path, nargs="+", default=[], help="files of the same names to fit stand-ins on"
+    )
+    gate.set_defaults(run=_gate)
 
 
 def _curate(options: argparse.Namespace) -> None:
@@ -71,6 +80,13 @@ def _train(options: argparse.Namespace) -> None:
     _check_output(options.json)
     say = functools.partial(print, file=sys.stderr, flush=True)
     _show(bench_train(say, options.part or PARTS, options.quick), options.json)
+
+
+def _gate(options: argparse.Namespace) -> None:
+    from jobs.bench.gate import bench_gate
+
+    _check_output(options.json)
+    _show(bench_gate(options.fit, options.calls, functools.partial(print, file=sys.stderr, flush=True)), options.json)
 
 
 def _check_output(path: pathlib.Path | None) -> None:

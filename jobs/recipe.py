@@ -20,6 +20,7 @@ from serving.endpoint import ServeConfig
 from serving.fallback import AnyLLMConfig
 from serving.gateway_config import GatewayConfig
 from serving.specialist import LORA_RANKS, SpecialistConfig
+from serving.steward import StewardConfig
 from training.canaries import CanaryConfig
 from training.catalog import context_window, find_entry
 from training.curate import CurateConfig
@@ -62,6 +63,7 @@ class Recipe(Config):
     gate: GateConfig = GateConfig()
     specialists: SpecialistConfig = SpecialistConfig()
     gateway: GatewayConfig = GatewayConfig()
+    steward: StewardConfig = StewardConfig()
     serve: ServeConfig = ServeConfig()
     limits: LimitsConfig = LimitsConfig()
     prices: PriceConfig = PriceConfig()

@@ -84,6 +84,7 @@ def serve_args(recipe: Recipe, bases: tuple[str, ...] = ()) -> ServeArgs:
         audit=recipe.audit,
         faces=recipe.faces,
         specialists=recipe.specialists,
+        steward=recipe.steward,
         prices=recipe.prices,
     )
 

@@ -124,6 +124,7 @@ def _lifespan_of(core: GatewayCore) -> Any:
             polling.cancel()
             await asyncio.gather(polling, return_exceptions=True)
             await core.auditor.close()
+            await core.shadows.close()
             await core.capture.close()
             await core.feedback.backlog.close()
             await core.fallback.close()

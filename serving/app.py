@@ -2,6 +2,7 @@
 
     client -> Gateway (ingress) -> SpecialistServer, one deployment per base model
                                 -> upstream[0], upstream[1], ...: an endpoint (not ours), or a ClusterLLMServer
+    what gateways captured -> Steward, one replica -> CURRENT -> gateways
 
 The bases are those of the release that CURRENT names at build time, and those that a release to come is certified on;
 a release with another base needs another build. Everything else of a release is followed by the gateway itself.
@@ -37,6 +38,7 @@ from serving.gateway_config import GatewayConfig
 from serving.passthrough import PassThrough
 from serving.scaling import autoscaling_of
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, idle_s_of
+from serving.steward import StewardConfig, build_steward
 from serving.table import ServingTable, crowded_base
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class ServeArgs(Config):
     audit: AuditConfig = AuditConfig()
     faces: FacesConfig = FacesConfig()
     specialists: SpecialistConfig = SpecialistConfig()
+    steward: StewardConfig = StewardConfig()
     prices: PriceConfig = PriceConfig()
 
 
@@ -106,14 +109,17 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         # Every call is captured; a second line about it would cost more than its routing.
         logging_config={"enable_access_log": False},
     )
-    return gateway.bind(args.model_dump(mode="json"), handles, llms)
+    return gateway.bind(args.model_dump(mode="json"), handles, llms, build_steward(args.store, args.steward))
 
 
 class Gateway:
     """One gateway replica: its parts, and the HTTP application around them."""
 
-    def __init__(self, args: dict[str, Any], handles: dict[str, Any], llm_handles: dict[int, Any]) -> None:
-        """Take handles of the specialists by base model, and of the cluster's LLMs by their number in `upstream`."""
+    def __init__(
+        self, args: dict[str, Any], handles: dict[str, Any], llm_handles: dict[int, Any], steward_handle: Any
+    ) -> None:
+        """Take handles of the specialists by base model, and of the cluster's LLMs by their number in `upstream`. The
+        steward's is never called: Serve deploys what an ingress holds a handle of."""
         configure_logging()
         config = validate(ServeArgs, args)
         store, meter = Store(config.store), Meter(export=True)

@@ -19,7 +19,7 @@ from cluster.access import Pseudonyms
 from cluster.answers import grade
 from cluster.config import Config
 from cluster.errors import UpstreamError
-from cluster.records import AnswerKind
+from cluster.records import AnswerKind, RouteDecision
 from cluster.telemetry import Meter, log_event
 from serving.capture import Capture
 from serving.fallback import FallbackLLM
@@ -35,6 +35,11 @@ class AuditConfig(Config):
     """Audits at once in one gateway; a call drawn beyond them is not audited, and counted as missed."""
     close_timeout_s: float = Field(default=5.0, ge=0)
     """Longest time a stopping gateway waits for its audits, in seconds; the rest is cancelled and counted as missed."""
+
+
+def with_verdict(decision: RouteDecision, agrees: bool | None) -> RouteDecision:
+    """The decision of a comparison, which tells its outcome to whoever may not read content."""
+    return decision.model_copy(update={"agrees": agrees})
 
 
 class Auditor:
@@ -54,10 +59,10 @@ class Auditor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
-    def is_drawn(self, call_id: str) -> bool:
-        """Whether the call is one of the reference stream."""
+    def is_drawn(self, call_id: str, share: float | None = None) -> bool:
+        """Whether the call is one of the reference stream, or of another share of all calls, which holds a smaller one."""
         digest = hashlib.blake2b(call_id.encode(), key=b"understudy reference", digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self._config.share * 2**64
+        return int.from_bytes(digest, "big") < (self._config.share if share is None else share) * 2**64
 
     def start(self, call: PendingCall, answer: dict[str, Any], kind: AnswerKind) -> None:
         """Ask the LLM what the client asked; `answer` is the message the client got."""
@@ -93,10 +98,11 @@ class Auditor:
         )
         self._fallback.charge(endpoint, captured.usage)
         message = captured.message
-        self._capture.put(captured)
-        if not isinstance(message, dict):
+        if message is None:
+            self._capture.put(captured)
             return self._miss("no answer")
         agrees = grade(answer, message, kind, audit.request).agrees
+        self._capture.put(captured.model_copy(update={"route": with_verdict(audit.decision, agrees)}))
         self._meter.count(
             "understudy_audits_total", task_id=audit.decision.task_id or "", agrees="true" if agrees else "false"
         )

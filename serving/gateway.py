@@ -30,7 +30,7 @@ from cluster.route_model import RouteGuess
 from cluster.servable import REJECTED_REASON, ask_engine
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig
-from serving import policy
+from serving import policy, rollout
 from serving.admission import Admission
 from serving.audit import Auditor
 from serving.capture import Capture
@@ -46,6 +46,7 @@ from serving.overload import retry_headers
 from serving.passthrough import PassThrough
 from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
+from serving.shadow import Shadows
 from serving.table import ServingTable, Snapshot
 
 CLIENT_GONE = 499
@@ -80,6 +81,7 @@ class GatewayCore:
         self.meter = meter or Meter()
         self._engines, self._pseudonyms = engines, pseudonyms
         self._num_asking = 0
+        self.shadows = Shadows(engines, capture, pseudonyms, prices, self.meter, config.specialist_timeout_s)
 
     async def complete(self, identity: Identity, headers: Mapping[str, str], request: dict[str, Any]) -> Response:
         """Answer one parsed chat.completions request.
@@ -159,6 +161,8 @@ class GatewayCore:
         except StoreError:
             message = "The gateway cannot record this call, and records every call before it answers; try again later"
             raise Denied(503, message, "server_error", "capture_failed", headers=call.response_headers()) from None
+        if call.shadowed and served_by == "llm" and status == 200 and captured.message is not None:
+            self.shadows.start(call, captured.message, call.shadowed)
 
     def abandon(
         self,
@@ -245,7 +249,7 @@ class GatewayCore:
     def _decide_before(self, call: PendingCall, snapshot: Snapshot, task_id: str | None) -> Specialist | RouteDecision:
         if snapshot.route_model is None or snapshot.release is None:
             return RouteDecision(action="llm", reason="no release", release=snapshot.release)
-        return policy.decide_before(
+        found = policy.decide_before(
             RouteGuess(task_id=task_id, reason="named") if task_id else snapshot.route_model.task_of(call.request),
             call.request,
             specialists=snapshot.specialists,
@@ -254,6 +258,16 @@ class GatewayCore:
             max_temperature=self.config.max_temperature,
             facing=call.facing,
         )
+        if isinstance(found, RouteDecision):
+            return found
+        stage = snapshot.rollout.get(found.task_id)
+        held = rollout.hold_back(found, stage, lambda: call.session_id(self._pseudonyms), release=snapshot.release)
+        # A client that asks for a specialist by its name says nothing of the task's traffic.
+        if held and held.reason == rollout.SHADOW_REASON and not task_id:
+            call.shadowed = found
+        share = max(stage.audit_share if stage else 0.0, self.table.audit_shares.get(found.task_id, 0.0))
+        call.is_watched = not task_id and self.auditor.is_drawn(call.call_id, share)
+        return held or found
 
     async def _judge(
         self, specialist: Specialist, call: PendingCall, release: str
@@ -287,7 +301,11 @@ class GatewayCore:
         )
         await self.finish(call, response=body, served_by="specialist")
         # Runs once the client has its last byte.
-        audit = BackgroundTask(self._audit, call, answer.message, snapshot) if call.is_reference else None
+        audit = (
+            BackgroundTask(self._audit, call, answer.message, snapshot)
+            if call.is_reference or (call.is_watched and call.decision.action == "accept")
+            else None
+        )
         if not call.request.get("stream"):
             return JSONResponse(body, headers=call.response_headers(), background=audit)
         options = call.request.get("stream_options")

@@ -46,7 +46,11 @@ class PendingCall:
     lost_cost_usd: float = 0.0
     """Of an LLM that was asked as well and came too late: what reading the request cost."""
     is_reference: bool = False
+    is_watched: bool = False
+    """Audited where a specialist's answer is kept, because the specialist is new; not of the reference stream by that."""
     audit_of: str | None = None
+    shadowed: Specialist | None = None
+    """The specialist to compare with the LLM's answer once the client has it."""
     is_finished: bool = False
     """Whether it has been handed to capture."""
 
@@ -62,6 +66,22 @@ class PendingCall:
             audit_of=self.call_id,
             is_finished=False,
         )
+
+    def shadow(self, decision: RouteDecision) -> PendingCall:
+        """The same call as a specialist was asked it in the background; ended at once."""
+        return replace(
+            self,
+            call_id=uuid.uuid4().hex,
+            begin=time.perf_counter(),
+            decision=decision,
+            is_reference=False,
+            audit_of=self.call_id,
+            is_finished=False,
+        )
+
+    def session_id(self, pseudonyms: Pseudonyms) -> str:
+        """Pseudonym of the conversation."""
+        return pseudonyms.session_of(self.client, self._session())
 
     def captured(
         self,
@@ -84,7 +104,7 @@ class PendingCall:
             ts=self.ts,
             client_id=pseudonyms.of("client", self.client),
             agent=agent_of(self.headers),
-            session_id=pseudonyms.session_of(self.client, self._session()),
+            session_id=self.session_id(pseudonyms),
             step=self._step(),
             request=self.request,
             response=response,

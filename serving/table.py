@@ -17,10 +17,11 @@ from typing import Any
 from cluster import registry
 from cluster.engine import Engine
 from cluster.errors import EngineError, ReleaseError, UnderstudyError
-from cluster.records import Release, Specialist
+from cluster.records import Release, Rollout, Specialist
 from cluster.route_model import RouteModel
 from cluster.store import Store
 from cluster.telemetry import log_event
+from serving.drift import read_audit_shares
 from serving.policy import LLM_MODEL, MODEL_PREFIX
 
 POLL_INTERVAL_S = 1.0
@@ -41,6 +42,8 @@ class Snapshot:
     """Why the release's other specialists are not asked, by task."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Why the release has no specialist for a task, or this gateway skips it, by task."""
+    rollout: Mapping[str, Rollout] = field(default_factory=dict)
+    """Stages of the specialists that are not live, by task."""
 
 
 def model_entries(snapshot: Snapshot, *, has_llm: bool) -> list[dict[str, Any]]:
@@ -71,14 +74,24 @@ class ServingTable:
         """Serve nothing yet; `engines` are by store path of their base model, with room for `max_adapters` each."""
         self._store, self._engines, self._max_adapters = store, engines, max_adapters
         self._snapshot = Snapshot()
+        self._audit_shares: dict[str, float] = {}
         self._failure: str | None = None
 
     @property
     def snapshot(self) -> Snapshot:
         return self._snapshot
 
+    @property
+    def audit_shares(self) -> Mapping[str, float]:
+        """Shares of kept answers to audit besides the reference stream, by task whose traffic looks otherwise than before."""
+        return self._audit_shares
+
     async def refresh(self) -> None:
         """Poll once: swap in the current release if it is another one and loads; else keep the snapshot and log why."""
+        try:
+            self._audit_shares = await asyncio.to_thread(read_audit_shares, self._store)
+        except (OSError, ValueError) as error:
+            self._log_failure(error)
         try:
             sha = await asyncio.to_thread(registry.current_sha, self._store)
             if sha == self._snapshot.release:
@@ -122,7 +135,8 @@ class ServingTable:
             except EngineError as error:
                 skipped[task] = "adapter does not load"
                 log_event("adapter_not_loaded", logging.ERROR, specialist=specialist.name, error=str(error))
-        return Snapshot(sha, release.created_ts, route_model, specialists, skipped, {**release.refused, **skipped})
+        refused = {**release.refused, **skipped}
+        return Snapshot(sha, release.created_ts, route_model, specialists, skipped, refused, release.rollout)
 
     def _check_room(self, sha: str, specialists: list[Specialist]) -> None:
         crowded = crowded_base([*self._snapshot.specialists.values(), *specialists], self._max_adapters)

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from pydantic import Field
 
 from cluster.access import load_pseudonym_key
@@ -31,7 +32,7 @@ from cluster.config import Config
 from cluster.errors import InputError
 from cluster.feedback import read_feedback
 from cluster.quarantine import QuarantineRow, write_quarantine
-from cluster.records import Split
+from cluster.records import Action, Split
 from cluster.store import Store, content_hash
 from training.call_index import IS_EXAMPLE, CallIndex
 from training.cleaning import Conflicts, clean_train
@@ -55,6 +56,7 @@ CURATION_VERSION = 4
 """Part of every snapshot's name: raise it when the same calls would give other examples, be it by what is dropped, how
 sessions are split, what is recognised as personal or what it is replaced with."""
 BIASED = "left to the LLM by a specialist, outside the reference stream"
+_SHADOW: Action = "shadow"
 _CALLS_PER_SHARD = 2_000
 _ROWS_PER_PART = 20_000
 
@@ -150,7 +152,9 @@ class _Names(NamedTuple):
 def _read_names(store: Store) -> _Names:
     """What names the calls, 16 bytes of memory each. Outcomes count as content: feedback that arrives later may change
     what is kept. The order in which calls are stored, and how often, does not."""
-    table = read_call_columns(store, ["call_id", "outcome"])
+    table = read_call_columns(store, ["call_id", "outcome", "action"])
+    # What a specialist was asked off the path is nobody's call, and its answer nobody's target.
+    table = table.filter(pc.fill_null(pc.not_equal(table["action"], _SHADOW), True)).drop_columns(["action"])
     if not table.num_rows:
         raise InputError(
             f"store={store.uri}: calls/ is empty; allowed: captured or ingested calls; next: understudy ingest FILE"
@@ -218,7 +222,8 @@ def _read_calls(index: CallIndex, work: ShardWork, config: CurateConfig, secret:
         num_shards=num_shards,
     )
     writer = SpillWriter(work.spill, work.spill_key)
-    for seq, call in enumerate(iterate_calls(work.store), 1):
+    served = (call for call in iterate_calls(work.store) if call.route is None or call.route.action != _SHADOW)
+    for seq, call in enumerate(served, 1):
         facts = reader.read(seq, call)
         index.add(facts)
         if facts.shard is not None and learned_split_of(call.session_id, config.split) in REDACTED_SPLITS:

@@ -1,5 +1,6 @@
 """Releases are immutable and named by content; CURRENT behaves as a stack whatever is promoted and rolled back."""
 
+import concurrent.futures
 import json
 import pathlib
 import tempfile
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from cluster import registry
 from cluster.errors import ReleaseError
-from cluster.records import Release, Specialist
+from cluster.events import Cause, read_events
+from cluster.records import Release, Rollout, Specialist
 from cluster.store import Store
 
 ROUTES = "route_model/one"
@@ -135,3 +137,69 @@ def test_current_is_a_stack_of_what_was_promoted(steps: list[str]) -> None:
             assert registry.current_sha(store) == (stack[-1] if stack else None)
         if stack:
             assert json.loads(store.read_bytes(registry.CURRENT)) == {"release": stack[-1], "history": stack[:-1]}
+
+
+def test_every_change_of_what_is_served_is_an_event_and_nothing_else_is(tmp_path: pathlib.Path) -> None:
+    store = open_store(tmp_path)
+    first, second = (registry.publish_release(store, make_release(name)) for name in ("one", "two"))
+    registry.promote(store, first)
+    registry.promote(store, first)
+    registry.promote(store, second, cause=Cause(kind="advance", by="steward", evidence={"triage": {"n": 3}}))
+    registry.roll_back(store)
+    events = read_events(store)
+    assert [(e.kind, e.by, e.before, e.release) for e in events] == [
+        ("promote", "person", None, first),
+        ("advance", "steward", first, second),
+        ("roll_back", "person", second, first),
+    ]
+    assert events[1].evidence == {"triage": {"n": 3}} and [e.ts for e in events] == sorted(e.ts for e in events)
+
+
+def test_a_writer_that_expects_another_release_changes_nothing(tmp_path: pathlib.Path) -> None:
+    store = open_store(tmp_path)
+    first, second, third = (registry.publish_release(store, make_release(name)) for name in ("one", "two", "three"))
+    registry.promote(store, first)
+    registry.promote(store, second, expected=first)
+    with pytest.raises(ReleaseError, match=f"CURRENT is {second}, not {first}; look at it and decide again"):
+        registry.promote(store, third, expected=first)
+    assert registry.current_sha(store) == second and len(read_events(store)) == 2
+
+
+def test_writers_wait_for_each_other_so_that_no_promotion_is_lost(tmp_path: pathlib.Path) -> None:
+    store = open_store(tmp_path)
+    shas = [registry.publish_release(store, make_release(str(number))) for number in range(16)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda sha: registry.promote(store, sha), shas))
+    pointer = store.read_json(registry.CURRENT)
+    assert sorted([*pointer["history"], pointer["release"]]) == sorted(shas)
+
+
+def test_a_frozen_store_takes_changes_from_a_person_alone(tmp_path: pathlib.Path) -> None:
+    store = open_store(tmp_path)
+    first, second = (registry.publish_release(store, make_release(name)) for name in ("one", "two"))
+    registry.freeze(store, "audit")
+    registry.freeze(store, "again")
+    with pytest.raises(ReleaseError, match="the store is frozen; next: understudy release unfreeze"):
+        registry.promote(store, first, cause=Cause(by="steward"))
+    registry.promote(store, second)
+    registry.unfreeze(store)
+    registry.unfreeze(store)
+    registry.promote(store, first, cause=Cause(by="steward"))
+    assert [event.kind for event in read_events(store)] == ["freeze", "promote", "unfreeze", "promote"]
+    assert read_events(store)[0].evidence == {"reason": "audit"}
+
+
+def test_a_derived_release_refuses_tasks_and_moves_stages_and_leaves_the_rest(tmp_path: pathlib.Path) -> None:
+    one, other = make_specialist(), make_specialist().model_copy(update={"task_id": "other"})
+    release = make_release().model_copy(update={"specialists": {"triage": one, "other": other}})
+    store = open_store(tmp_path, one.base, one.adapter)
+    sha = registry.publish_release(store, release)
+    shadow = Rollout(stage="shadow")
+    staged = registry.derive(sha, release, rollout={"triage": shadow, "other": shadow})
+    assert (staged.stage_of("triage"), staged.previous, staged.specialists) == ("shadow", sha, release.specialists)
+    moved = registry.derive("next", staged, rollout={"triage": None}, refuse={"other": "demoted"})
+    assert (moved.rollout, moved.refused, list(moved.specialists)) == ({}, {"other": "demoted"}, ["triage"])
+    registry.promote(store, registry.publish_release(store, moved))
+    stray = moved.model_copy(update={"rollout": {"other": shadow}})
+    with pytest.raises(ReleaseError, match="task other has a stage and no specialist"):
+        registry.promote(store, registry.publish_release(store, stray))

@@ -67,6 +67,7 @@ def test_a_kept_answer_is_compared_and_the_llms_is_captured_as_a_call_of_its_own
             assert (audit.served_by, audit.status, audit.is_reference) == ("llm", 200, True)
             assert audit.route is not None and kept.route is not None
             assert audit.route.action == "audit" and audit.route.specialist == kept.route.specialist
+            assert (audit.route.agrees, kept.route.agrees) == (True, None)
             assert audit.cost_usd == pytest.approx(120e-6) and audit.usage.prompt_tokens == 100
             same = ("request", "session_id", "client_id", "agent", "step", "ts")
             assert all(getattr(audit, name) == getattr(kept, name) for name in same)

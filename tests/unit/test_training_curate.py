@@ -132,6 +132,15 @@ def test_an_audited_call_counts_once_and_the_llms_answer_is_the_target(tmp_path,
     assert ids_of(store, snapshot, split) == {"call-1"}
 
 
+def test_what_a_specialist_was_asked_off_the_path_changes_nothing(tmp_path):
+    route = RouteDecision(action="shadow", reason="would be kept", task_id="t", specialist="t@1", agrees=False)
+    shadow = make_call(9, "same", served_by="specialist", route=route, audit_of="call-0", response=answer("ours"))
+    _, before = curate_calls(tmp_path / "without", [make_call(0, "same")])
+    store, snapshot = curate_calls(tmp_path / "with", [make_call(0, "same"), shadow])
+    assert snapshot == before
+    assert set().union(*(ids_of(store, snapshot, split) for split in SPLITS)) == {"call-0"}
+
+
 def test_lost_audits_are_counted_by_task(tmp_path):
     def kept(index: int, task: str, **fields) -> AgentCall:
         route = RouteDecision(action="accept", reason="", task_id=task, specialist=f"{task}@1")

@@ -1,0 +1,222 @@
+"""Comparisons that gateways captured -> what is known of each specialist: counts, e-values, the sessions counted.
+
+A comparison is an audit (the LLM asked about a kept answer) or a shadow (a specialist asked about a call that the LLM
+answered); its outcome stands in the metadata, so no content and no key is needed. One a session and specialist counts,
+the first that is read: calls of one conversation tell of each other. Read again after a restart, or from a part that a
+compaction has moved, a comparison counts once. Pure but for `CallReader`; decides nothing (serving/steward.py does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.calls import read_new_columns
+from cluster.records import Record, Specialist, Stage
+from cluster.sequential import RiskTest, SafetyTest, confidence_sequence
+from cluster.store import Store
+from serving.drift import Asked
+
+LATE_S = 3600.0
+"""A comparison this much older than the newest one is not counted any more: the ids of younger ones are remembered."""
+_MAX_SESSIONS = 5_000
+"""Sessions remembered of each specialist, the latest; a conversation that goes on longer counts again."""
+KEPT = "would be kept"
+"""Reason of a shadow whose answer reaches the threshold."""
+_ACTIONS = pa.array(["audit", "shadow"], pa.string())
+_ASKED = pa.array(["accept", "escalate"], pa.string())
+_COLUMNS = ["call_id", "ts", "session_id", "action", "route"]
+
+
+class Comparison(NamedTuple):
+    """One answer of a specialist beside the LLM's."""
+
+    call_id: str
+    ts: float
+    session_id: str
+    action: str
+    """`audit`: the client has the specialist's answer; `shadow`: the LLM's."""
+    specialist: str
+    """Its name, TASK_ID@SHA."""
+    agrees: bool | None
+    """None where the specialist's answer would not be kept."""
+
+
+class Cursor(Record):
+    """Which comparisons were counted: all older than `newest_ts` - LATE_S, and those in `seen`."""
+
+    newest_ts: float = 0.0
+    seen: dict[str, float] = {}
+    """Id of a comparison -> its time."""
+    num_late: int = 0
+    """Comparisons that came too late to be counted."""
+
+
+class Evidence(Record):
+    """What is known of one specialist."""
+
+    risk: RiskTest
+    """Over all stages: what is kept, or would be."""
+    stage: Stage
+    stage_since: float
+    """When the specialist was first seen at this stage, in seconds since the epoch."""
+    safety: SafetyTest
+    """Over this stage's own comparisons: shadows in its shadow stage, audits afterwards."""
+    num_unkept: int = 0
+    """Shadows of answers that would not be kept."""
+    num_repeated: int = 0
+    """Comparisons not counted, because their session had one."""
+    sessions: tuple[str, ...] = ()
+    """Digests of those that were counted, the latest last."""
+
+    def facts(self) -> dict[str, Any]:
+        """What an event and a person are told."""
+        risk, alpha = self.risk, self.risk.alpha
+        lower, upper = confidence_sequence(risk.num_disagreements, risk.num_observed, alpha)
+        return {
+            "stage": self.stage,
+            "epsilon": risk.epsilon,
+            "alpha": alpha,
+            "num_compared": risk.num_observed,
+            "num_disagreements": risk.num_disagreements,
+            "interval": [lower, upper],
+            "e_value_risk": risk.e_value,
+            "peak_risk": risk.peak,
+            "num_compared_at_stage": self.safety.num_observed,
+            "num_disagreements_at_stage": self.safety.num_disagreements,
+            "e_value_safety": self.safety.e_value,
+            "num_unkept": self.num_unkept,
+            "num_repeated": self.num_repeated,
+        }
+
+
+class CallReader:
+    """Reads what was captured since the last time; remembers the parts it has read while the process lives."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: list[str] = []
+
+    def read(self, cursor: Cursor) -> tuple[list[Comparison], list[Asked]]:
+        """Comparisons, and calls that specialists were asked, in parts that are new to this reader; in no order, and some
+        may have been read before."""
+        table, self._known = read_new_columns(
+            self._store, _COLUMNS, set(self._known), max(0.0, cursor.newest_ts - LATE_S)
+        )
+        compared, asked = (
+            table.filter(pc.is_in(table["action"], value_set=actions)).to_pylist() for actions in (_ACTIONS, _ASKED)
+        )
+        return (
+            [found for row in compared if (found := _comparison(row)) is not None],
+            [found for row in asked if (found := _asked(row)) is not None],
+        )
+
+
+def advance(cursor: Cursor, found: Sequence[Comparison], now: float) -> tuple[Cursor, list[Comparison]]:
+    """Move the cursor over what was read.
+
+    Args:
+        now: seconds since the epoch; a clock that runs ahead of it must not make others late.
+
+    Returns:
+        The comparisons to count, each once, in order of time.
+    """
+    oldest = cursor.newest_ts - LATE_S
+    fresh: dict[str, Comparison] = {}
+    late: set[str] = set()
+    for one in found:
+        if one.ts <= oldest:
+            late.add(one.call_id)
+        elif one.call_id not in cursor.seen:
+            fresh.setdefault(one.call_id, one)
+    newest = min(now, max([cursor.newest_ts, *(one.ts for one in fresh.values())]))
+    seen = {**cursor.seen, **{one.call_id: one.ts for one in fresh.values()}}
+    moved = Cursor(
+        newest_ts=max(newest, cursor.newest_ts),
+        seen={call_id: ts for call_id, ts in seen.items() if ts > newest - LATE_S},
+        num_late=cursor.num_late + len(late),
+    )
+    return moved, sorted(fresh.values(), key=lambda one: (one.ts, one.call_id))
+
+
+def begin(specialist: Specialist, stage: Stage, alpha: float, now: float) -> Evidence:
+    """Nothing known yet."""
+    epsilon = specialist.gate.epsilon
+    return Evidence(
+        risk=RiskTest(epsilon=epsilon, alpha=alpha),
+        stage=stage,
+        stage_since=now,
+        safety=SafetyTest(epsilon=epsilon, alpha=alpha),
+    )
+
+
+def at_stage(evidence: Evidence, stage: Stage, now: float) -> Evidence:
+    """The evidence at this stage: another one begins without evidence of safety, and keeps what speaks of the risk."""
+    if evidence.stage == stage:
+        return evidence
+    safety = SafetyTest(epsilon=evidence.safety.epsilon, alpha=evidence.safety.alpha)
+    return evidence.model_copy(update={"stage": stage, "stage_since": now, "safety": safety})
+
+
+def count(evidence: Mapping[str, Evidence], comparisons: Sequence[Comparison]) -> dict[str, Evidence]:
+    """The evidence by specialist once it has seen these, in their order; of unknown specialists they are left out."""
+    by_name: dict[str, list[Comparison]] = {name: [] for name in evidence}
+    for one in comparisons:
+        if one.specialist in by_name:
+            by_name[one.specialist].append(one)
+    return {name: _count(known, by_name[name]) for name, known in evidence.items()}
+
+
+def _count(evidence: Evidence, comparisons: Sequence[Comparison]) -> Evidence:
+    if not comparisons:
+        return evidence
+    sessions = dict.fromkeys(evidence.sessions)
+    counted: list[Comparison] = []
+    num_unkept = num_repeated = 0
+    for one in comparisons:
+        if one.agrees is None:
+            num_unkept += 1
+        elif (session := _digest(one.session_id)) in sessions:
+            num_repeated += 1
+        else:
+            sessions[session] = None
+            counted.append(one)
+    own = "shadow" if evidence.stage == "shadow" else "audit"
+    at_stage = [one for one in counted if one.action == own and one.ts >= evidence.stage_since]
+    return evidence.model_copy(
+        update={
+            "risk": evidence.risk.after(not one.agrees for one in counted),
+            "safety": evidence.safety.after(not one.agrees for one in at_stage),
+            "num_unkept": evidence.num_unkept + num_unkept,
+            "num_repeated": evidence.num_repeated + num_repeated,
+            "sessions": tuple(sessions)[-_MAX_SESSIONS:],
+        }
+    )
+
+
+def _digest(session_id: str) -> str:
+    """Short enough to keep thousands of; two sessions alike by chance only cost a comparison."""
+    return hashlib.blake2b(session_id.encode(), digest_size=6).hexdigest()
+
+
+def _comparison(row: dict[str, Any]) -> Comparison | None:
+    """None where the outcome is not known: the LLM gave no answer, or the call is of a release before outcomes."""
+    route = json.loads(row["route"])
+    is_unkept = row["action"] == "shadow" and route.get("reason") != KEPT
+    agrees = route.get("agrees")
+    if not route.get("specialist") or (agrees is None and not is_unkept):
+        return None
+    return Comparison(row["call_id"], row["ts"], row["session_id"], row["action"], route["specialist"], agrees)
+
+
+def _asked(row: dict[str, Any]) -> Asked | None:
+    """None where the specialist was asked and gave no answer, such as to a prompt that is too long for it."""
+    route = json.loads(row["route"])
+    if not route.get("specialist") or route.get("confidence") is None:
+        return None
+    return Asked(row["ts"], route["specialist"], row["action"] == "escalate", route["confidence"])
