@@ -290,7 +290,7 @@ def gateway_paths() -> frozenset[str]:
     """Paths of the gateway's own."""
     words = {one for one in our_words() if re.fullmatch(r"/[a-z]+", one)}
     api = (ROOT / "serving/api.py").read_text()
-    return frozenset({*OWN_PATHS, *(one for one in words if f'routes["{one}"]' in api)})
+    return frozenset({*OWN_PATHS, *(one for one in words if f'"{one}": (' in api)})
 
 
 def mount_problems(documents: list[Document]) -> list[str]:
