@@ -23,7 +23,7 @@ from cluster.access import ApiKeys, Identity, Pseudonyms
 from cluster.engine import Engine, EngineAnswer
 from cluster.errors import InputError, StoreError, UpstreamError
 from cluster.faces import FACES_HEADER, FacesConfig, Facing, faces_before
-from cluster.prices import PriceConfig, seconds_cost_usd
+from cluster.prices import PriceConfig, seconds_cost_usd, tokens_cost_usd
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.route_model import RouteGuess
@@ -39,7 +39,7 @@ from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway_config import GatewayConfig
 from serving.hedging import race
-from serving.limits import fit_budget, late_error, prompt_cost_usd, read_limits
+from serving.limits import fit_budget, late_error, read_limits, reading_usage
 from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
 from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, error_code
 from serving.overload import retry_headers
@@ -199,17 +199,31 @@ class GatewayCore:
         self, call: PendingCall, asking: Coroutine[Any, Any, EngineAnswer | None], after_s: float
     ) -> EngineAnswer | WholeAnswer | BegunAnswer:
         """Ask the LLM beside a specialist that is slow; raises what asking the LLM raises."""
-        ended = await race(asking, lambda: self._ask_llm(call), after_s=after_s, discard=lambda answer: answer.close())
+        ended = await race(
+            asking,
+            lambda: self._ask_llm(call),
+            after_s=after_s,
+            is_good=lambda answer: answer.is_good,
+            discard=lambda answer: answer.close(),
+        )
         if ended.was_hedged:
             self.meter.count("understudy_hedges_total", winner="llm" if ended.first is None else "specialist")
+        if ended.has_lost_work:
+            self._charge_lost(call)
         if ended.first is not None:
-            if ended.was_hedged:
-                call.lost_cost_usd = prompt_cost_usd(call.request, self.fallback.configs[0])
             return ended.first
         assert ended.second is not None
         if call.decision.reason == policy.GIVEN_UP:
             call.decision = call.decision.model_copy(update={"reason": "slower than the LLM"})
         return ended.second
+
+    def _charge_lost(self, call: PendingCall) -> None:
+        """Count what the LLM that was left had read. It does not say; taken for the first that is asked."""
+        endpoint, usage = self.fallback.configs[0], reading_usage(call.request)
+        self.fallback.charge(endpoint, usage)
+        prices = endpoint.prompt_usd_per_million, endpoint.completion_usd_per_million
+        cost = tokens_cost_usd(usage, prompt_usd_per_million=prices[0], completion_usd_per_million=prices[1])
+        call.lost_cost_usd = cost or 0.0
 
     async def _ask_specialist(self, call: PendingCall, snapshot: Snapshot, task_id: str | None) -> EngineAnswer | None:
         """The accepted answer, or None for the LLM; the decision is left in `call`. `task_id` is what the client named."""

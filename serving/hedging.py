@@ -1,8 +1,7 @@
 """Two ways to one answer: the first is asked, the second as well once the first is slow; the first good answer wins.
 
-An answer is good where it is not None and no exception; the loser is cancelled and waited for, so that nothing of it
-goes on unseen. Nothing of either answer leaves here before the race is decided, and only the winner's does. Knows
-nothing of specialists or LLMs. Source: Dean and Barroso, "The tail at scale", CACM 56(2), 2013 (hedged requests).
+The loser is cancelled and waited for, so that nothing of it goes on unseen. Nothing of either answer leaves here before
+the race is decided, and only the winner's does. Knows nothing of specialists or LLMs. Source: Dean and Barroso, "The tail at scale", CACM 56(2), 2013 (hedged requests).
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ class Race(NamedTuple, Generic[FirstT, SecondT]):
     second: SecondT | None
     was_hedged: bool
     """Whether the second was asked while the first had not yet answered."""
+    has_lost_work: bool
+    """Whether the second, which did not win, had worked on an answer: it had not failed."""
 
 
 async def race(
@@ -29,12 +30,14 @@ async def race(
     second: Callable[[], Coroutine[Any, Any, SecondT]],
     *,
     after_s: float,
+    is_good: Callable[[SecondT], bool],
     discard: Callable[[SecondT], Awaitable[None]],
 ) -> Race[FirstT, SecondT]:
     """Ask the first; ask the second when the first gave nothing, or gave nothing within `after_s`.
 
     Args:
         first: gives None where it has no good answer; where it raises, the race ends with that.
+        is_good: whether an answer of the second may win; one that is not is given only where the first has none.
         discard: takes an answer of the second that came too late to win.
 
     Raises:
@@ -49,15 +52,16 @@ async def race(
         if was_hedged:
             following = asyncio.ensure_future(second())
             await asyncio.wait([leading, following], return_when=asyncio.FIRST_COMPLETED)
-            if not leading.done() and following.exception() is not None:
-                # The second has no answer; the first may still have one.
+            if not leading.done() and not (_has_result(following) and is_good(following.result())):
+                # The second has no good answer; the first may still have one.
                 await asyncio.wait([leading])
         if leading.done() and (answer := leading.result()) is not None:
-            return Race(answer, None, was_hedged)
+            has_failed = following is None or (following.done() and not _has_result(following))
+            return Race(answer, None, was_hedged, not has_failed)
         following = following or asyncio.ensure_future(second())
         result = await following
         is_kept = True
-        return Race(None, result, was_hedged)
+        return Race(None, result, was_hedged, False)
     finally:
         await _end(leading)
         if following is not None and not is_kept and await _end(following):
@@ -68,5 +72,9 @@ async def _end(task: asyncio.Task[Any]) -> bool:
     """Cancel the task and wait for its end; whether it has a result for all that."""
     task.cancel()
     await asyncio.wait([task])
-    # Looked at, so that asyncio does not complain about an exception that nobody wants to know.
+    return _has_result(task)
+
+
+def _has_result(task: asyncio.Task[Any]) -> bool:
+    """Whether a task that is done has a result; its exception is looked at, so that asyncio does not complain of it."""
     return not task.cancelled() and task.exception() is None

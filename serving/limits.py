@@ -92,9 +92,9 @@ def fit_budget(request: dict[str, Any], budget_usd: float, llms: Iterable[LLMNod
     return request if asked else {**request, "max_completion_tokens": int(min(affordable, UNLIMITED_TOKENS))}
 
 
-def prompt_cost_usd(request: dict[str, Any], llm: LLMNodeConfig) -> float:
-    """What an LLM takes for reading the request, whether it answers to the end or not; an estimate, as above."""
-    return _num_prompt_tokens(request) * llm.prompt_usd_per_million / 1e6
+def reading_usage(request: Mapping[str, Any]) -> Usage:
+    """What an LLM has used of tokens that began to answer and was left; an estimate, as above, and a lower one."""
+    return Usage(prompt_tokens=_num_prompt_tokens(request), completion_tokens=0)
 
 
 def late_error() -> UpstreamError:

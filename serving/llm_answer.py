@@ -20,6 +20,11 @@ class WholeAnswer(NamedTuple):
     """`raw` as JSON; None where it is no object."""
     endpoint: LLMNodeConfig
 
+    @property
+    def is_good(self) -> bool:
+        """Whether it is an answer, and no error."""
+        return self.status < 400 and self.body is not None
+
     async def close(self) -> None:
         """Nothing is open."""
 
@@ -30,6 +35,7 @@ class BegunAnswer(NamedTuple):
     stream: UpstreamStream
     endpoint: LLMNodeConfig
     stack: contextlib.AsyncExitStack
+    is_good: bool = True
 
     async def close(self) -> None:
         await self.stack.aclose()

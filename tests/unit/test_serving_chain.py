@@ -143,10 +143,13 @@ def test_a_hedge_that_is_refused_waits_for_its_llm_and_a_quick_one_never_asks_it
 
 
 @BOTH
-def test_where_the_hedged_llm_fails_the_slow_specialist_answers(tmp_path: pathlib.Path, is_stream: bool) -> None:
+@pytest.mark.parametrize("status", [503, 400])
+def test_where_the_hedged_llm_fails_or_refuses_the_slow_specialist_answers(
+    tmp_path: pathlib.Path, is_stream: bool, status: int
+) -> None:
     async def scenario() -> None:
         async with gateway(tmp_path, hedge_after_s=0.001) as run:
-            run.llm.status = 503
+            run.llm.status = status
             run.engine.answer_with = held = Held()
             asking = asyncio.ensure_future(run.ask(stream=is_stream))
             await _until(run)

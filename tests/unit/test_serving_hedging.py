@@ -40,7 +40,9 @@ def _race(first: Side, second: Side, after_s: float) -> tuple[Race | Exception, 
         discarded.append(answer)
 
     async def scenario() -> Race:
-        ended = await race(first.answer(), second.answer, after_s=after_s, discard=discard)
+        ended = await race(
+            first.answer(), second.answer, after_s=after_s, is_good=lambda said: said != "refusal", discard=discard
+        )
         assert len(asyncio.all_tasks()) == 1, "nothing goes on"
         return ended
 
@@ -52,7 +54,7 @@ def _race(first: Side, second: Side, after_s: float) -> tuple[Race | Exception, 
 
 @given(
     st.builds(Side, st.integers(0, 6), st.sampled_from(["specialist", None])),
-    st.builds(Side, st.integers(0, 6), st.sampled_from(["llm", ValueError("no LLM")])),
+    st.builds(Side, st.integers(0, 6), st.sampled_from(["llm", "refusal", ValueError("no LLM")])),
     st.sampled_from([0.0, 60.0]),
 )
 def test_one_good_answer_wins_and_nothing_is_left_over(first: Side, second: Side, after_s: float) -> None:
@@ -62,29 +64,37 @@ def test_one_good_answer_wins_and_nothing_is_left_over(first: Side, second: Side
         assert result is None and isinstance(second_result, Exception), "there was no answer"
         return
     assert (ended.first is None) != (ended.second is None)
-    assert (ended.first, ended.second) in [("specialist", None), (None, "llm")]
+    assert (ended.first, ended.second) in [("specialist", None), (None, "llm"), (None, "refusal")]
     if ended.second is not None:
-        assert not discarded and (result is None or ended.was_hedged)
+        assert not discarded and (result is None or ended.was_hedged) and not ended.has_lost_work
+        assert result is None or ended.second == "llm", "a refusal wins over nothing alone"
     elif second.state == "done" and not isinstance(second_result, Exception):
-        assert discarded == ["llm"], "an answer that came too late is given back"
+        assert discarded == [second_result], "an answer that came too late is given back"
     else:
         assert not discarded and second.state in ("idle", "cancelled", "done")
+    if ended.first is not None:
+        # One that fails in the turn in which it is cancelled may be taken for one that worked.
+        assert _failed(second) or ended.has_lost_work == (second.state in ("cancelled", "done"))
     if after_s:
         assert not ended.was_hedged, "a quick first is alone"
 
 
+def _failed(side: Side) -> bool:
+    return side.state == "done" and isinstance(side.result, Exception)
+
+
 def test_a_slow_first_is_cancelled_and_a_slow_second_too() -> None:
     slow, quick = Side(10**9, "specialist"), Side(0, "llm")
-    assert _race(slow, quick, 0.0)[0] == Race(None, "llm", True)
+    assert _race(slow, quick, 0.0)[0] == Race(None, "llm", True, False)
     assert slow.state == "cancelled"
     slow, quick = Side(10**9, "llm"), Side(3, "specialist")
-    assert _race(quick, slow, 0.0)[0] == Race("specialist", None, True)
+    assert _race(quick, slow, 0.0)[0] == Race("specialist", None, True, True)
     assert slow.state == "cancelled"
 
 
 def test_where_the_second_fails_the_first_is_waited_for() -> None:
     ended, _ = _race(Side(50, "specialist"), Side(0, ValueError("no LLM")), 0.0)
-    assert ended == Race("specialist", None, True)
+    assert ended == Race("specialist", None, True, False)
 
 
 def test_who_leaves_ends_both() -> None:
@@ -94,7 +104,7 @@ def test_who_leaves_ends_both() -> None:
         async def discard(_: Any) -> None:
             raise AssertionError("there is no answer")
 
-        task = asyncio.ensure_future(race(first.answer(), second.answer, after_s=0.0, discard=discard))
+        task = asyncio.ensure_future(race(first.answer(), second.answer, after_s=0.0, is_good=bool, discard=discard))
         while second.state == "idle":
             await asyncio.sleep(0)
         task.cancel()
