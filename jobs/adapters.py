@@ -29,6 +29,7 @@ from training.memory import device_bytes
 from training.model_card import write_card
 from training.multi_finetune import AdapterTask, ManyTrained, finetune_many, load_of, plan_run_of
 from training.multi_plan import TaskLoad, plan_groups
+from training.speed import SPEED_FACTS
 
 _ANSWER_SLACK = 1.5
 """A specialist may answer half as long again as the longest train answer before it is cut."""
@@ -206,7 +207,10 @@ class _GroupTrainer:
             if plan.task.task_id in trained.done:
                 model, metrics = trained.done[plan.task.task_id]
                 seconds = self._spent_s[name] / len(group)
-                _publish_adapter(self._recipe, self._store, plan, model, {**self._facts, "metrics": metrics}, seconds)
+                speed = trained.speed or {key: metrics[key] for key in SPEED_FACTS if key in metrics}
+                learned = {key: one for key, one in metrics.items() if key not in SPEED_FACTS}
+                facts = {**self._facts, "metrics": learned, "speed": speed}
+                _publish_adapter(self._recipe, self._store, plan, model, facts, seconds)
                 # What was learned from is readable there; it stays no longer than it is needed.
                 shutil.rmtree(self._work / plan.run_id)
         return trained

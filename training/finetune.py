@@ -151,7 +151,7 @@ def finetune(
         num_parallel: runs like this one that share the cluster's memory.
 
     Returns:
-        (folder with what is served, last metrics).
+        (folder with what is served, last metrics; among them training.speed.SPEED_FACTS).
 
     Raises:
         ConfigError: the method has no such device, or nothing fits in its memory.
@@ -186,7 +186,7 @@ def finetune(
         raise TrainingError(f"run {name}: {diagnosis.message}")
     if result.checkpoint is None:
         raise TrainingError(f"run {name}: ended without a checkpoint")
-    metrics = dict(result.metrics or {})
+    metrics = {**(result.metrics or {}), "predicted_memory_bytes": plan.memory.total}
     if metrics.get("yielded"):
         raise RunYielded(f"run {name}: stopped after step {metrics['step']}, because it was asked to")
     return pathlib.Path(result.checkpoint.path) / "model", metrics

@@ -18,6 +18,7 @@ from training.methods import check_base_folder
 from training.multi_loop import multi_loop
 from training.multi_memory import AdapterLoad, ManyPlan, plan_many
 from training.progress import show_progress
+from training.speed import SPEED_FACTS
 from training.watching import check_log_to, watch_settings
 
 _OF_THE_RUN = (
@@ -60,7 +61,7 @@ class ManyTrained(NamedTuple):
     failed: dict[str, str]
     """Task -> why it stopped."""
     speed: dict[str, float] = {}
-    """tokens_per_s, communication_share and peak_memory_bytes of a run of several adapters (training/speed.py)."""
+    """training.speed.SPEED_FACTS of a run of several adapters."""
 
 
 def finetune_many(
@@ -111,7 +112,8 @@ def finetune_many(
         raise TrainingError(f"run {name}: failed after {config.max_failures} restarts: {result.error}")
     if result.metrics["yielded"]:
         raise RunYielded(f"run {name}: stopped after round {result.metrics['step']}, because it was asked to")
-    return _collect(pathlib.Path(result.checkpoint.path), result.metrics)
+    metrics = {**result.metrics, "predicted_memory_bytes": plan.memory.total}
+    return _collect(pathlib.Path(result.checkpoint.path), metrics)
 
 
 def load_of(task: AdapterTask, base_path: pathlib.Path) -> AdapterLoad:
@@ -233,7 +235,4 @@ def _collect(checkpoint: pathlib.Path, metrics: dict[str, Any]) -> ManyTrained:
             failed[name] = facts["reason"]
         else:
             done[name] = (checkpoint / "models" / name, {key: one for key, one in facts.items() if key != "reason"})
-    speed = {
-        key: metrics[key] for key in ("tokens_per_s", "communication_share", "peak_memory_bytes") if key in metrics
-    }
-    return ManyTrained(done, failed, speed)
+    return ManyTrained(done, failed, {key: metrics[key] for key in SPEED_FACTS if key in metrics})

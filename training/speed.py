@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+SPEED_FACTS = ("tokens_per_s", "communication_share", "peak_memory_bytes", "predicted_memory_bytes")
+"""Among a run's last metrics: what it cost and not what it learned, so that it differs between equal runs."""
 _COLLECTIVES = frozenset(
     {
         "all_gather",

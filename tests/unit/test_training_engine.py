@@ -13,6 +13,7 @@ from training.engine import build_engine
 from training.grading import grade_rows
 from training.loop import train_step
 from training.methods import build_model
+from training.speed import Speed, time_collectives
 
 # Both are of DeepSpeed and torch, in code that every run on a CPU passes.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -60,6 +61,28 @@ def test_a_batch_in_parts_trains_as_a_whole_one_under_every_stage(one_process, p
     parts, _ = train(paths, zero_stage=stage, micro_batch_size=3)
     assert parts == pytest.approx(whole, abs=2e-5)
     assert whole[-1] != pytest.approx(whole[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_timing_the_collectives_changes_no_step_and_sees_them_under_every_stage(
+    one_process, paths, whole, stage, monkeypatch
+):
+    import deepspeed.comm.comm as comm
+
+    train(paths, num_steps=0)  # DeepSpeed has a backend from its first engine on
+    monkeypatch.setattr(comm, "cdb", comm.cdb)
+    settings = tiny_settings(**paths, zero_stage=stage)
+    speed = Speed(world_size=2, blocks=True)
+    losses, engine = train(paths, zero_stage=stage, num_steps=1)
+    time_collectives(speed)
+    rows = Rows(paths["train_path"], settings, 0, 1)
+    for step in (1, 2):
+        with speed.step(rows.num_tokens(step)):
+            losses.append(train_step(engine, rows.micro_batches(step)))
+    assert losses == pytest.approx(whole, abs=2e-5)
+    found = speed.read()
+    # DeepSpeed's collectives are called by a process that is alone, too.
+    assert found["tokens_per_s"] > 0 and 0 < found["communication_share"] < 1
 
 
 def test_the_average_is_in_place_for_a_block_and_survives_a_checkpoint(one_process, paths):
