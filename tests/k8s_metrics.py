@@ -30,6 +30,8 @@ def exported() -> dict[str, frozenset[str]]:
     for name, spec in METRICS.items():
         if spec.kind == "counter":
             recorder.register_counter_metric(name, spec.description)
+        elif spec.kind == "gauge":
+            recorder.register_gauge_metric(name, spec.description)
         else:
             recorder.register_histogram_metric(name, spec.description, [1.0, 2.0])
         recorder.set_metric_value(name, dict.fromkeys(spec.tags, "x"), 1.0)
