@@ -50,11 +50,12 @@ def _dump(value: Any) -> str | None:
     if value is None:
         return None
     value = value.model_dump(mode="json") if isinstance(value, RouteDecision) else value
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _TO_JSON.encode(value)
     # Half of a surrogate pair, which JSON may hold and UTF-8 may not, has no other form than an escape.
-    return json.dumps(value, separators=(",", ":")) if _SURROGATE.search(text) else text
+    return json.dumps(value, separators=(",", ":")) if not text.isascii() and _SURROGATE.search(text) else text
 
 
+_TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -22,6 +22,7 @@ from cluster.faces import FacesConfig
 from cluster.prices import PriceConfig
 from cluster.raw_upstream import RawUpstream
 from cluster.records import Release
+from cluster.session import let_ingress_listen_again
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
 from cluster.upstream import Upstream, UpstreamConfig
@@ -105,6 +106,7 @@ class Gateway:
     def __init__(self, args: dict[str, Any], handles: dict[str, Any], llm_handles: dict[int, Any]) -> None:
         """Take handles of the specialists by base model, and of the cluster's LLMs by their number in `upstream`."""
         configure_logging()
+        let_ingress_listen_again()
         config = validate(ServeArgs, args)
         store, meter = Store(config.store), Meter(export=True)
         engines = {base: ServeEngine(handle) for base, handle in handles.items()}

@@ -1,0 +1,35 @@
+"""The gateway of serving/app.py under uvicorn, without Ray: what Ray Serve adds is the difference.
+
+    python -m jobs.bench.core_gateway STORE http://127.0.0.1:PORT [PROFILE]
+
+Prints its address; ends with SIGTERM. With PROFILE, cProfile's statistics of the serving thread from SIGUSR1 on go to
+that file.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import signal
+import sys
+
+from jobs.bench.floor_proxy import serve_on_loopback
+from serving.app import Gateway, ServeArgs
+
+
+def main(store: str, llm: str, profile: str | None = None) -> None:
+    args = ServeArgs.model_validate({"store": store, "upstream": [{"base_url": f"{llm}/v1"}]})
+    app = Gateway(args.model_dump(mode="json"), {}, {}).__serve_build_asgi_app__()
+    profiler = cProfile.Profile()
+    signal.signal(signal.SIGUSR1, lambda *_: profiler.enable())
+    # uvicorn sends itself the signal again once it has ended in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        serve_on_loopback(app)
+    finally:
+        profiler.disable()
+        if profile is not None:
+            profiler.dump_stats(profile)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
