@@ -44,7 +44,8 @@ def let_ingress_listen(port: int) -> None:
     """
     ports = {"MIN": port, "MAX": port + 1}
     addresses = {f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT": str(number) for end, number in ports.items()}
-    for name, value in {**_FAST_SERVE, **addresses}.items():
+    os.environ.update(addresses)
+    for name, value in _FAST_SERVE.items():
         os.environ.setdefault(name, value)
 
 

@@ -10,6 +10,7 @@ Imports no engine until a base is served.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -80,14 +81,19 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     if found:
         _check_room(found[1], args.specialists.max_adapters)
 
-    from ray import serve
-
     handles = {base: build_specialists(base, args.specialists, args.store) for base in bases}
     llms = {
         number: build_cluster_llm(config)
         for number, config in enumerate(args.upstream)
         if not isinstance(config, UpstreamConfig)
     }
+    return bind_gateway(args, handles, llms)
+
+
+def bind_gateway(args: ServeArgs, handles: Mapping[str, Any], llms: Mapping[int, Any]) -> serve.Application:
+    """Bind the gateway to its engines, by base model, and to the cluster's LLMs, by their number in `upstream`."""
+    from ray import serve
+
     gateway = serve.deployment(
         # An ingress without an app: each replica builds its own from `__serve_build_asgi_app__`.
         serve.ingress()(Gateway),
@@ -97,7 +103,7 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         # Every call is captured; a second line about it would cost more than its routing.
         logging_config={"enable_access_log": False},
     )
-    return gateway.bind(args.model_dump(mode="json"), handles, llms)
+    return gateway.bind(args.model_dump(mode="json"), dict(handles), dict(llms))
 
 
 class Gateway:

@@ -52,13 +52,13 @@ def usage_of(pid: int) -> Usage:
 def server(
     command: Sequence[str], log: pathlib.Path, environment: Mapping[str, str] | None = None, port: int | None = None
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A process that prints where it listens, and that address; its output goes to `log`, and it ends with the block.
+    """A process that listens on loopback, and its address; its output goes to `log`, and it ends with the block.
 
     Args:
-        port: where it was told to listen; None takes the first loopback address that it prints.
+        port: where it was told to listen, which says that it has started; None takes the first loopback address it prints.
 
     Raises:
-        RuntimeError: it ended, or printed no address in three minutes.
+        RuntimeError: it ended, or did not listen in three minutes.
     """
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -88,14 +88,18 @@ def free_port() -> int:
 
 
 def _wait_for_address(process: subprocess.Popen[bytes], log: pathlib.Path, port: int | None) -> str:
-    pattern = re.compile(rf"http://127\.0\.0\.1:{port or '[0-9]+'}(?=\D)")
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        found = pattern.search(log.read_text(errors="replace"))
-        if found:
-            return found[0]
-        if process.poll() is not None:
-            break
+    while time.monotonic() < deadline and process.poll() is None:
+        printed = re.search(r"http://127\.0\.0\.1:[0-9]+(?=\D)", log.read_text(errors="replace"))
+        if port is None and printed:
+            return printed[0]
+        if port is not None and _listens(port):
+            return f"http://127.0.0.1:{port}"
         time.sleep(0.1)
     tail = log.read_text(errors="replace")[-2_000:]
     raise RuntimeError(f"{log.stem}: did not start (status {process.poll()}): {tail}")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
