@@ -34,7 +34,9 @@ _FATE = re.compile(rb'"user":\s*"fate:([a-z0-9_]+)"')
 _STREAM = re.compile(rb'"stream":\s*true')
 _LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
 _JSON_HEAD = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nretry-after: 0\r\ncontent-length: %d\r\n\r\n"
-_STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
 _ENVELOPE = {"id": "chatcmpl-1", "created": 1, "model": "scripted"}
 _ERROR = json.dumps({"error": {"message": "no", "type": "server_error", "param": None, "code": "busy"}}).encode()
 _END = b"0\r\n\r\n"

@@ -1,6 +1,6 @@
 """The least that a Python gateway can do: FastAPI takes a request, aiohttp sends it on, bytes come back as they are.
 
-    python -m jobs.bench.floor_proxy http://127.0.0.1:PORT      # prints its address; ends with SIGTERM
+python -m jobs.bench.floor_proxy http://127.0.0.1:PORT      # prints its address; ends with SIGTERM
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from jobs.bench.core_gateway import core_command
 from jobs.bench.fake_llm import answer_text
 from jobs.bench.http_load import Reply, Turn, http_request, load, spread_ms
 from jobs.bench.processes import free_port, module, server, usage_of
@@ -153,9 +154,7 @@ def _run_turn(url: str, request: bytes, mode: Mode, concurrency: int, max_reques
     import uvloop
 
     checked = check_unary if mode == "unary" else check_stream
-    turn = load(
-        url, [request], checked, concurrency=concurrency, max_requests=max_requests, max_seconds=seconds
-    )
+    turn = load(url, [request], checked, concurrency=concurrency, max_requests=max_requests, max_seconds=seconds)
     return uvloop.run(turn)
 
 
@@ -217,8 +216,7 @@ def _ours_core(folder: pathlib.Path, llm: str) -> Iterator[Target]:
     from jobs.bench.stage import make_stage
 
     store, key = make_stage(folder / "core")
-    command = module("jobs.bench.core_gateway", store, llm)
-    with server(command, folder / "core.log") as (process, url):
+    with server(core_command(store, llm), folder / "core.log") as (process, url):
         yield Target(url, key, process.pid, 0.0)
 
 

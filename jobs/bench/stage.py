@@ -33,7 +33,11 @@ def make_stage(folder: pathlib.Path) -> tuple[str, str]:
     store = Store(str(folder / "store"))
     RouteModel({signature_of(task_request("triage", 0)): "triage"}, {}).save(store, "routes/unused")
     release = Release(
-        specialists={}, refused={"triage": "too few calls"}, route_model="routes/unused", snapshot="none", created_ts=1.0
+        specialists={},
+        refused={"triage": "too few calls"},
+        route_model="routes/unused",
+        snapshot="none",
+        created_ts=1.0,
     )
     registry.promote(store, registry.publish_release(store, release))
     return store.uri, make_key(store)
@@ -46,12 +50,15 @@ def make_key(store: Store) -> str:
     return ApiKeys(keys / KEYS_FILE).create(CLIENT, "agent")
 
 
-def publish_stage(store: Store, name: str, tasks: Mapping[str, tuple[str, float, dict[str, Any]]]) -> str:
+def publish_stage(
+    store: Store, name: str, tasks: Mapping[str, tuple[str, float, dict[str, Any]]], *, has_routes: bool = True
+) -> str:
     """Publish a release and promote it.
 
     Args:
         name: sets it apart from releases with the same tasks.
         tasks: for each task its adapter's store path, its threshold, and a request that is routed to it.
+        has_routes: whether its route model can be read; else one of its files is not what it was.
 
     Returns:
         The release's name.
@@ -61,6 +68,8 @@ def publish_stage(store: Store, name: str, tasks: Mapping[str, tuple[str, float,
         if not store.is_published(path):
             _publish_name(store, path)
     RouteModel({signature_of(request): task for task, (_, _, request) in tasks.items()}, {}).save(store, routes)
+    if not has_routes:
+        store.write_bytes(f"{routes}/route_model.json", b"{}")
     release = Release(
         specialists={task: _specialist(task, adapter, threshold) for task, (adapter, threshold, _) in tasks.items()},
         refused={},
