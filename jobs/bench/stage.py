@@ -22,6 +22,7 @@ from cluster.store import Store
 BASE = "bases/stub"
 FINGERPRINT = "stub-engine"
 CLIENT = "bench"
+_FORMAT = PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100)
 
 
 def make_stage(folder: pathlib.Path) -> tuple[str, str]:
@@ -51,27 +52,35 @@ def make_key(store: Store) -> str:
 
 
 def publish_stage(
-    store: Store, name: str, tasks: Mapping[str, tuple[str, float, dict[str, Any]]], *, has_routes: bool = True
+    store: Store,
+    name: str,
+    tasks: Mapping[str, tuple[str, float, dict[str, Any]]],
+    *,
+    has_routes: bool = True,
+    **served: Any,
 ) -> str:
     """Publish a release and promote it.
 
     Args:
         name: sets it apart from releases with the same tasks.
         tasks: for each task its adapter's store path, its threshold, and a request that is routed to it.
+        served: of `_specialist`, where it is another engine than the stub.
         has_routes: whether its route model can be read; else one of its files is not what it was.
 
     Returns:
         The release's name.
     """
     routes = f"routes/{name}"
-    for path in {BASE, *(adapter for adapter, _, _ in tasks.values())}:
+    for path in {served.get("base", BASE), *(adapter for adapter, _, _ in tasks.values())}:
         if not store.is_published(path):
             _publish_name(store, path)
     RouteModel({signature_of(request): task for task, (_, _, request) in tasks.items()}, {}).save(store, routes)
     if not has_routes:
         store.write_bytes(f"{routes}/route_model.json", b"{}")
     release = Release(
-        specialists={task: _specialist(task, adapter, threshold) for task, (adapter, threshold, _) in tasks.items()},
+        specialists={
+            task: _specialist(task, adapter, threshold, **served) for task, (adapter, threshold, _) in tasks.items()
+        },
         refused={},
         route_model=routes,
         snapshot=name,
@@ -97,7 +106,15 @@ def _publish_name(store: Store, path: str) -> None:
         store.publish(path, pathlib.Path(scratch), {"kind": "bench"})
 
 
-def _specialist(task: str, adapter: str, threshold: float) -> Specialist:
+def _specialist(
+    task: str,
+    adapter: str,
+    threshold: float,
+    *,
+    base: str = BASE,
+    fingerprint: str = FINGERPRINT,
+    prompt_format: PromptFormat = _FORMAT,
+) -> Specialist:
     gate = Gate(
         reference="llm",
         population="none: made for a benchmark",
@@ -109,14 +126,14 @@ def _specialist(task: str, adapter: str, threshold: float) -> Specialist:
         num_disagreements=0,
         upper_bound=0.03,
         coverage=0.8,
-        fingerprint=FINGERPRINT,
+        fingerprint=fingerprint,
     )
     return Specialist(
         task_id=task,
         sha="f" * 64,
-        base=BASE,
+        base=base,
         adapter=adapter,
-        prompt_format=PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100).model_dump(mode="json"),
+        prompt_format=prompt_format.model_dump(mode="json"),
         gate=gate,
         report=f"reports/{task}",
         max_answer_tokens=16,
