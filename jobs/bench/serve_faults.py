@@ -46,7 +46,7 @@ UPSTREAM_FAULTS: dict[str, tuple[frozenset[int], frozenset[int]]] = {
     "s500": (frozenset({500, 502}), frozenset({500, 502})),
 }
 """Fate of the request -> the statuses that are right where it is unary, and where it is streamed; none: not tried."""
-_ENDS_OUT_OF_ORDER = frozenset({"hang_mid", "cut", "error_event"})
+_ENDS_OUT_OF_ORDER = frozenset({"hang_mid", "cut", "unfinished", "error_event"})
 """Streams that began: an error must be within them, and no [DONE] after half an answer that claims to be whole."""
 _FLUSH_S = 1.0
 _SETTLE_S = 4.0
