@@ -12,6 +12,7 @@ import cProfile
 import json
 import signal
 import sys
+import time
 from typing import Any
 
 from jobs.bench.floor_proxy import serve_on_loopback
@@ -29,7 +30,7 @@ def core_command(store: str, llm: str, profile: str = "", **args: Any) -> list[s
 def main(words: str, profile: str | None = None) -> None:
     args = ServeArgs.model_validate(json.loads(words))
     app = Gateway(args.model_dump(mode="json"), {}, {}).__serve_build_asgi_app__()
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(time.thread_time)
     signal.signal(signal.SIGUSR1, lambda *_: profiler.enable())
     # uvicorn sends itself the signal again once it has ended in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import random
 import subprocess
@@ -56,6 +57,8 @@ def measure_passthrough(say: Callable[[str], object], quick: bool = False) -> di
         `cells`, one for each mode, concurrency, size and server; `summary` (see `summarize`); `where_the_cpu_goes`:
         shares of the gateway's CPU by package, from a profile under uvicorn; `facts`.
     """
+    from jobs.bench.gateway_profile import profile_gateway
+
     concurrencies, sizes = (CONCURRENCIES[:2], BODY_KB[:2]) if quick else (CONCURRENCIES, BODY_KB)
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="understudy-bench-")))
@@ -72,7 +75,9 @@ def measure_passthrough(say: Callable[[str], object], quick: bool = False) -> di
                         cell = _measure_cell(targets[name], mode, concurrency, size, quick)
                         cells.append({"server": name, "mode": mode, "concurrency": concurrency, "kb": size, **cell})
                         say(json.dumps(cells[-1]))
-    return {"cells": cells, "summary": summarize(cells), "facts": {"litellm": LITELLM, "turn_s": _TURN_S}}
+        shares = profile_gateway(folder / "profile", llm, *([100] if quick else []))
+    facts = {"litellm": LITELLM, "turn_s": _TURN_S, "num_cpus": os.cpu_count()}
+    return {"cells": cells, "summary": summarize(cells), "where_the_cpu_goes": shares, "facts": facts}
 
 
 def summarize(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -132,9 +137,9 @@ def _measure_cell(target: Target, mode: Mode, concurrency: int, size: float, qui
     seconds = _QUICK_TURN_S if quick else _TURN_S
     request = http_request(target.url, request_body(mode, size), target.key)
     # Connections, code paths and pools that a first request pays for.
-    _run_turn(target.url, request, mode, concurrency, 2 * concurrency, seconds)
+    run_turn(target.url, request, mode, concurrency, 2 * concurrency, seconds)
     before, begin = usage_of(target.pid), time.perf_counter()
-    turn = _run_turn(target.url, request, mode, concurrency, _MAX_REQUESTS, seconds)
+    turn = run_turn(target.url, request, mode, concurrency, _MAX_REQUESTS, seconds)
     time.sleep(_SETTLE_S)
     cpu_ms = usage_of(target.pid).cpu_ms_since(before)
     cpu_ms -= target.idle_cpu_share * (time.perf_counter() - begin) * 1e3
@@ -150,7 +155,8 @@ def _measure_cell(target: Target, mode: Mode, concurrency: int, size: float, qui
     }
 
 
-def _run_turn(url: str, request: bytes, mode: Mode, concurrency: int, max_requests: int, seconds: float) -> Turn:
+def run_turn(url: str, request: bytes, mode: Mode, concurrency: int, max_requests: int, seconds: float) -> Turn:
+    """Send one request again and again; every answer is checked."""
     import uvloop
 
     checked = check_unary if mode == "unary" else check_stream

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from jobs.bench.fake_llm import answer_text
+from jobs.bench.gateway_profile import shares_by_package
 from jobs.bench.graph_tax import compare
 from jobs.bench.http_load import Reply, http_request, load, percentile, slope, unchunked
 from jobs.bench.passthrough import check_stream, check_unary, request_body, summarize
@@ -125,6 +126,16 @@ def test_what_a_client_must_not_see_of_a_fault_is_seen():
     found = summarize_trials([Trial("cut", "1", None), Trial("cut", "2", "half"), Trial("hang", "3", None)])
     assert (found["fault_trials"], found["fault_client_errors"]) == (3, 1)
     assert found["faults"]["cut"] == {"trials": 2, "wrong": 1, "first": "half"}
+
+
+def test_the_time_of_c_functions_is_their_callers():
+    ours, theirs = ("/app/serving/gateway.py", 1, "complete"), ("/venv/aiohttp/client.py", 2, "post")
+    stats = {
+        ours: (1, 1, 2.0, 9.0, {}),
+        theirs: (1, 1, 1.0, 4.0, {ours: (1, 1, 1.0, 4.0)}),
+        ("~", 0, "<built-in loads>"): (4, 4, 5.0, 5.0, {ours: (3, 3, 4.0, 4.0), theirs: (1, 1, 1.0, 1.0)}),
+    }
+    assert shares_by_package(stats) == {"serving": 0.75, "aiohttp": 0.25}
 
 
 def test_requests_have_the_sizes_that_are_said():
