@@ -39,7 +39,7 @@ _CONCURRENCY = 8
 _NUM_REQUESTS, _NUM_QUICK = 96, 16
 _MAX_SECONDS = 120.0
 _CONFIG = {"max_adapters": NUM_ADAPTERS, "max_lora_rank": 8, "max_model_tokens": 512, "max_num_seqs": 16}
-_FORMAT = PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=400)
+_FORMAT = PromptFormat(kind="compact", answer_kind="label", max_prompt_tokens=400)
 _START_TIMEOUT_S = 240.0
 
 
