@@ -141,8 +141,8 @@ def _measure_cell(target: Target, mode: Mode, concurrency: int, size: float, qui
     before, begin = usage_of(target.pid), time.perf_counter()
     turn = run_turn(target.url, request, mode, concurrency, _MAX_REQUESTS, seconds)
     time.sleep(_SETTLE_S)
-    cpu_ms = usage_of(target.pid).cpu_ms_since(before)
-    cpu_ms -= target.idle_cpu_share * (time.perf_counter() - begin) * 1e3
+    used = usage_of(target.pid).cpu_ms_by_name(before)
+    cpu_ms = sum(used.values()) - target.idle_cpu_share * (time.perf_counter() - begin) * 1e3
     num_answered = len(turn.whole_ms)
     return {
         "num_requests": num_answered,
@@ -150,6 +150,8 @@ def _measure_cell(target: Target, mode: Mode, concurrency: int, size: float, qui
         "first_error": turn.errors[0] if turn.errors else None,
         "requests_per_s": round(num_answered / turn.seconds, 1),
         "cpu_ms": round(cpu_ms / max(1, num_answered), 3),
+        # What each process used, idle or not.
+        "cpu_ms_by_process": {name: round(one / max(1, num_answered), 3) for name, one in used.items() if one > 1},
         **spread_ms(turn.whole_ms),
         "first_byte_p50_ms": spread_ms(turn.first_byte_ms)["p50_ms"],
     }

@@ -27,25 +27,34 @@ class Usage(NamedTuple):
     """By process id, user and system."""
     rss_mib: float
     num_handles: int
+    names: dict[int, str]
 
     def cpu_ms_since(self, earlier: Usage) -> float:
         """Milliseconds of CPU since then; a process that began in between counts whole, one that ended not at all."""
-        return sum(now - earlier.cpu_s.get(pid, 0.0) for pid, now in self.cpu_s.items()) * 1e3
+        return sum(self.cpu_ms_by_name(earlier).values())
+
+    def cpu_ms_by_name(self, earlier: Usage) -> dict[str, float]:
+        """The same by name of process."""
+        used: dict[str, float] = {}
+        for pid, now in self.cpu_s.items():
+            used[self.names[pid]] = used.get(self.names[pid], 0.0) + (now - earlier.cpu_s.get(pid, 0.0)) * 1e3
+        return used
 
 
 def usage_of(pid: int) -> Usage:
     """Of the process and all below it."""
     import psutil
 
-    cpu_s, rss, handles = {}, 0, 0
+    cpu_s, names, rss, handles = {}, {}, 0, 0
     root = psutil.Process(pid)
     for process in (root, *root.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             times = process.cpu_times()
-            cpu_s[process.pid] = times.user + times.system
-            rss += process.memory_info().rss
+            names[process.pid], own = process.name(), process.memory_info().rss
+            rss += own
             handles += process.num_fds()
-    return Usage(cpu_s, rss / 2**20, handles)
+            cpu_s[process.pid] = times.user + times.system
+    return Usage(cpu_s, rss / 2**20, handles, names)
 
 
 @contextlib.contextmanager

@@ -81,8 +81,9 @@ def test_statistics():
     # Warming up, then flat: the slope is that of what came after.
     looks = [(0.0, 100.0, 9), (1_000.0, 300.0, 20), (2_000.0, 300.0, 20), (3_600.0, 300.0, 11)]
     assert summarize_looks(looks) == {"soak_rss_slope_mib_per_h": 0.0, "rss_mib": [100.0, 300.0], "handles": [9, 11]}
-    began = Usage({1: 2.0, 2: 1.0}, 0.0, 0)
-    assert Usage({1: 2.5, 3: 0.25}, 0.0, 0).cpu_ms_since(began) == 750.0
+    began = Usage({1: 2.0, 2: 1.0}, 0.0, 0, {1: "a", 2: "b"})
+    ended = Usage({1: 2.5, 3: 0.25}, 0.0, 0, {1: "a", 3: "c"})
+    assert ended.cpu_ms_since(began) == 750.0 and ended.cpu_ms_by_name(began) == {"a": 500.0, "c": 250.0}
     rates = {"one": {"requests_per_s": 9.0}, "mixed": {"requests_per_s": 8.1}}
     assert compare({"one": {"requests_per_s": 10.0}}, {1: rates, 2: {"one": {"requests_per_s": 14.4}}}) == {
         **{"graph_tax": 0.1, "mixed_vs_one_adapter": 0.9, "replica_efficiency": 0.8}
