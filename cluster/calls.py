@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from cluster.errors import StoreError
 from cluster.feedback import read_outcomes
 from cluster.forgotten import read_forgotten, without_forgotten
+from cluster.json_text import write_json
 from cluster.records import AgentCall, RouteDecision, Usage
 from cluster.store import Store
 
@@ -50,13 +50,7 @@ def _dump(value: Any) -> str | None:
     if value is None:
         return None
     value = value.model_dump(mode="json") if isinstance(value, RouteDecision) else value
-    text = _TO_JSON.encode(value)
-    # Half of a surrogate pair, which JSON may hold and UTF-8 may not, has no other form than an escape.
-    return json.dumps(value, separators=(",", ":")) if not text.isascii() and _SURROGATE.search(text) else text
-
-
-_TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-_SURROGATE = re.compile("[\ud800-\udfff]")
+    return write_json(value).decode()
 
 
 _COLUMNS = (

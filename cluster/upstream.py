@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import email.utils
 import ipaddress
-import json
 import math
 import os
 import random
@@ -25,6 +24,7 @@ from pydantic import AfterValidator, Field
 
 from cluster.config import Config, has_credentials
 from cluster.errors import ConfigError, UpstreamError
+from cluster.json_text import read_json, write_json
 
 RETRYABLE = frozenset({429, 500, 502, 503, 504})
 MAX_REPLY_BYTES = 64 * 2**20
@@ -202,7 +202,7 @@ class Upstream:
                 "upstream_unavailable",
             )
         model = {"model": self.config.model} if self.config.model else {}
-        data = json.dumps({**body, **model}, ensure_ascii=False).encode(errors="surrogatepass")
+        data = write_json({**body, **model})
         try:
             response, first = await self._attempts(data, headers, is_stream)
         except UpstreamError as error:
@@ -292,7 +292,7 @@ class Upstream:
 
     def _parse(self, status: int, raw: bytes) -> dict[str, Any]:
         try:
-            body = json.loads(raw)
+            body = read_json(raw, is_strict=False)
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):

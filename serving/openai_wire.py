@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
+from cluster.json_text import read_json
 from cluster.records import Usage
 
 MAX_STREAM_BYTES = 64 * 2**20
@@ -140,7 +141,7 @@ def parse_strictly(raw: bytes) -> dict[str, Any]:
         Denied: 400, with the reason.
     """
     try:
-        body = json.loads(raw.decode(), parse_constant=_refuse_constant)
+        body = read_json(raw, is_strict=True)
         if _SURROGATE.search(raw):
             json.dumps(body, ensure_ascii=False).encode()
     except UnicodeError:
@@ -157,7 +158,7 @@ def parse_strictly(raw: bytes) -> dict[str, Any]:
 def parse_object(raw: bytes) -> dict[str, Any] | None:
     """The JSON object in `raw`, or None."""
     try:
-        value = json.loads(raw)
+        value = read_json(raw, is_strict=False)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and not _is_too_deep(raw, value) else None
@@ -241,10 +242,6 @@ def _is_too_deep(raw: bytes, value: Any) -> bool:
         if not level:
             return False
     return True
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 def _invalid(message: str) -> Denied:

@@ -114,7 +114,7 @@ class PendingCall:
         if given:
             return given
         # A long system prompt is hashed as it is; to write it as JSON first would cost as much as the rest of the call.
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.sha256()
         for message in self.request["messages"]:
             content = message.get("content")
             text = content.encode(errors="surrogatepass") if isinstance(content, str) else b""
