@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from cluster.errors import StoreError
 from cluster.feedback import read_outcomes
 from cluster.forgotten import read_forgotten, without_forgotten
+from cluster.json_text import write_json
 from cluster.records import AgentCall, RouteDecision, Usage
 from cluster.store import Store
 
@@ -50,12 +50,7 @@ def _dump(value: Any) -> str | None:
     if value is None:
         return None
     value = value.model_dump(mode="json") if isinstance(value, RouteDecision) else value
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    # Half of a surrogate pair, which JSON may hold and UTF-8 may not, has no other form than an escape.
-    return json.dumps(value, separators=(",", ":")) if _SURROGATE.search(text) else text
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
+    return write_json(value).decode()
 
 
 _COLUMNS = (

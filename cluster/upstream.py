@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Annotated, Any, NamedTuple
@@ -23,6 +22,7 @@ from cluster.breaker import Breaker
 from cluster.config import Config, has_credentials
 from cluster.endpoint_key import authorization
 from cluster.errors import UpstreamError
+from cluster.json_text import write_json
 from cluster.opening import Opening, error_status, reported_error
 from cluster.retries import LONGEST_PAUSE_S, LONGEST_RETRY_AFTER_S, backoff_s, is_retryable, parse_retry_after
 from cluster.slots import Slots
@@ -237,7 +237,7 @@ class Upstream:
             raise self._errors.left_alone(self._breaker.wait_s, has_asked=self._breaker.is_paused)
         try:
             model = {"model": self.config.model} if self.config.model else {}
-            data = json.dumps({**body, **model}, ensure_ascii=False).encode(errors="surrogatepass")
+            data = write_json({**body, **model})
             begun = await self._attempts(data, headers, is_stream, deadline)
             permit.succeed()
             return begun
@@ -331,7 +331,7 @@ class Upstream:
             raise _Failed(self._errors.misconfigured(status), may_retry=False)
         if is_retryable(status):
             raise _Failed(self._errors.passed_on(status, reported, None), may_retry=True)
-        return _Begun(status, JSON, json.dumps(reported).encode(), reported, None)
+        return _Begun(status, JSON, write_json(reported), reported, None)
 
     async def _chunks(self, begun: _Begun, deadline: float) -> AsyncIterator[bytes]:
         yield begun.first

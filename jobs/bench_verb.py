@@ -50,6 +50,11 @@ def add_verb(verbs: Any) -> None:
         "--fit", type=pathlib.Path, nargs="+", default=[], help="files of the same names to fit stand-ins on"
     )
     gate.set_defaults(run=_gate)
+    serve = names.add_parser("serve", help="calls passed on, releases that change under load, faults, graph tax, soak")
+    serve.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
+    serve.add_argument("--part", nargs="+", default=[], metavar="PART", help="only these; default all")
+    serve.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
+    serve.set_defaults(run=_serve)
 
 
 def _curate(options: argparse.Namespace) -> None:
@@ -87,6 +92,14 @@ def _gate(options: argparse.Namespace) -> None:
 
     _check_output(options.json)
     _show(bench_gate(options.fit, options.calls, functools.partial(print, file=sys.stderr, flush=True)), options.json)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from jobs.bench.serve import PARTS, bench_serve
+
+    _check_output(options.json)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    _show(bench_serve(say, options.part or PARTS, options.quick), options.json)
 
 
 def _check_output(path: pathlib.Path | None) -> None:

@@ -7,6 +7,7 @@ gateway runs there.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import sys
@@ -19,7 +20,7 @@ from cluster.config import validate
 from cluster.endpoint_key import authorization, is_loopback
 from cluster.errors import ConfigError
 from cluster.resources import Part
-from cluster.session import joins_cluster
+from cluster.session import joins_cluster, let_ingress_listen
 from cluster.store import Store
 from cluster.upstream import UpstreamConfig
 from jobs.plan import connect_for
@@ -122,10 +123,13 @@ def serve(recipe: Recipe, plan: list[Part]) -> None:
         ConfigError: the port is taken, or the plan does not fit.
         ReleaseError: the graph did not start.
     """
-    if not joins_cluster():
+    is_local = not joins_cluster()
+    if is_local:
         check_port(recipe.serve.http)
+        let_ingress_listen(recipe.serve.http.port)
     connect_for(plan, recipe)
-    run_endpoint(serve_args(recipe), recipe.serve.http, lambda url: _announce(recipe, url))
+    announce = functools.partial(_announce, recipe)
+    run_endpoint(serve_args(recipe), recipe.serve.http, announce, has_proxy=not is_local)
     print("stopped; captured calls are in the store", file=sys.stderr)
 
 

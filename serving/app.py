@@ -12,6 +12,7 @@ Imports no engine until a base is served.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -24,6 +25,7 @@ from cluster.faces import FacesConfig
 from cluster.prices import PriceConfig
 from cluster.raw_upstream import RawUpstream
 from cluster.records import Release
+from cluster.session import let_ingress_listen_again
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
 from cluster.upstream import Upstream, UpstreamConfig
@@ -86,14 +88,19 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     if found:
         _check_room(found[1], args.specialists.max_adapters)
 
-    from ray import serve
-
     handles = {base: build_specialists(base, args.specialists, args.store) for base in bases}
     llms = {
         number: build_cluster_llm(config)
         for number, config in enumerate(args.upstream)
         if not isinstance(config, UpstreamConfig)
     }
+    return bind_gateway(args, handles, llms)
+
+
+def bind_gateway(args: ServeArgs, handles: Mapping[str, Any], llms: Mapping[int, Any]) -> serve.Application:
+    """Bind the gateway to its engines, by base model, and to the cluster's LLMs, by their number in `upstream`."""
+    from ray import serve
+
     gateway = serve.deployment(
         # An ingress without an app: each replica builds its own from `__serve_build_asgi_app__`.
         serve.ingress()(Gateway),
@@ -109,7 +116,9 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         # Every call is captured; a second line about it would cost more than its routing.
         logging_config={"enable_access_log": False},
     )
-    return gateway.bind(args.model_dump(mode="json"), handles, llms, build_steward(args.store, args.steward))
+    return gateway.bind(
+        args.model_dump(mode="json"), dict(handles), dict(llms), build_steward(args.store, args.steward)
+    )
 
 
 class Gateway:
@@ -121,6 +130,7 @@ class Gateway:
         """Take handles of the specialists by base model, and of the cluster's LLMs by their number in `upstream`. The
         steward's is never called: Serve deploys what an ingress holds a handle of."""
         configure_logging()
+        let_ingress_listen_again()
         config = validate(ServeArgs, args)
         store, meter = Store(config.store), Meter(export=True)
         idle_s = idle_s_of(config.specialists)

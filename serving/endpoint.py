@@ -59,11 +59,13 @@ def check_port(http: HttpConfig) -> None:
             ) from None
 
 
-def run_endpoint(args: ServeArgs, http: HttpConfig, on_ready: Callable[[str], Any]) -> None:
+def run_endpoint(args: ServeArgs, http: HttpConfig, on_ready: Callable[[str], Any], *, has_proxy: bool) -> None:
     """Serve until Ctrl-C or SIGTERM. Needs a connected Ray.
 
     Args:
         on_ready: called with the base_url once calls are answered.
+        has_proxy: whether Serve's proxy listens at `http`; else the gateway itself does, as
+            `cluster.session.let_ingress_listen` has told it to.
 
     Raises:
         ConfigError: Ray Serve runs on this cluster already.
@@ -79,7 +81,9 @@ def run_endpoint(args: ServeArgs, http: HttpConfig, on_ready: Callable[[str], An
     signal.signal(signal.SIGTERM, _interrupt)
     app = build(args)
     try:
-        serve.start(http_options={"host": http.host, "port": http.port})
+        # Serve starts a proxy in any case; where the gateway listens itself, nobody is told of it.
+        port = http.port if has_proxy else _free_port()
+        serve.start(http_options={"host": http.host, "port": port})
         _deploy(app)
         on_ready(base_url(http))
         # Woken by a signal's handler, which raises.
@@ -89,6 +93,12 @@ def run_endpoint(args: ServeArgs, http: HttpConfig, on_ready: Callable[[str], An
         _drain(args.gateway.drain_timeout_s)
     finally:
         serve.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def base_url(http: HttpConfig) -> str:

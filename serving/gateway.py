@@ -41,7 +41,7 @@ from serving.gateway_config import GatewayConfig
 from serving.hedging import race
 from serving.limits import fit_budget, late_error, read_limits, reading_usage
 from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
-from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, error_code
+from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, with_code
 from serving.overload import retry_headers
 from serving.passthrough import PassThrough
 from serving.pending import PendingCall, agent_of
@@ -340,7 +340,7 @@ class GatewayCore:
     async def _pass_on(self, call: PendingCall, answer: WholeAnswer) -> Response:
         status, raw, body, endpoint = answer
         if status >= 400 or body is None:
-            error = _named("refused by the LLM" if status >= 400 else "the LLM's answer does not parse", body)
+            error = with_code("refused by the LLM" if status >= 400 else "the LLM's answer does not parse", body)
             await self.finish(call, status=status if status >= 400 else 502, error=error)
         else:
             await self.finish(call, response=body, endpoint=endpoint)
@@ -350,7 +350,7 @@ class GatewayCore:
         if self.config.degraded == "specialist" and (answer := await self._stand_in(call, error)):
             return await self._accept(call, answer, self.table.snapshot)
         body = error.body or error_body(error.message, kind="upstream_error", code="upstream_error")
-        await self.finish(call, status=error.status, error=_named("the LLM gave no answer", body))
+        await self.finish(call, status=error.status, error=with_code("the LLM gave no answer", body))
         headers = {**call.response_headers(), **retry_headers(error.status, error.retry_after_s)}
         return JSONResponse(body, error.status, headers=headers)
 
@@ -395,8 +395,3 @@ class GatewayCore:
 
 def _unrouted(snapshot: Snapshot) -> RouteDecision:
     return RouteDecision(action="llm", reason="the request cannot be routed", release=snapshot.release)
-
-
-def _named(what: str, body: dict[str, Any] | None) -> str:
-    code = error_code(body)
-    return f"{what}: {code}" if code else what

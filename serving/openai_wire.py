@@ -7,11 +7,11 @@ by cluster/sse.py. Source: OpenAI API reference, chat completions and its chunk 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
+from cluster.json_text import read_json
 from cluster.records import Usage
 from cluster.sse import MAX_NESTING, is_too_deep
 
@@ -68,7 +68,7 @@ def parse_strictly(raw: bytes) -> dict[str, Any]:
         Denied: 400, with the reason.
     """
     try:
-        body = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        body = read_json(raw, is_strict=True)
         if _SURROGATE.search(raw):
             json.dumps(body, ensure_ascii=False).encode()
     except UnicodeError:
@@ -87,6 +87,12 @@ def error_code(body: dict[str, Any] | None) -> str | None:
     error = (body or {}).get("error")
     names = [error.get("code"), error.get("type")] if isinstance(error, dict) else []
     return next((name for name in names if isinstance(name, str) and _CODE.fullmatch(name)), None)
+
+
+def with_code(what: str, body: dict[str, Any] | None) -> str:
+    """`what`, and what the error in `body` calls itself, if it does."""
+    code = error_code(body)
+    return f"{what}: {code}" if code else what
 
 
 def usage_of(body: dict[str, Any] | None) -> Usage:
@@ -159,17 +165,6 @@ def error_body(message: str, *, kind: str, code: str | None = None, param: str |
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _MAX_COUNT
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 def _invalid(message: str, param: str | None = None) -> Denied:

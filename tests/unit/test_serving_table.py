@@ -92,6 +92,28 @@ def test_a_release_that_does_not_fit_beside_the_served_one_is_not_swapped_in(tmp
     asyncio.run(scenario())
 
 
+def test_a_third_release_is_loaded_when_no_request_keeps_the_first(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        store, engine = Store(str(tmp_path / "store")), FakeEngine()
+        table = ServingTable(store, {BASE: engine}, max_adapters=2)
+        _promote(store, tmp_path / "scratch", _specialists("a"))
+        await table.refresh()
+        kept_by_a_request = table.snapshot
+        _promote(store, tmp_path / "scratch", _specialists("b"))
+        await table.refresh()
+        third = _promote(store, tmp_path / "scratch", _specialists("c"))
+        refreshing = asyncio.create_task(table.refresh())
+        await asyncio.sleep(0.3)
+        assert sorted(kept_by_a_request.specialists) == ["a"] and "adapters/c" not in engine.loaded
+        del kept_by_a_request
+        await refreshing
+        assert table.snapshot.release == third
+        # The served adapter is asked for before the new one, so that it is not what the engine lets go of.
+        assert engine.loaded[-2:] == ["adapters/b", "adapters/c"]
+
+    asyncio.run(scenario())
+
+
 def test_only_open_specialists_of_one_base_crowd_each_other() -> None:
     ours, theirs = _specialists("a", "b"), _specialists("c", base="bases/other")
     closed = _specialists("d", threshold=None)

@@ -1,0 +1,237 @@
+"""What the serving graph adds to an engine: specialists through HTTP, gateway and Ray Serve beside vLLM alone.
+
+The same prompts, adapters and lengths of answer, once given to vLLM's AsyncLLM in a process of its own, and once as chat
+completions to the graph of serving/app.py. The base is untrained and large enough that one answer costs an engine 100
+ms of CPU or more. Untrained, it never ends its answers, which the gateway then hands on: every call asks the fake LLM as
+well, so the tax is that of the longest way through the graph. Needs vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.prompts import PromptFormat, render_prompt
+from cluster.session import connect, let_ingress_listen
+from cluster.store import Store
+from jobs.bench.http_load import Reply, http_request, load
+from jobs.bench.http_load import connect as open_connection
+from jobs.bench.processes import free_port, module, server, usage_of
+from jobs.bench.stage import make_key, publish_stage, task_request
+from serving.app import ServeArgs, build
+from serving.specialist import SpecialistConfig, add_adapter, cpu_environment, engine_kwargs, fingerprint_of
+
+BASE = "bases/graph-tax"
+SHAPE = {"hidden_size": 768, "intermediate_size": 2_048, "layers": 12, "heads": 12, "vocab_size": 4_096}
+NUM_ADAPTERS = 4
+NUM_TOKENS = 16
+"""Of each answer."""
+_PROMPT_WORDS = 100
+_CONCURRENCY = 8
+_NUM_REQUESTS, _NUM_QUICK = 96, 16
+_MAX_SECONDS = 120.0
+_CONFIG = {"max_adapters": NUM_ADAPTERS, "max_lora_rank": 8, "max_model_tokens": 512, "max_num_seqs": 16}
+_FORMAT = PromptFormat(kind="compact", answer_kind="label", max_prompt_tokens=400)
+_START_TIMEOUT_S = 240.0
+
+
+def measure_graph_tax(say: Callable[[str], object], quick: bool = False) -> dict[str, Any]:
+    """Ask bare vLLM, then the graph with one engine and with two.
+
+    Returns:
+        `graph_tax`: share of bare vLLM's requests per second that the graph loses at one engine, one adapter;
+        `mixed_vs_one_adapter`: requests per second with four adapters over those with one, through the graph;
+        `replica_efficiency`: of two engines over twice those of one; and what was measured.
+    """
+    num = _NUM_QUICK if quick else _NUM_REQUESTS
+    with tempfile.TemporaryDirectory(prefix="understudy-bench-") as scratch:
+        folder = pathlib.Path(scratch)
+        store = Store(str(folder / "store"))
+        facts = _make_base(store, folder)
+        bare = _run_bare(store, num)
+        say(f"bare: {bare}")
+        with server(module("jobs.bench.fake_llm"), folder / "llm.log") as (_, llm):
+            key = make_key(store)
+            graph = {replicas: _run_graph(store, key, llm, replicas, num, say) for replicas in (1, 2)}
+    return {**compare(bare, graph), "bare": bare, "graph": graph, "facts": facts}
+
+
+def compare(bare: dict[str, Any], graph: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The three numbers, from requests per second by `one` and `mixed` adapters, and by engines."""
+    one = graph[1]["one"]["requests_per_s"]
+    return {
+        "graph_tax": round(1 - one / bare["one"]["requests_per_s"], 3),
+        "mixed_vs_one_adapter": round(graph[1]["mixed"]["requests_per_s"] / one, 3),
+        "replica_efficiency": round(graph[2]["one"]["requests_per_s"] / (2 * one), 3),
+    }
+
+
+def adapter_of(number: int) -> str:
+    """Store path of an adapter."""
+    return f"adapters/graph-tax-{number}"
+
+
+def request_of(adapter: int, number: int) -> dict[str, Any]:
+    """A request of the task that has this adapter."""
+    request = task_request(f"task-{adapter}", number)
+    request["messages"][1]["content"] += " please" * _PROMPT_WORDS
+    return request
+
+
+def _make_base(store: Store, folder: pathlib.Path) -> dict[str, Any]:
+    """Publish an untrained base and untrained adapters of it, which cost an engine what trained ones do."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from training.catalog import ScratchModel
+    from training.scratch import init_model, train_tokenizer
+
+    entry = ScratchModel(name="graph-tax", kind="scratch", context_window_tokens=1_024, **SHAPE)
+    tokenizer = train_tokenizer([json.dumps(request_of(0, number)) for number in range(200)], entry.vocab_size)
+    init_model(entry, tokenizer, folder / "base", 0)
+    manifest = store.publish(BASE, folder / "base", {"kind": "bench"})
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    num_parameters = sum(one.numel() for one in model.parameters())
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    for number in range(NUM_ADAPTERS):
+        torch.manual_seed(number)
+        adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.01)
+        adapted.save_pretrained(folder / f"adapter-{number}")
+        store.publish(adapter_of(number), folder / f"adapter-{number}", {"kind": "bench"})
+    tasks = {f"task-{one}": (adapter_of(one), 0.9, request_of(one, 0)) for one in range(NUM_ADAPTERS)}
+    fingerprint = fingerprint_of(manifest["sha256"], SpecialistConfig(**_CONFIG))
+    publish_stage(store, "graph-tax", tasks, base=BASE, fingerprint=fingerprint, prompt_format=_FORMAT)
+    return {"parameters": num_parameters, "answer_tokens": NUM_TOKENS, "concurrency": _CONCURRENCY, **_CONFIG}
+
+
+def _run_bare(store: Store, num: int) -> dict[str, Any]:
+    command = module("jobs.bench.graph_tax", "bare", store.uri, str(num))
+    environment = {**os.environ, **cpu_environment(1, 1), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"bare vLLM: {done.stderr[-2_000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+async def _bare(store: Store, num: int) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+    from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    source = str(store.fetch(BASE))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **engine_kwargs(SpecialistConfig(**_CONFIG))))
+    loras = [LoRARequest(adapter_of(one), one + 1, str(store.fetch(adapter_of(one)))) for one in range(NUM_ADAPTERS)]
+    for lora in loras:
+        await add_adapter(engine, lora)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, logprobs=0, stop_token_ids=[tokenizer.eos_token_id])
+
+    async def ask(adapter: int, number: int) -> None:
+        ids = render_prompt(request_of(adapter, number), _FORMAT, tokenizer).ids
+        prompt = TokensPrompt(prompt_token_ids=ids)
+        async for _ in engine.generate(
+            prompt, params, f"{adapter}-{number}-{time.time()}", lora_request=loras[adapter]
+        ):
+            pass
+
+    found = {}
+    for name, num_adapters in (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS)):
+        before, begin, numbers = usage_of(os.getpid()), time.perf_counter(), iter(range(num))
+
+        async def client(numbers: Any = numbers, num_adapters: int = num_adapters) -> None:
+            for number in numbers:
+                await ask(number % num_adapters, number)
+
+        await asyncio.gather(*(client() for _ in range(_CONCURRENCY)))
+        found[name] = _rates(num, time.perf_counter() - begin, usage_of(os.getpid()).cpu_ms_since(before))
+    engine.shutdown()
+    return found
+
+
+def _run_graph(
+    store: Store, key: str, llm: str, replicas: int, num: int, say: Callable[[str], object]
+) -> dict[str, Any]:
+    import ray
+    from ray import serve
+
+    port = free_port()
+    let_ingress_listen(port)
+    # A place for each engine and for the gateway, also where there are fewer cores: they are told to share.
+    connect(num_cpus=replicas + 1)
+    specialists = {**_CONFIG, "min_replicas": replicas, "max_replicas": replicas}
+    args = {"store": store.uri, "upstream": [{"base_url": f"{llm}/v1"}], "specialists": specialists}
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
+        serve.run(build(ServeArgs.model_validate(args)), name="graph-tax", route_prefix="/")
+        url = f"http://127.0.0.1:{port}"
+        asyncio.run(_wait_for_specialists(url, key))
+        found = {}
+        for name, adapters in (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS)):
+            found[name] = asyncio.run(_load_graph(url, key, adapters, num))
+            say(f"{replicas} engines, {name}: {found[name]}")
+        return found
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+async def _load_graph(url: str, key: str, num_adapters: int, num: int) -> dict[str, Any]:
+    requests = [
+        http_request(url, json.dumps(request_of(number % num_adapters, number)).encode(), key) for number in range(num)
+    ]
+
+    def checked(_: int, reply: Reply) -> str | None:
+        # Else the specialist was not asked, and nothing was measured.
+        route = reply.headers.get("x-understudy-route")
+        return None if reply.status == 200 and route in ("escalate", "accept") else f"{reply.status}, {route}"
+
+    before = _others_cpu()
+    turn = await load(url, requests, checked, concurrency=_CONCURRENCY, max_requests=num, max_seconds=_MAX_SECONDS)
+    if turn.errors:
+        raise RuntimeError(f"graph: {len(turn.errors)} of {num} not as they must be; {turn.errors[0]}")
+    return _rates(len(turn.whole_ms), turn.seconds, _others_cpu() - before)
+
+
+def _others_cpu() -> float:
+    """CPU milliseconds of all processes below this one, which is the load."""
+    return sum(used for pid, used in usage_of(os.getpid()).cpu_s.items() if pid != os.getpid()) * 1e3
+
+
+async def _wait_for_specialists(url: str, key: str) -> None:
+    end = time.perf_counter() + _START_TIMEOUT_S
+    while time.perf_counter() < end:
+        exchange = await open_connection(url)
+        reply = await exchange.ask(http_request(url, json.dumps(request_of(0, 0)).encode(), key))
+        exchange.close()
+        if reply.headers.get("x-understudy-route") in ("escalate", "accept"):
+            return
+        await asyncio.sleep(1.0)
+    raise RuntimeError(f"the specialists did not load: {reply.headers}")
+
+
+def _rates(num: int, seconds: float, cpu_ms: float) -> dict[str, Any]:
+    return {"requests_per_s": round(num / seconds, 3), "cpu_ms": round(cpu_ms / num, 1), "requests": num}
+
+
+def main(words: Sequence[str]) -> None:
+    if words[:1] == ["bare"]:
+        print(json.dumps(asyncio.run(_bare(Store(words[1]), int(words[2])))))
+        return
+    print(json.dumps(measure_graph_tax(lambda text: print(text, file=sys.stderr, flush=True), "--quick" in words)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,66 @@
+"""What serving costs, withstands and never shows: `understudy bench serve`, its parts one after another into one JSON.
+
+passthrough: calls that no specialist answers, beside LiteLLM's proxy and the floor for Python; rollout: releases that
+change under load; faults: everything that may break, under a client that looks at every answer; soak: memory over time;
+graph_tax: specialists through the graph beside vLLM alone. Each part is a file beside this one that says how it
+measures. Speeds are compared within a part alone, so parts may be run at different times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cluster.errors import ConfigError
+
+PARTS = ("passthrough", "rollout", "faults", "graph_tax", "soak")
+
+
+def bench_serve(say: Callable[[str], object], parts: Sequence[str] = PARTS, quick: bool = False) -> dict[str, Any]:
+    """Measure the parts named, in the order of `PARTS`. Starts and ends local Ray clusters.
+
+    Args:
+        parts: of `PARTS`.
+        quick: few requests and short times: shows that it runs, and measures nothing.
+
+    Returns:
+        The numbers of all parts, and under `parts` everything that was measured.
+
+    Raises:
+        ConfigError: a part that is none.
+    """
+    if wrong := sorted(set(parts) - set(PARTS)):
+        raise ConfigError(f"--part {wrong[0]}: no such part; allowed: {', '.join(PARTS)}")
+    found: dict[str, Any] = {}
+    for name, measure in _measures().items():
+        if name in parts:
+            say(f"-- {name}")
+            found[name] = measure(say, quick)
+    return gather_numbers(found) | {"quick": quick, "parts": found}
+
+
+def _measures() -> dict[str, Callable[[Callable[[str], object], bool], dict[str, Any]]]:
+    from jobs.bench.graph_tax import measure_graph_tax
+    from jobs.bench.passthrough import measure_passthrough
+    from jobs.bench.rollout import measure_rollout
+    from jobs.bench.serve_faults import measure_faults
+    from jobs.bench.soak import measure_soak
+
+    measures = (measure_passthrough, measure_rollout, measure_faults, measure_graph_tax, measure_soak)
+    return dict(zip(PARTS, measures, strict=True))
+
+
+def gather_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that stand for each part."""
+    numbers: dict[str, Any] = {}
+    if passthrough := found.get("passthrough"):
+        numbers |= passthrough["summary"]
+    for name, keys in (
+        ("rollout", ("rollout_requests", "rollout_failed", "rollout_mixed")),
+        ("faults", ("fault_trials", "fault_client_errors", "captured_exactly_once")),
+        ("graph_tax", ("graph_tax", "mixed_vs_one_adapter", "replica_efficiency")),
+        ("soak", ("soak_rss_slope_mib_per_h",)),
+    ):
+        if name in found:
+            numbers |= {key: found[name][key] for key in keys}
+    return numbers
