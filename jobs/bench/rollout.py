@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster import registry
+from cluster.sse import SseReader
 from cluster.store import Store
 from jobs.bench.fake_llm import answer_text
 from jobs.bench.http_load import Reply, Turn, http_request, load, spread_ms
@@ -24,7 +25,6 @@ from jobs.bench.processes import module, server
 from jobs.bench.stage import make_key, publish_stage, task_request
 from jobs.bench.stub_graph import stub_confidence, stub_endpoint, stub_facts, stub_text
 from serving.app import ServeArgs
-from serving.openai_wire import SseReader
 from serving.reassembly import reassemble
 
 KINDS = ("orders", "refunds", "unknown")

@@ -52,7 +52,7 @@ _FLUSH_S = 1.0
 _SETTLE_S = 4.0
 _QUEUE_SIZE = 6
 _NUM_TRIALS, _QUICK_TRIALS = 5, 1
-_UPSTREAM = {"timeout_s": 2.0, "first_byte_timeout_s": 1.5, "max_attempts": 1, "breaker_failures": 1_000}
+_UPSTREAM = {"timeout_s": 2.0, "first_token_timeout_s": 1.5, "max_attempts": 1, "breaker_failures": 1_000}
 
 
 class Trial(NamedTuple):
