@@ -171,7 +171,7 @@ for _ in range(2):  # of the first round glibc learns what sizes come and go, an
     for _ in range(200):
         large.append(libc.malloc(2**20))
         ctypes.memset(large[-1], 1, 2**20)
-        libc.malloc(64)  # stays, as an adapter's narrow products do
+        libc.malloc(40_000)  # stays, as an adapter's narrow products do
     for one in large:
         libc.free(one)
 lines = pathlib.Path("/proc/self/status").read_text().splitlines()
