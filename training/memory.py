@@ -23,8 +23,7 @@ CPU_OVERHEAD = 700 * 2**20
 _CPU_SLACK, _CPU_SLACK_FULL = 2.1, 1.35
 """Main memory that activations take over what autograd keeps of them, with an adapter and in full training: glibc's heap
 holds what was freed, and an adapter's narrow products between the wide ones keep its pieces apart. Measured on bases of 2M
-and 22M parameters. MALLOC_MMAP_THRESHOLD_=65536 in a worker's environment makes both 1.0 and a step take 1.9 times the CPU
-time: pages come from the kernel anew each time."""
+and 22M parameters. With recomputed activations the heap is told to hold nothing (training/methods.py)."""
 GPU_OVERHEAD = 3 * 2**29
 """CUDA context, libraries' workspaces and the allocator's slack: 1.5 GiB, an assumption that no GPU here has checked."""
 _BUCKET_ELEMENTS = 500_000_000
@@ -111,7 +110,7 @@ def predict_memory(
         host, weights = host + weights, min(weights, live)
     elif stage == 3:
         weights += (shape.parameters // max(1, shape.layers)) * bytes_each
-    slack = 1.0 if config.gpus_per_worker else _CPU_SLACK_FULL if config.method == "full" else _CPU_SLACK
+    slack = _slack(config)
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -236,6 +235,13 @@ def _num_adapter_weights(model: Any, config: FinetuneConfig) -> int:
             total += config.lora_rank * (module.in_features + module.out_features)
             total += module.out_features if config.method == "dora" else 0
     return total
+
+
+def _slack(config: FinetuneConfig) -> float:
+    """What activations take of a device's memory over what is alive of them."""
+    if config.gpus_per_worker or config.gradient_checkpointing:
+        return 1.0
+    return _CPU_SLACK_FULL if config.method == "full" else _CPU_SLACK
 
 
 def _activation_bytes(shape: ModelShape, config: FinetuneConfig, load: Load, bytes_each: int) -> int:

@@ -37,7 +37,6 @@ _ALLOWED = {
     "ema_decay": (0.0,),
     "gradient_checkpointing": (False,),
     "offload": ("auto", "none"),
-    "min_workers": (None,),
 }
 """What the loop of many adapters can do of what a solo run can."""
 _TOKENS_PER_PASS = {"cpu": 4096, "cuda": 65536}
@@ -181,6 +180,11 @@ def reason_against(config: FinetuneConfig) -> str | None:
                 f"finetune.{field}={value}: not with fleet.mode=multi_lora; allowed: {choices}; next: "
                 f"finetune.{field}={allowed[0]}, or fleet.mode=solo"
             )
+    if config.min_workers is not None:
+        return (
+            f"finetune.min_workers={config.min_workers}: not with fleet.mode=multi_lora; allowed: a recipe without it; next: "
+            "fleet.mode=solo"
+        )
     if config.distill.teacher is not None:
         return (
             f"finetune.distill.teacher={config.distill.teacher!r}: not with fleet.mode=multi_lora; allowed: none; next: "

@@ -2,6 +2,9 @@
 
 import json
 import pathlib
+import platform
+import subprocess
+import sys
 
 import pytest
 from tiny_models import make_rows, save_tiny_base, tiny_settings
@@ -13,6 +16,8 @@ from training.finetune import FinetuneConfig
 from training.methods import build_model, check_base_folder, check_method, why_no_4bit
 from training.objective import answer_loss
 from training.packing import collate_padded
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +157,32 @@ def test_a_missing_shard_is_named(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="model-2.safetensors is missing"):
         check_base_folder(folder)
+
+
+HEAP = """
+import ctypes, pathlib, sys
+from training.methods import _return_freed_memory
+if sys.argv[1] == "returning":
+    _return_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+for _ in range(2):  # of the first round glibc learns what sizes come and go, and keeps them from then on
+    large = []
+    for _ in range(200):
+        large.append(libc.malloc(2**20))
+        ctypes.memset(large[-1], 1, 2**20)
+        libc.malloc(40_000)  # stays, as an adapter's narrow products do
+    for one in large:
+        libc.free(one)
+lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmRSS:")))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library gives memory back in its own way")
+def test_recomputing_gives_freed_memory_back_to_the_kernel():
+    def held_kib(how):
+        run = subprocess.run([sys.executable, "-c", HEAP, how], cwd=ROOT, capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    assert held_kib("keeping") - held_kib("returning") > 100 * 1024
