@@ -65,7 +65,7 @@ def plan_adapters(
     for task in tasks:
         if task.task_id not in data:
             continue
-        prompt_format, rows, held_out, _ = data[task.task_id]
+        prompt_format, rows, held_out = data[task.task_id][:3]
         facts = [base, prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]
         run_id = content_hash(facts)[:12]
         longest = int(max(map(num_answer_tokens, rows)) * _ANSWER_SLACK)
