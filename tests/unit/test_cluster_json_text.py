@@ -16,7 +16,9 @@ SEEDS = (
     b'{"messages":[{"role":"user","content":"hi\\ud83d\\ude00"}],"n":12345678901234567890123,"t":1e-7}',
     b'{"a":NaN,"b":[-Infinity,1e999],"c":"\\ud800","a":2}',
 )
-PIECES = st.one_of(st.binary(max_size=2), st.sampled_from([b"NaN", b"\\ud800", b"\xed\xa0\x80", b'"', b"1.", b"0", b"{"]))
+PIECES = st.one_of(
+    st.binary(max_size=2), st.sampled_from([b"NaN", b"\\ud800", b"\xed\xa0\x80", b'"', b"1.", b"0", b"{"])
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
