@@ -102,6 +102,11 @@ class _Exchange(asyncio.Protocol):
         status = int(head.split(b" ", 2)[1])
         return Reply(status, _headers(head), content, (self._first - begin) * 1e3, whole_ms)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether some of the answer is here."""
+        return bool(self._data)
+
     def close(self) -> None:
         self._transport.abort()
 

@@ -115,12 +115,14 @@ class _Client:
         finally:
             exchange.close()
 
-    async def leave(self, request: Mapping[str, Any], after_s: float) -> None:
-        """Ask, and be gone before the answer is whole."""
+    async def leave(self, request: Mapping[str, Any], after_s: float | None = None) -> None:
+        """Ask, and be gone before the answer is whole: after so many seconds, or once some of it is here."""
         exchange = await connect(self.url)
         self.num_sent += 1
         asking = asyncio.create_task(exchange.ask(http_request(self.url, json.dumps(request).encode(), self.key)))
-        await asyncio.sleep(after_s)
+        while after_s is None and not exchange.has_begun:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(after_s or 0.0)
         exchange.close()
         await asyncio.gather(asking, return_exceptions=True)
 
@@ -135,10 +137,11 @@ async def _try_all(client: _Client, store: Store, num: int, say: Callable[[str],
     await asyncio.sleep(_SETTLE_S)
     stored = collections.Counter(_stored(store))
     is_exact = is_captured_once(stored, (one.call_id for one in trials), client.num_sent)
+    facts = {"num_sent": client.num_sent, "num_stored": sum(stored.values())}
     killed = await _try_gateway_killed(client, store, num)
     trials += killed.trials
     say(f"{len(trials)} trials, {sum(one.wrong is not None for one in trials)} wrong; exactly once: {is_exact}")
-    return _Found(trials, is_exact, {"num_sent": client.num_sent, "num_stored": sum(stored.values()), **killed.facts})
+    return _Found(trials, is_exact, {**facts, **killed.facts})
 
 
 async def _try_upstream(client: _Client, num: int) -> list[Trial]:
@@ -186,8 +189,9 @@ async def _try_specialists(client: _Client, num: int) -> list[Trial]:
 
 async def _try_leaving(client: _Client, num: int) -> list[Trial]:
     for number in range(num):
-        await client.leave(task_request("nothing known", number, stream=True), 0.008)
-        await client.leave(task_request(SLOW, number), 0.3)
+        # One that is gone before its request has been read was no call.
+        await client.leave(task_request("nothing known", number, stream=True, user="fate:hang_mid"))
+        await client.leave(task_request(SLOW, number), 0.5)
     return [Trial("client gone", None, None) for _ in range(2 * num)]
 
 
