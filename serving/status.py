@@ -83,7 +83,7 @@ def status_routes(core: GatewayCore) -> dict[str, tuple[str, Endpoint]]:
     """Path -> method and endpoint, to be added to the gateway's own."""
     facts = _Remembered(core)
     return {
-        **{path: ("GET", _asset((_PAGE / name).read_bytes(), name)) for path, name in _ASSETS.items()},
+        **{path: ("GET", _asset(name, core.config.auth)) for path, name in _ASSETS.items()},
         **_views(core, facts),
         **_actions(core, facts),
     }
@@ -118,7 +118,9 @@ def check_action(core: GatewayCore, identity: Identity, headers: Mapping[str, st
         raise Denied(403, message, code="invalid_token")
 
 
-def _asset(content: bytes, name: str) -> Endpoint:
+def _asset(name: str, auth: str) -> Endpoint:
+    """A file of the page. It is told whether to ask for a key, so that it need not try without one."""
+    content = (_PAGE / name).read_text().replace('data-auth="keys"', f'data-auth="{auth}"')
     kind = _TYPES[pathlib.PurePath(name).suffix]
 
     async def show(_: Request) -> Response:

@@ -29,13 +29,13 @@ function el(tag, options = {}, ...children) {
 const badge = (text, kind = text) => el("span", { class: `badge ${kind}` }, text.replaceAll("_", " "));
 
 // columns: [heading, cell(row) -> text or node, class]. Roles are said because a narrow page lays rows out as cards.
-function table(caption, columns, rows, { nothing = "None yet.", fresh } = {}) {
+function table(caption, columns, rows, { nothing = "None yet.", fresh, kind = "cards" } = {}) {
   if (!rows.length) return el("p", { class: "quiet" }, nothing);
-  const head = columns.map(([title, , kind]) => el("th", { scope: "col", role: "columnheader", class: kind }, title));
+  const head = columns.map(([title, , style]) => el("th", { scope: "col", role: "columnheader", class: style }, title));
   const body = rows.map((row) => el("tr", { role: "row", class: fresh?.(row) ? "fresh" : null },
-    ...columns.map(([title, cell, kind], place) => el(place ? "td" : "th",
-      { role: place ? "cell" : "rowheader", scope: place ? null : "row", class: kind, "data-label": title }, cell(row)))));
-  return el("div", { class: "scroll" }, el("table", { role: "table", class: "cards" }, el("caption", {}, caption),
+    ...columns.map(([title, cell, style], place) => el(place ? "td" : "th",
+      { role: place ? "cell" : "rowheader", scope: place ? null : "row", class: style, "data-label": title }, cell(row)))));
+  return el("div", { class: "scroll" }, el("table", { role: "table", class: kind }, el("caption", {}, caption),
     el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...head)), el("tbody", { role: "rowgroup" }, ...body)));
 }
 
@@ -43,9 +43,9 @@ function tiles(pairs) {
   return pairs.map(([name, value, kind]) => el("div", {}, el("dt", {}, name), el("dd", { class: kind }, value)));
 }
 
-// The interval of a rate from 0 to the largest of what is shown, with the promised epsilon as a line.
-function interval([lower, upper], epsilon) {
-  const most = Math.max(upper, (epsilon ?? 0) * 2, 0.01), at = (rate) => String(2 + 140 * Math.min(1, rate / most));
+// The interval of a rate on a line from 0 to `most`, with the promised epsilon as a line.
+function interval([lower, upper], epsilon, most = Math.max(upper, (epsilon ?? 0) * 2, 0.01)) {
+  const at = (rate) => String(2 + 140 * Math.min(1, rate / most));
   const ns = "http://www.w3.org/2000/svg", svg = document.createElementNS(ns, "svg");
   svg.setAttribute("class", "interval");
   svg.setAttribute("viewBox", "0 0 144 16");
@@ -102,11 +102,12 @@ function say(text) { $("said").textContent = text; }
 function trouble(text) { if ($("trouble").textContent !== text) $("trouble").textContent = text; }
 
 async function logIn() {
+  if (document.documentElement.dataset.auth === "keys" && !sessionStorage.getItem(KEY)) return logOut("");
   const round = ++state.round;
   try {
     state.session = await ask("status/session");
   } catch (error) {
-    return logOut(error.status === 401 && !sessionStorage.getItem(KEY) ? "" : error.message);
+    return logOut(error.message);
   }
   trouble("");
   $("login").hidden = true;
@@ -216,7 +217,7 @@ function drawBoard() {
     ["Certified bound", (task) => percent(task.upper_bound), "number"],
     ["Epsilon", (task) => percent(task.epsilon), "number"],
     ["Live disagreement", disagreement],
-    ["Latency", (task) => latencyOf(task.task_id, latencies)],
+    ["Latency", (task) => latencyOf(task.task_id, latencies), "nowrap"],
   ], facts.tasks, { nothing: "No tasks yet; next: understudy convert store=STORE" })]);
   draw("releases", [facts.releases, state.session.can_administer, facts.release], () => [table("Releases, the newest first", [
     ["Release", (one) => el("code", { title: one.release }, short(one.release))],
@@ -312,7 +313,7 @@ async function drawTask(taskId) {
 }
 
 function taskParts(task) {
-  const gate = task.gate, parts = [stageOf(task), el("dl", { class: "tiles" }, ...tiles([
+  const gate = task.gate, most = Math.max(0.01, ...task.arms.map((arm) => arm.interval[1])), parts = [stageOf(task), el("dl", { class: "tiles" }, ...tiles([
     ["Task", el("code", {}, task.task_id), "text"], ["Kind", task.kind ?? "", "text"], ["Calls found", count(task.num_calls)],
     ["Share of calls", percent(task.share_calls)], ["Share of cost", percent(task.share_cost)],
     ["Clients", count(task.num_clients)], ["Sessions", count(task.num_sessions)],
@@ -325,18 +326,18 @@ function taskParts(task) {
       ["Kept from confidence", gate.threshold.toFixed(4)], ["Coverage", percent(gate.coverage)],
       ["Certified bound", percent(gate.upper_bound)], ["Epsilon", percent(gate.epsilon)],
       ["Calibration calls", count(gate.num_calibration)], ["Kept of them", count(gate.num_accepted)],
-      ["Disagreeing of those", count(gate.num_disagreements)], ["Round", count(gate.round)],
+      ["Disagreeing of those", count(gate.num_disagreements)], ["Earlier candidates on these calls", count(gate.round)],
     ])));
   } else parts.push(el("p", {}, `Nothing: ${gate?.refused ?? task.reason ?? "no gate was certified"}.`));
   parts.push(el("h3", {}, "Measured on test, before it was served"), table("Ways of answering", [
     ["Way", (arm) => arm.name], ["Calls", (arm) => count(arm.num_calls), "number"], ["Coverage", (arm) => percent(arm.coverage), "number"],
     ["Kept", (arm) => count(arm.num_kept), "number"], ["Differ", (arm) => count(arm.num_disagreements), "number"],
-    ["Disagreement", (arm) => percent(arm.disagreement), "number"], ["95% interval; line: epsilon", (arm) => interval(arm.interval, gate?.epsilon)],
+    ["Disagreement", (arm) => percent(arm.disagreement), "number"], ["95% interval; line: epsilon", (arm) => interval(arm.interval, gate?.epsilon, most)],
   ], task.arms, { nothing: "No report of it in the store." }));
   parts.push(el("h3", {}, "Coverage against disagreement, on validation"), table("By threshold", [
     ["Threshold", (point) => missing(point.threshold) ? "" : point.threshold.toFixed(4), "number"],
     ["Coverage", (point) => percent(point.coverage), "number"], ["Disagreement", (point) => percent(point.disagreement), "number"],
-  ], thin(task.curve, 12), { nothing: "No report of it in the store." }));
+  ], thin(task.curve, 12), { nothing: "No report of it in the store.", kind: "narrow" }));
   parts.push(el("h3", {}, "Audited since it is served"));
   const seen = task.evidence;
   parts.push(seen ? el("dl", { class: "tiles" }, ...tiles([
