@@ -81,11 +81,14 @@ class Page:
         """Another width in CSS pixels, and light or dark."""
         facts = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         await self.send("Emulation.setDeviceMetricsOverride", **facts)
+        await self.send("Emulation.setScrollbarsHidden", hidden=True)
         await self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     async def picture(self, path: pathlib.Path) -> None:
         """The whole page as a PNG file."""
-        found = await self.send("Page.captureScreenshot", captureBeyondViewport=True)
+        size = (await self.send("Page.getLayoutMetrics"))["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        found = await self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(found["data"]))
 
 

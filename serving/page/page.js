@@ -263,6 +263,7 @@ async function drawLive(round) {
   const newest = [...state.decisions.values()].sort((a, b) => b.ts - a.ts).slice(0, 50);
   state.decisions = new Map(newest.map((one) => [one.call_id, one]));
   drawCounts();
+  if (isFirst && state.facts && !$("board").hidden) drawBoard(); // The tasks stand there without their latency.
   if (state.paused) return;
   const names = new Map((state.facts?.tasks ?? []).map((task) => [task.task_id, task.name]));
   draw("live", [newest, [...names]], () => [table("The last decisions, the newest first", [
