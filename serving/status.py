@@ -6,7 +6,7 @@ request, and every replica of the gateway can answer. What that costs is that a 
 hence no inline script, no outside source, and no markup made of text (`_POLICY`, with Trusted Types). An action asks for
 more: a request of the same origin, JSON, and a token of this key that `/status/session` gave out less than TOKEN_S ago.
 
-Without keys (`gateway.auth=open`) the page shows and changes nothing: nobody could say who did. Knows nothing of how
+Without keys (`gateway.auth=open`) everybody may look and nobody may act: nobody could say who did. Knows nothing of how
 facts come about (serving/status_facts.py). Source: W3C CSP 3 and Fetch Metadata; RFC 6454 (Origin).
 """
 
@@ -18,7 +18,6 @@ import pathlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError
 from starlette.requests import Request
@@ -102,9 +101,9 @@ def check_action(core: GatewayCore, identity: Identity, headers: Mapping[str, st
         Denied: 403 where it is not the page's own, or its token is of another key, altered or too old; 415 where its
             body is not JSON.
     """
-    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    site, origin, host = (headers.get(name) for name in ("sec-fetch-site", "origin", "host"))
     # A browser tells where a request comes from in one of the two; what tells neither is no page.
-    is_own = site == "same-origin" if site else bool(origin) and urlsplit(origin).netloc == headers.get("host")
+    is_own = site == "same-origin" if site else origin in (f"http://{host}", f"https://{host}")
     if not is_own:
         raise Denied(
             403, "Only this gateway's own page may do this; elsewhere use `understudy release`", code="not_own"

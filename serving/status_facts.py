@@ -20,6 +20,8 @@ from serving.steward import DEMOTED, load_state
 
 _NUM_EVENTS = 20
 _NUM_RELEASES = 20
+_NUM_SEARCHED = 200
+"""Of the newest events, for those of one task."""
 _TASKS_FILE = "tasks/identity.json"
 """Names the tasks of the last discovery; training/discover.py writes it."""
 _TASK_FIELDS = ("name", "kind", "num_calls", "share_calls", "share_cost", "num_clients", "num_sessions")
@@ -105,7 +107,9 @@ def task_page(store: Store, task_id: str) -> dict[str, Any] | None:
         "arms": [_only(_ARM_FIELDS, arm) for arm in evaluation.get("arms", ())],
         "curve": [_only(_CURVE_FIELDS, point) for point in evaluation.get("curve", ())],
         "changes": [
-            _event(one) for one in reversed(read_events(store)) if one.by == "steward" and task_id in one.evidence
+            _event(one)
+            for one in reversed(read_events(store, _NUM_SEARCHED))
+            if one.by == "steward" and task_id in one.evidence
         ],
     }
 

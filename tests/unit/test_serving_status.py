@@ -95,6 +95,8 @@ FOREIGN: list[tuple[dict[str, str | None], int, str]] = [
     ({"sec-fetch-site": None, "origin": "http://evil.example"}, 403, "not_own"),
     ({"sec-fetch-site": None, "origin": "http://gateway.evil.example"}, 403, "not_own"),
     ({"sec-fetch-site": None, "origin": "null"}, 403, "not_own"),
+    ({"sec-fetch-site": None, "origin": "http://["}, 403, "not_own"),
+    ({"sec-fetch-site": None, "origin": "null", "host": ""}, 403, "not_own"),
     # Fetch metadata is the browser's own word: an origin that fits does not outweigh it.
     ({"sec-fetch-site": "cross-site", "origin": "http://gateway"}, 403, "not_own"),
     ({"content-type": "text/plain"}, 415, "unsupported_media_type"),
@@ -187,7 +189,7 @@ def test_actions_refuse_what_they_do_not_know_and_what_is_no_longer_so(tmp_path:
     asyncio.run(scenario())
 
 
-def test_without_keys_the_page_shows_and_changes_nothing(tmp_path: pathlib.Path) -> None:
+def test_without_keys_everybody_may_look_and_nobody_may_act(tmp_path: pathlib.Path) -> None:
     async def scenario() -> None:
         async with gateway(tmp_path, auth="open") as run:
             assert 'data-auth="open"' in (await run.http.get("/")).text
