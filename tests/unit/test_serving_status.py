@@ -67,6 +67,7 @@ def test_every_endpoint_answers_each_role_as_the_table_says(tmp_path: pathlib.Pa
                     body = {ACTIONS[2]: promotion, ACTIONS[3]: served}.get(path, {})
                     reply = await run.http.post(path, json=body, headers={**headers, **OWN, TOKEN_HEADER: token})
                     assert (path, role, reply.status_code, "error" in reply.json()) == (path, role, acts, acts != 200)
+                    assert acts != 403 or reply.json()["error"]["code"] == "insufficient_permissions"
                 if acts != 200:
                     assert before == (registry.current_sha(run.store), len(read_events(run.store)))
             kinds = [(event.kind, event.by) for event in read_events(run.store)[-4:]]
