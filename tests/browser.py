@@ -87,7 +87,7 @@ class Page:
     async def picture(self, path: pathlib.Path) -> None:
         """The whole page as a PNG file."""
         size = (await self.send("Page.getLayoutMetrics"))["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        clip = {"x": 0, "y": 0, "width": await self.value("innerWidth"), "height": size["height"], "scale": 1}
         found = await self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(found["data"]))
 
