@@ -46,6 +46,7 @@ def write_event(store: Store, cause: Cause, *, release: str | None, before: str 
     return event
 
 
-def read_events(store: Store) -> list[Event]:
-    """All events, the oldest first."""
-    return [Event.model_validate(store.read_json(path)) for path in store.list(EVENTS_FOLDER, ".json")]
+def read_events(store: Store, newest: int | None = None) -> list[Event]:
+    """All events, or so many of the newest (at least 1), the oldest first."""
+    paths = store.list(EVENTS_FOLDER, ".json")
+    return [Event.model_validate(store.read_json(path)) for path in (paths[-newest:] if newest else paths)]

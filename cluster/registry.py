@@ -9,6 +9,7 @@ it expects to find compares, writes and looks again, which leaves open the momen
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from cluster.store import Store, content_hash
 CURRENT = "CURRENT"
 FROZEN = "FROZEN"
 """While it exists, nothing but a person writes CURRENT."""
+_RELEASE = re.compile(r"releases/([0-9a-f]{64})\.json")
 
 
 def publish_release(store: Store, release: Release) -> str:
@@ -76,16 +78,50 @@ def promote(store: Store, sha: str, *, expected: str | None = None, cause: Cause
         raise ReleaseError(f"release {sha}: another writer replaced it at once; look at {CURRENT} and decide again")
 
 
-def roll_back(store: Store) -> str:
-    """Serve the release that was served before, and return its name.
+def promote_at(store: Store, sha: str, rollout: Rollout | None, *, expected: str | None = None) -> str:
+    """Serve a release whose new specialists, those that the served one has not, begin at a stage; None is live.
+
+    A specialist that is served already keeps the stage that it has reached. Without anything new the release itself is
+    served, under its own name.
+
+    Args:
+        expected: as in `promote`.
+
+    Returns:
+        Name of the release that is served.
 
     Raises:
-        ReleaseError: there is no earlier release, or it can no longer be served.
+        ReleaseError: it cannot be served, or another one is served than `expected`.
+    """
+    release, served = load_release(store, sha), current(store)
+    before = served[1] if served else None
+    stages: dict[str, Rollout | None] = {}
+    for task, one in release.specialists.items():
+        is_served = before is not None and before.specialists.get(task) == one
+        stages[task] = before.rollout.get(task) if before is not None and is_served and rollout else rollout
+    kept = {task: stage for task, stage in stages.items() if stage is not None}
+    if kept != release.rollout:
+        sha = publish_release(store, derive(sha, release, rollout=stages))
+    promote(store, sha, expected=expected)
+    return sha
+
+
+def roll_back(store: Store, *, expected: str | None = None) -> str:
+    """Serve the release that was served before, and return its name.
+
+    Args:
+        expected: name of the release that must be the served one until now, so that a word said twice goes back once;
+            None takes any.
+
+    Raises:
+        ReleaseError: there is no earlier release, or it can no longer be served, or another one is served than `expected`.
     """
     with store.exclusive(CURRENT):
         pointer = _pointer(store)
         if pointer is None or not pointer["history"]:
             raise ReleaseError(f"no earlier release in store {store.uri}; promote one by its name instead")
+        if expected is not None and pointer["release"] != expected:
+            raise ReleaseError(f"{CURRENT} is {pointer['release']}, not {expected}; look at it and decide again")
         *history, sha = pointer["history"]
         _check(store, sha, load_release(store, sha))
         _point_to(store, sha, history, pointer["release"], Cause(kind="roll_back"))
@@ -153,6 +189,17 @@ def current_sha(store: Store) -> str | None:
     """Name of the served release, without reading it: cheap enough to ask every second."""
     pointer = _pointer(store)
     return None if pointer is None else pointer["release"]
+
+
+def previous_sha(store: Store) -> str | None:
+    """Name of the release that `roll_back` would serve, or None where there is none."""
+    pointer = _pointer(store)
+    return pointer["history"][-1] if pointer and pointer["history"] else None
+
+
+def release_names(store: Store) -> list[str]:
+    """Names of all published releases, in no order of time."""
+    return [match[1] for match in map(_RELEASE.fullmatch, store.list("releases", ".json")) if match]
 
 
 def _name_of(value: dict[str, Any]) -> str:

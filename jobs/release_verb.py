@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import sys
 from typing import Any
 
@@ -17,11 +16,11 @@ from cluster import registry
 from cluster.access import Role, require_role
 from cluster.errors import InputError
 from cluster.events import Cause, read_events
-from cluster.records import Release, Rollout
+from cluster.records import Rollout
 from cluster.store import Store
 from jobs.tables import show_table
+from serving.status_facts import release_facts
 
-_RELEASE = re.compile(r"releases/([0-9a-f]{64})\.json")
 _MIN_PREFIX = 6
 
 
@@ -71,7 +70,8 @@ def _list(options: argparse.Namespace) -> None:
     store = _open(options, "viewer")
     served = registry.current_sha(store)
     found = sorted(
-        ((sha, registry.load_release(store, sha)) for sha in _names(store)), key=lambda one: one[1].created_ts
+        ((sha, registry.load_release(store, sha)) for sha in registry.release_names(store)),
+        key=lambda one: one[1].created_ts,
     )
     rows = []
     for sha, release in found:
@@ -100,7 +100,7 @@ def _show(options: argparse.Namespace) -> None:
     if sha is None:
         raise InputError(f"store={store.uri}: no release is served; next: understudy release list store={store.uri}")
     release = registry.load_release(store, sha)
-    facts = show_release(store, sha, release)
+    facts = release_facts(store, sha, release)
     if options.json:
         return print(json.dumps(facts, indent=1))
     print(f"release {sha}{' (served)' if facts['is_served'] else ''}{' (frozen)' if facts['is_frozen'] else ''}")
@@ -109,34 +109,6 @@ def _show(options: argparse.Namespace) -> None:
     show_table(head, rows, sys.stdout)
     for task, reason in sorted(release.refused.items()):
         print(f"refused {task}: {reason}")
-
-
-def show_release(store: Store, sha: str, release: Release) -> dict[str, Any]:
-    """What is known of a release: {release, is_served, is_frozen, tasks: {task_id: facts}, refused}."""
-    from serving.steward import load_state
-
-    known = load_state(store).evidence
-    tasks = {}
-    for task, one in sorted(release.specialists.items()):
-        evidence = known[one.name].facts() if one.name in known else None
-        rollout = release.rollout.get(task)
-        tasks[task] = {
-            "specialist": one.name,
-            "stage": release.stage_of(task),
-            "rollout": rollout and rollout.model_dump(),
-            "epsilon": one.gate.epsilon,
-            "threshold": one.gate.threshold,
-            "coverage": one.gate.coverage,
-            "evidence": evidence,
-        }
-    return {
-        "release": sha,
-        "previous": release.previous,
-        "is_served": registry.current_sha(store) == sha,
-        "is_frozen": registry.is_frozen(store),
-        "tasks": tasks,
-        "refused": release.refused,
-    }
 
 
 def _task_row(task: str, facts: dict[str, Any]) -> list[Any]:
@@ -158,32 +130,7 @@ def _promote(options: argparse.Namespace) -> None:
     store = _open(options, "admin")
     sha = _resolve(store, options.sha)
     rollout = None if options.stage == "live" else _rollout(options.stage, options.share)
-    print(promote_at(store, sha, rollout))
-
-
-def promote_at(store: Store, sha: str, rollout: Rollout | None) -> str:
-    """Serve a release whose new specialists, those that the served one has not, begin at a stage; None is live.
-
-    A specialist that is served already keeps the stage that it has reached. Without anything new the release itself is
-    served, under its own name.
-
-    Returns:
-        Name of the release that is served.
-
-    Raises:
-        ReleaseError: it cannot be served.
-    """
-    release, served = registry.load_release(store, sha), registry.current(store)
-    before = served[1] if served else None
-    stages: dict[str, Rollout | None] = {}
-    for task, one in release.specialists.items():
-        is_served = before is not None and before.specialists.get(task) == one
-        stages[task] = before.rollout.get(task) if before is not None and is_served and rollout else rollout
-    kept = {task: stage for task, stage in stages.items() if stage is not None}
-    if kept != release.rollout:
-        sha = registry.publish_release(store, registry.derive(sha, release, rollout=stages))
-    registry.promote(store, sha)
-    return sha
+    print(registry.promote_at(store, sha, rollout))
 
 
 def _canary(options: argparse.Namespace) -> None:
@@ -247,13 +194,9 @@ def _open(options: argparse.Namespace, role: Role) -> Store:
     return Store(uri)
 
 
-def _names(store: Store) -> list[str]:
-    return [match[1] for match in map(_RELEASE.fullmatch, store.list("releases", ".json")) if match]
-
-
 def _resolve(store: Store, sha: str) -> str:
     """The whole name that begins so."""
-    found = [name for name in _names(store) if name.startswith(sha)] if len(sha) >= _MIN_PREFIX else []
+    found = [name for name in registry.release_names(store) if name.startswith(sha)] if len(sha) >= _MIN_PREFIX else []
     if len(found) != 1:
         what = "names several releases" if found else "names no release"
         raise InputError(f"SHA={sha!r}: {what} in store {store.uri}; next: understudy release list store={store.uri}")

@@ -1,4 +1,4 @@
-"""The HTTP side of the gateway: OpenAI's paths, the allow list's, feedback and health; every error as OpenAI writes it.
+"""The HTTP side of the gateway: OpenAI's paths, the allow list's, feedback, health and the page; every error as OpenAI writes it.
 
 Everything that is not named here answers 404. Knows nothing of routes, specialists or the store.
 """
@@ -12,16 +12,18 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import UpstreamError
+from serving.body import read_body
 from serving.feedback import MAX_FEEDBACK_BYTES
-from serving.gateway import CLIENT_GONE, GatewayCore
+from serving.gateway import GatewayCore
 from serving.openai_wire import Denied, error_body, parse_request, parse_strictly
 from serving.overload import InFlightLimit, retry_headers
 from serving.passthrough import OWN_PATHS
 from serving.policy import no_such_model
+from serving.status import status_routes
 from serving.table import model_entries
 
 MAX_REQUEST_BYTES = 32 * 2**20
@@ -35,7 +37,9 @@ def build_api(core: GatewayCore) -> FastAPI:
 
     async def complete(request: Request) -> Response:
         identity = core.admission.admit(request.headers, "call_models")
-        return await core.complete(identity, request.headers, parse_request(await _read(request, MAX_REQUEST_BYTES)))
+        return await core.complete(
+            identity, request.headers, parse_request(await read_body(request, MAX_REQUEST_BYTES))
+        )
 
     def own_models() -> list[dict[str, Any]]:
         return model_entries(core.table.snapshot, has_llm=core.fallback.has_own_model)
@@ -60,7 +64,7 @@ def build_api(core: GatewayCore) -> FastAPI:
 
     async def take_feedback(request: Request) -> Response:
         identity = core.admission.admit(request.headers, "give_feedback")
-        feedback_id = core.feedback.take(identity, parse_strictly(await _read(request, MAX_FEEDBACK_BYTES)))
+        feedback_id = core.feedback.take(identity, parse_strictly(await read_body(request, MAX_FEEDBACK_BYTES)))
         return JSONResponse({"object": "feedback", "id": feedback_id}, 202)
 
     async def show_health(_: Request) -> Response:
@@ -72,6 +76,7 @@ def build_api(core: GatewayCore) -> FastAPI:
     routes = {path: ("POST", relay) for path in core.passthrough.paths}
     routes |= dict(zip(OWN_PATHS, (("POST", complete), ("GET", list_models), ("POST", take_feedback)), strict=True))
     routes |= {"/v1/models/{model:path}": ("GET", show_model), "/healthz": ("GET", show_health)}
+    routes |= status_routes(core)
     for path, (method, endpoint) in routes.items():
         api.router.add_route(path, endpoint, methods=[method])
     api.add_middleware(InFlightLimit, max_ongoing=core.config.max_ongoing, meter=core.meter)
@@ -92,7 +97,11 @@ def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> 
 
     async def not_found(request: Request, _: Exception) -> Response:
         listed = ", ".join(core.passthrough.paths) or "none"
-        own = ", ".join(f"{methods[path]} {path}" for path in methods if path not in core.passthrough.paths)
+        own = ", ".join(
+            f"{method} {path}"
+            for path, method in methods.items()
+            if path not in core.passthrough.paths and not path.startswith("/status/")
+        )
         message = (
             f"No such path here; allowed: {own}, and POST to those in the recipe's gateway.passthrough ({listed}); "
             "next: ask the owner of this gateway to add the path to gateway.passthrough"
@@ -131,16 +140,3 @@ def _lifespan_of(core: GatewayCore) -> Any:
             await core.passthrough.close()
 
     return lifespan
-
-
-async def _read(request: Request, max_bytes: int) -> bytes:
-    pieces, size = [], 0
-    try:
-        async for piece in request.stream():
-            size += len(piece)
-            if size > max_bytes:
-                raise Denied(413, f"body: more than {max_bytes} bytes", code="too_large")
-            pieces.append(piece)
-    except ClientDisconnect:
-        raise Denied(CLIENT_GONE, "The client left before its request was whole") from None
-    return b"".join(pieces)

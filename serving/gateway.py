@@ -34,6 +34,7 @@ from serving import policy, rollout
 from serving.admission import Admission
 from serving.audit import Auditor
 from serving.capture import Capture
+from serving.decisions import RecentDecisions
 from serving.degraded import asked_again, degraded_decision, may_stand_in
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
@@ -78,8 +79,8 @@ class GatewayCore:
         self.auditor, self.prices, self.faces = auditor, prices, faces
         self.passthrough, self.feedback = passthrough, feedback
         self.admission = Admission(config.auth, api_keys)
-        self.meter = meter or Meter()
-        self._engines, self._pseudonyms = engines, pseudonyms
+        self.meter, self.decisions = meter or Meter(), RecentDecisions()
+        self._engines, self.pseudonyms = engines, pseudonyms
         self._num_asking = 0
         self.shadows = Shadows(engines, capture, pseudonyms, prices, self.meter, config.specialist_timeout_s)
 
@@ -275,7 +276,7 @@ class GatewayCore:
         if isinstance(found, RouteDecision):
             return found
         stage = snapshot.rollout.get(found.task_id)
-        held = rollout.hold_back(found, stage, lambda: call.session_id(self._pseudonyms), release=snapshot.release)
+        held = rollout.hold_back(found, stage, lambda: call.session_id(self.pseudonyms), release=snapshot.release)
         # A client that asks for a specialist by its name says nothing of the task's traffic.
         if held and held.reason == rollout.SHADOW_REASON and not task_id:
             call.shadowed = found
@@ -379,10 +380,11 @@ class GatewayCore:
         """The call as it is stored; counted."""
         call.is_finished = True
         captured = call.captured(
-            self._pseudonyms, response=response, endpoint=endpoint, served_by=served_by, status=status, error=error
+            self.pseudonyms, response=response, endpoint=endpoint, served_by=served_by, status=status, error=error
         )
         if endpoint is not None:
             self.fallback.charge(endpoint, captured.usage)
+        self.decisions.note(captured)
         action = call.decision.action
         self.meter.count("understudy_calls_total", action=action, task_id=call.decision.task_id or "")
         self.meter.observe("understudy_call_latency_ms", captured.latency_ms or 0.0, action=action)

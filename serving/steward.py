@@ -29,6 +29,8 @@ from serving.drift import AUDIT_SHARES_FILE, Asked, Drift, observe, read_audit_s
 from serving.evidence import CallReader, Cursor, Evidence, advance, at_stage, begin, count
 
 STATE_FILE = "steward/state.json"
+DEMOTED = "demoted: "
+"""What the reason begins with where a task is refused because its specialist was withdrawn."""
 
 
 class StewardConfig(Config):
@@ -69,7 +71,7 @@ def judge(task_id: str, evidence: Evidence, rollout: Rollout | None) -> Change |
     risk = evidence.risk
     if risk.is_rejected:
         reason = (
-            f"demoted: {risk.num_disagreements} of {risk.num_observed} audited answers differ from the LLM's, evidence "
+            f"{DEMOTED}{risk.num_disagreements} of {risk.num_observed} audited answers differ from the LLM's, evidence "
             f"{risk.peak:.3g} against at most {risk.epsilon:g} (needs {1 / risk.alpha:g}); retrain it"
         )
         return Change(task_id=task_id, refused=reason)

@@ -78,7 +78,7 @@ class ServingTable:
 
     def __init__(self, store: Store, engines: Mapping[str, Engine], max_adapters: int) -> None:
         """Serve nothing yet; `engines` are by store path of their base model, with room for `max_adapters` each."""
-        self._store, self._engines, self._max_adapters = store, engines, max_adapters
+        self.store, self._engines, self._max_adapters = store, engines, max_adapters
         self._snapshot = Snapshot()
         self._audit_shares: dict[str, float] = {}
         self._previous: weakref.ref[Snapshot] | None = None
@@ -97,11 +97,11 @@ class ServingTable:
     async def refresh(self) -> None:
         """Poll once: swap in the current release if it is another one and loads; else keep the snapshot and log why."""
         try:
-            self._audit_shares = await asyncio.to_thread(read_audit_shares, self._store)
+            self._audit_shares = await asyncio.to_thread(read_audit_shares, self.store)
         except (OSError, ValueError) as error:
             self._log_failure(error)
         try:
-            sha = await asyncio.to_thread(registry.current_sha, self._store)
+            sha = await asyncio.to_thread(registry.current_sha, self.store)
             if sha == self._snapshot.release:
                 return
             snapshot = Snapshot() if sha is None else await self._load()
@@ -127,11 +127,11 @@ class ServingTable:
 
     async def _load(self) -> Snapshot:
         """The current release with its adapters resident."""
-        found = await asyncio.to_thread(registry.current, self._store)
+        found = await asyncio.to_thread(registry.current, self.store)
         if found is None:
             return Snapshot()
         sha, release = found
-        route_model = await asyncio.to_thread(RouteModel.load, self._store, release.route_model)
+        route_model = await asyncio.to_thread(RouteModel.load, self.store, release.route_model)
         skipped = await self._skipped(release)
         self._check_room(sha, [one for task, one in release.specialists.items() if task not in skipped])
         await self._wait_for_previous()

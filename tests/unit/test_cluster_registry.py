@@ -130,7 +130,7 @@ def test_current_is_a_stack_of_what_was_promoted(steps: list[str]) -> None:
                 stack += [shas[step]] if stack[-1:] != [shas[step]] else []
             elif len(stack) > 1:
                 stack.pop()
-                assert registry.roll_back(store) == stack[-1]
+                assert registry.previous_sha(store) == registry.roll_back(store) == stack[-1]
             else:
                 with pytest.raises(ReleaseError):
                     registry.roll_back(store)

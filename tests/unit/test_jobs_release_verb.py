@@ -16,7 +16,6 @@ from cluster.events import Cause, read_events
 from cluster.records import Release, Rollout
 from cluster.store import Store
 from jobs.__main__ import main
-from jobs.release_verb import promote_at
 from serving.evidence import begin
 from serving.steward import STATE_FILE, State
 
@@ -59,7 +58,7 @@ def with_other(store: Store) -> str:
 
 def test_list_marks_what_is_served_and_what_is_not_live(store: Store, capsys: Any) -> None:
     first, second = served(store)[0], with_other(store)
-    derived = promote_at(store, second, SHADOW)
+    derived = registry.promote_at(store, second, SHADOW)
     code, out, _ = run(capsys, store, "list")
     lines = {line.split("\t")[0]: line.split("\t")[1:] for line in out.splitlines()[1:]}
     assert code == 0 and set(lines) == {first[:12], second[:12], derived[:12]}
@@ -90,7 +89,7 @@ def test_promote_begins_new_specialists_at_the_stage_and_leaves_served_ones(stor
     assert code == 0 and out.strip() == served(store)[0] != sha
     assert release.rollout == {"other": Rollout(stage="canary", canary_share=0.25)} and release.previous == sha
     # A stage that was reached is kept by a release with the same specialist.
-    assert promote_at(store, sha, SHADOW) == out.strip() and served(store)[1].stage_of("other") == "canary"
+    assert registry.promote_at(store, sha, SHADOW) == out.strip() and served(store)[1].stage_of("other") == "canary"
     run(capsys, store, "promote", sha)
     assert served(store) == (sha, registry.load_release(store, sha)), "live is the release itself"
 

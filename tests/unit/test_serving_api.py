@@ -225,7 +225,7 @@ TRICKS = [
     "/v1/files", "/v1/files/f-1/content", "/v1/batches", "/v1/fine_tuning/jobs", "/v1/embeddings/", "/v1//embeddings",
     "/v1/embeddings/../files", "/v1/embeddings/..", "/v1/./embeddings", "/v1/%65mbeddings", "/v1/embeddings%2F..%2Ffiles",
     "/v1/embeddings%00", "/v1/embeddings;x", "/v1/EMBEDDINGS", "/V1/embeddings", "//v1/embeddings", "/v1/embeddings%3Fx",
-    "/v1%2Fembeddings", "/", "/v1", "/v1/responses/resp_1", "/v1/embeddings%20", "/v1/chat/completions/x", "/openapi.json", "/docs",
+    "/v1%2Fembeddings", "/v1/", "/v1", "/v1/responses/resp_1", "/v1/embeddings%20", "/v1/chat/completions/x", "/openapi.json", "/docs",
 ]  # fmt: skip
 
 
