@@ -187,8 +187,11 @@ class Gate(Record):
     num_calibration: int
     num_accepted: int
     num_disagreements: int
+    num_counted: int = 0
+    """How many of the accepted calibration calls were counted; drawn by their sessions alone (`training.gate`)."""
+    num_counted_disagreements: int = 0
     upper_bound: float | None
-    """One-sided Clopper-Pearson bound on disagreement among accepted calls at `threshold`."""
+    """One-sided Clopper-Pearson bound on disagreement among accepted calls at `threshold`, from the counted ones."""
     coverage: float
     """Share of calibration calls at or above `threshold`."""
     fingerprint: str

@@ -6,13 +6,24 @@ fixed on validation, tested on calibration from high to low, each by a one-sided
 and the last one before the first failure stands. Only the first true null can break the promise, so the level needs no
 division by the number of thresholds; taking the lowest threshold that passes would break it.
 
+Each test counts only as many accepted calls as its errors need: with delta .05 and epsilon .02 one error is forgiven
+among 236 calls, and still one, at a level far below delta, among 300. Of 300 accepted calls 236 are therefore counted,
+drawn by their session ids alone. How many are counted depends on how many are accepted, and given that number the counted
+ones are independent draws from the accepted population: their errors are binomial and each test keeps its level delta.
+What passes with all accepted calls also passes with the counted ones, so nothing is lost by it; the bound is that of the
+counted calls.
+
 Holds only for independent calls (at most one per session) that no earlier gate has spent, or within the share of delta
 that training/ledger.py leaves for a further candidate. Sources: Clopper and Pearson
-1934; Angelopoulos et al., "Learn then Test", arXiv 2110.01052 (fixed-sequence testing).
+1934; Angelopoulos et al., "Learn then Test", arXiv 2110.01052 (fixed-sequence testing); Stevens 1950, "Fiducial limits of
+the parameter of a discontinuous distribution", Biometrika 37 (what an exact bound loses by its steps).
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
+import hashlib
 import itertools
 import math
 import random
@@ -82,6 +93,28 @@ def release_delta(delta: float, num_candidates: int) -> float:
 def minimum_calls(epsilon: float, delta: float) -> int:
     """Fewest accepted calibration calls with which a gate can open: all of them agreeing."""
     return math.ceil(math.log(delta) / math.log1p(-epsilon))
+
+
+@functools.lru_cache(maxsize=4096)
+def num_counted(num_accepted: int, epsilon: float, delta: float) -> tuple[int, int]:
+    """How many of the accepted calls are counted, and how many errors among these pass.
+
+    A bound of k errors among n calls is at most epsilon exactly where the binomial(n, epsilon) puts at most delta on
+    k errors or fewer. Counted are the fewest calls among which as many errors pass as among all that are accepted.
+
+    Returns:
+        (calls, errors); errors is -1, and all calls are counted, where not even none would do.
+    """
+    from scipy.stats import binom
+
+    def passing(num_calls: int) -> int:
+        return int(binom.ppf(delta, num_calls, epsilon)) - 1 if num_calls else -1
+
+    num_errors = passing(num_accepted)
+    if num_errors < 0:
+        return num_accepted, -1
+    enough = bisect.bisect_left(range(num_accepted), num_errors, key=passing)
+    return enough, num_errors
 
 
 def clopper_pearson_upper(num_errors: int, num_calls: int, delta: float) -> float:
@@ -174,24 +207,29 @@ def certify(
         InputError: two calibration calls of one session, or a grid that does not go down.
     """
     _require_fixed_sequence(grid, calibration)
-    passed: _Prefix | None = None
+    shuffled = sorted(calibration, key=_place)
+    passed: float | None = None
     for threshold in grid:
-        tested = _accepted_at(threshold, calibration)
-        if clopper_pearson_upper(tested.num_disagreements, tested.num_accepted, delta) > epsilon:
+        counted, num_passing = _counted_at(threshold, shuffled, epsilon, delta)
+        if counted.num_disagreements > num_passing:
             break
-        passed = tested
+        passed = threshold
     promise: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "reference": reference}
     promise |= {"population": population, "fingerprint": fingerprint, "round": round}
     promise |= {"num_calibration": len(calibration)}
     if passed is None:
         reason = _refuse_first(_accepted_at(grid[0], calibration), len(calibration), epsilon, delta)
         return refused_gate(reason, **promise)
+    accepted = _accepted_at(passed, calibration)
+    counted, _ = _counted_at(passed, shuffled, epsilon, delta)
     return Gate(
-        threshold=passed.threshold,
-        num_accepted=passed.num_accepted,
-        num_disagreements=passed.num_disagreements,
-        upper_bound=clopper_pearson_upper(passed.num_disagreements, passed.num_accepted, delta),
-        coverage=passed.num_accepted / len(calibration),
+        threshold=passed,
+        num_accepted=accepted.num_accepted,
+        num_disagreements=accepted.num_disagreements,
+        num_counted=counted.num_accepted,
+        num_counted_disagreements=counted.num_disagreements,
+        upper_bound=clopper_pearson_upper(counted.num_disagreements, counted.num_accepted, delta),
+        coverage=accepted.num_accepted / len(calibration),
         **promise,
     )
 
@@ -269,22 +307,33 @@ def _accepted_at(threshold: float, outcomes: Sequence[Outcome]) -> _Prefix:
     return _Prefix(threshold, len(accepted), sum(not o.agrees for o in accepted))
 
 
+def _place(outcome: Outcome) -> bytes:
+    """Where a call stands in the order in which calls are counted: by its session, whatever it says and whenever it came."""
+    return hashlib.blake2b(outcome.session_id.encode(), digest_size=8, key=b"counted").digest()
+
+
+def _counted_at(threshold: float, shuffled: Sequence[Outcome], epsilon: float, delta: float) -> tuple[_Prefix, int]:
+    """The counted ones of the calls accepted at a threshold, and how many disagreements among them pass (-1: none)."""
+    accepted = [o for o in shuffled if o.confidence >= threshold]
+    num_calls, num_passing = num_counted(len(accepted), epsilon, delta)
+    return _Prefix(threshold, num_calls, sum(not o.agrees for o in accepted[:num_calls])), num_passing
+
+
 def _is_plausible(prefix: _Prefix, epsilon: float) -> bool:
     return clopper_pearson_interval(prefix.num_disagreements, prefix.num_accepted)[0] <= epsilon
 
 
 def _pass_chance(prefix: _Prefix, calls_per_call: float, epsilon: float, delta: float) -> float:
-    """Chance that calibration passes at this threshold: beta-binomial, from a Jeffreys prior and validation's counts.
+    """Chance that all accepted calls together pass at this threshold; the counted ones pass a little more often.
 
-    A bound of k errors among n calls is at most epsilon exactly where the binomial(n, epsilon) puts at most delta on
-    k errors or fewer, so the errors that are forgiven are the delta quantile, less one.
+    Beta-binomial, from a Jeffreys prior and validation's counts.
     """
-    from scipy.stats import betabinom, binom
+    from scipy.stats import betabinom
 
     num_calls = round(prefix.num_accepted * calls_per_call)
-    num_forgiven = binom.ppf(delta, num_calls, epsilon) - 1
+    num_passing = num_counted(num_calls, epsilon, delta)[1]
     num_agreements = prefix.num_accepted - prefix.num_disagreements
-    return float(betabinom.cdf(num_forgiven, num_calls, prefix.num_disagreements + 0.5, num_agreements + 0.5))
+    return float(betabinom.cdf(num_passing, num_calls, prefix.num_disagreements + 0.5, num_agreements + 0.5))
 
 
 def _require_fixed_sequence(grid: Sequence[float], calibration: Sequence[Outcome]) -> None:
@@ -328,7 +377,10 @@ def _refuse_early(
 
 
 def _refuse_first(tested: _Prefix, num_calibration: int, epsilon: float, delta: float) -> str:
-    """Why the first threshold failed. Below the minimum no answer matters, so calibration tells nothing about answers."""
+    """Why the first threshold failed. Below the minimum no answer matters, so calibration tells nothing about answers.
+
+    The bound is that of all accepted calls: it is above epsilon wherever the counted ones fail.
+    """
     threshold, num_accepted, num_disagreements = tested
     needed = minimum_calls(epsilon, delta)
     if num_accepted < needed:

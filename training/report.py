@@ -167,6 +167,11 @@ def _task_section(row: Row) -> str:
         f"Reference: {gate.reference}. Promise about: {gate.population}. Calibration: {gate.num_calibration} calls, "
         f"{gate.num_accepted} accepted, {gate.num_disagreements} of them disagree."
     )
+    if gate.is_open:
+        facts += (
+            f" Counted for the bound, by a draw that knows no answer: {gate.num_counted}, of which "
+            f"{gate.num_counted_disagreements} disagree."
+        )
     stays = f"<p><strong>Stays on the LLM:</strong> <bdi>{_text(row.reason)}</bdi></p>" if row.reason else ""
     heading = f"<h2>{row.number}. <bdi>{_text(row.task.name)}</bdi></h2>"
     parts = [draw_coverage(row), _arm_table(row), _gain(row.evaluation), _extraction(row.evaluation)]

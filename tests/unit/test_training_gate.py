@@ -19,6 +19,7 @@ from training.gate import (
     clopper_pearson_upper,
     coverage_curve,
     minimum_calls,
+    num_counted,
     one_call_per_session,
     plan_grid,
     refused_gate,
@@ -218,7 +219,9 @@ def test_the_last_threshold_before_the_first_failure_is_taken():
     gate = certify([0.9, 0.8, 0.7], outcomes((0.9, 100, 0), (0.8, 100, 1), (0.7, 100, 50), (0.1, 100, 0)), **PROMISE)
     assert (gate.threshold, gate.num_accepted, gate.num_disagreements) == (0.8, 200, 1)
     assert gate.coverage == 0.5 and gate.num_calibration == 400
-    assert gate.upper_bound == pytest.approx(clopper_pearson_upper(1, 200, 0.05))
+    # Of 200 calls 181 are counted: 4 errors pass among them, and no fewer calls would forgive as many.
+    assert gate.num_counted == 181 and gate.num_counted_disagreements in (0, 1)
+    assert gate.upper_bound == pytest.approx(clopper_pearson_upper(gate.num_counted_disagreements, 181, 0.05))
 
 
 def test_a_lower_threshold_that_would_pass_does_not_count_after_a_failure():
@@ -261,6 +264,56 @@ def test_an_open_gate_reports_what_its_calibration_says(groups):
     assert gate.num_disagreements == sum(not o.agrees for o in accepted)
     assert gate.coverage == len(accepted) / len(calibration)
     assert gate.upper_bound <= gate.epsilon
+
+
+@given(st.integers(0, 2000), st.floats(0.01, 0.5), st.floats(1e-4, 0.4))
+def test_counted_are_the_fewest_calls_that_forgive_as_much(accepted, epsilon, delta):
+    calls, errors = num_counted(accepted, epsilon, delta)
+    assert calls <= accepted
+    if errors < 0:
+        assert calls == accepted < minimum_calls(epsilon, delta)
+        return
+    assert clopper_pearson_upper(errors, calls, delta) <= epsilon * (1 + 1e-9)
+    assert clopper_pearson_upper(errors, calls - 1, delta) > epsilon * (1 - 1e-9)
+    assert clopper_pearson_upper(errors + 1, accepted, delta) > epsilon * (1 - 1e-9)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=400), st.floats(0, 0.15), st.randoms())
+def test_counting_fewer_never_closes_a_gate_and_knows_neither_order_nor_answers(rows, risk, random):
+    calibration = drawn(np.array([c / 10 for c, _ in rows]), np.array([a or random.random() > risk for _, a in rows]))
+    grid = [0.9, 0.7, 0.5, 0.3, 0.1]
+    with_all = None
+    for threshold in grid:
+        its = [o for o in calibration if o.confidence >= threshold]
+        if clopper_pearson_upper(sum(not o.agrees for o in its), len(its), 0.05) > 0.05:
+            break
+        with_all = threshold
+    gate = certify(grid, calibration, **PROMISE)
+    assert with_all is None or gate.threshold <= with_all
+    random.shuffle(calibration)
+    assert certify(grid, calibration, **PROMISE) == gate
+
+
+def test_over_every_possible_calibration_a_promise_is_broken_with_at_most_delta():
+    """Five calls, each high, low or out and right or wrong: all 7,776 gates, weighted by what is true of the population."""
+    epsilon, delta, calls = 0.5, 0.51, 5
+    kinds = [(confidence, agrees) for confidence in (0.9, 0.5, 0.1) for agrees in (True, False)]
+    draws = list(itertools.product(range(6), repeat=calls))
+    promise = PROMISE | {"epsilon": epsilon, "delta": delta}
+    opened = []
+    for draw in draws:
+        calibration = drawn(np.array([kinds[k][0] for k in draw]), np.array([kinds[k][1] for k in draw]))
+        opened.append(certify([0.9, 0.5], calibration, **promise).threshold or 1.0)
+    of_kind, opened = np.array(draws), np.array(opened)
+    assert num_counted(calls - 1, epsilon, delta) == (3, 1), "some draws leave calls out"
+    for high, low in itertools.product((0.2, 0.5, 0.8), repeat=2):
+        for risks in ((0.51, 0.51), (0.6, 0.3), (0.3, 0.9), (0.51, 0.0)):
+            shares = np.array([high, (1 - high) * low, (1 - high) * (1 - low)])
+            chance = np.array([s * x for s, r in zip(shares, (*risks, 0.5), strict=True) for x in (1 - r, r)])
+            weights = chance[of_kind].prod(axis=1)
+            below = (shares[:2] @ np.array(risks)) / shares[:2].sum()
+            broken = (opened == 0.9) * (risks[0] > epsilon) + (opened == 0.5) * (below > epsilon)
+            assert weights.sum() == pytest.approx(1) and weights @ broken <= delta
 
 
 def violation_share_is_within(violations: int, runs: int, delta: float) -> bool:

@@ -1,7 +1,5 @@
 """Calibration calls that were spent leave less delta for the next candidate, and the promise holds over all rounds."""
 
-import functools
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,12 +47,11 @@ def test_a_round_is_never_lower_than_the_number_of_others_that_met_these_calls(t
 
 
 def test_trying_candidate_after_candidate_on_the_same_calls_keeps_the_promise_and_without_shares_breaks_it():
-    epsilon, delta, num_calls, num_rounds = 0.05, 0.1, 300, 12
+    epsilon, delta, num_calls, num_rounds = 0.05, 0.1, 150, 6
+    sessions = [[Outcome(confidence=1, agrees=a, session_id=f"s{i}") for a in (False, True)] for i in range(num_calls)]
 
-    @functools.cache
-    def opens(num_agreeing: int, level: float) -> bool:
-        """Of calls that are all as confident, how many agree is all that a gate can tell."""
-        calls = [Outcome(confidence=1, agrees=i < num_agreeing, session_id=f"s{i}") for i in range(num_calls)]
+    def opens(agrees: np.ndarray, level: float) -> bool:
+        calls = [pair[int(a)] for pair, a in zip(sessions, agrees, strict=True)]
         promise = {"epsilon": epsilon, "delta": level, "reference": "llm", "population": "p"}
         return certify([0.5], calls, fingerprint="f", **promise).is_open
 
@@ -62,11 +59,8 @@ def test_trying_candidate_after_candidate_on_the_same_calls_keeps_the_promise_an
     for seed in range(500):
         rng = np.random.default_rng(seed)
         for name in broken:
-            opened = False
-            for number in range(num_rounds):
-                num_agreeing = int((rng.random(num_calls) >= epsilon * 1.01).sum())
-                level = delta * (share_of_round(number) if name == "shared" else 1)
-                opened |= opens(num_agreeing, level)
-            broken[name] += opened
+            draws = rng.random((num_rounds, num_calls)) >= epsilon * 1.01
+            shares = [share_of_round(number) if name == "shared" else 1 for number in range(num_rounds)]
+            broken[name] += any(opens(draw, delta * share) for draw, share in zip(draws, shares, strict=True))
     assert clopper_pearson_interval(broken["shared"], 500)[0] <= delta
     assert clopper_pearson_interval(broken["unshared"], 500)[0] > delta
