@@ -18,6 +18,7 @@ from cluster.calls import read_calls
 from cluster.records import AgentCall
 from cluster.store import Store
 from serving.app import ServeArgs, build
+from serving.policy import LLM_MODEL
 
 pytestmark = pytest.mark.integration
 
@@ -105,7 +106,7 @@ def test_what_the_model_refuses_is_the_clients_error(endpoint: Endpoint, is_stre
 
 
 def test_the_model_is_listed(endpoint: Endpoint) -> None:
-    assert [model.id for model in endpoint.client.models.list()] == [MODEL]
+    assert [model.id for model in endpoint.client.models.list()] == [MODEL, LLM_MODEL]
 
 
 def _chat_model(toy: Any, folder: pathlib.Path) -> pathlib.Path:
