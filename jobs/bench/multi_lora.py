@@ -236,6 +236,7 @@ def _settings(material: Material, tasks: Sequence[AdapterTask]) -> dict[str, Any
         "bf16": False,
         "tokens_per_pass": _TOKENS_PER_PASS,
         "progress_path": str(material.base_path.parent / "progress"),
+        "yield_path": str(material.base_path.parent / "yield"),
     }
 
 
@@ -270,6 +271,7 @@ def _measure_runs(
     return {
         "seconds": seconds,
         "run_seconds": run_seconds,
+        "run_tokens": {task.name: num_steps * material.mean_tokens[task.name] for task in tasks},
         "adapters_per_hour": {way: round(3600 * len(tasks) / taken, 1) for way, taken in seconds.items()},
         "max_loss_diff": loss,
         "max_weight_diff": weight,

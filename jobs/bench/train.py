@@ -15,6 +15,8 @@ from cluster.errors import ConfigError
 
 PARTS = ("multi_lora", "packing", "memory", "scaling", "makespan", "faults")
 _NUM_TRIALS = 20
+_NUM_PLACES = 4
+"""Runs at a time in the simulated fleets."""
 _QUICK_TRIALS = 3
 """One of each kind."""
 
@@ -76,15 +78,16 @@ def _measures(
     yield "packing", lambda: measure_packing(say, quick=quick)
     yield "memory", lambda: measure_memory(say, quick)
     yield "scaling", scaling
-    yield "makespan", lambda: measure_makespan(_run_seconds(found))
+    yield "makespan", lambda: measure_makespan(*_measured_runs(found))
     yield "faults", faults
     ray.shutdown()
 
 
-def _run_seconds(found: Mapping[str, Any]) -> dict[str, float]:
-    """Of the solo runs that multi_lora timed at its longest length."""
+def _measured_runs(found: Mapping[str, Any]) -> tuple[dict[str, float], int, dict[str, float]]:
+    """Seconds of the solo runs that multi_lora timed at its longest length, places to simulate, and what fleets order by."""
     runs = found["multi_lora"]["2M"]["runs"]
-    return runs[max(runs)]["run_seconds"]
+    longest = runs[max(runs)]
+    return longest["run_seconds"], _NUM_PLACES, longest["run_tokens"]
 
 
 def gather_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
