@@ -3,8 +3,9 @@
 `RiskTest` bets against "the risk is at most epsilon"; `SafetyTest` against "it is at least epsilon". Each is an e-process:
 a non-negative number that begins at 1 and whose expectation stays at most 1 while the claim holds, however often one looks
 and whenever one stops, so that it reaches 1/alpha with probability at most alpha (Ville 1939). The claim is about the
-probability of a disagreement given all earlier outcomes: calls must come in an order that does not depend on their
-outcomes, and one a conversation, because calls of one conversation tell of each other.
+expectation of an outcome given all earlier ones: they must come in an order that does not depend on what they are, and one
+a conversation, because calls of one conversation tell of each other. An outcome is a share in [0, 1], such as that of a
+conversation's answers which disagree; a single answer's is 0 or 1. Bets are linear in it, so they are as valid for shares.
 
 `RiskTest` mixes bets that begin at every observation, with weights that sum to 1: a good past cannot hide a late change.
 With bets of fixed size the mixture needs no list of its beginnings: S_n = (S_{n-1} + w_n) * factor_n, one number for each
@@ -42,7 +43,8 @@ class _Bets(Record):
     alpha: float = Field(gt=0, lt=1)
     """Probability with which a true claim may ever be rejected."""
     num_observed: int = Field(default=0, ge=0)
-    num_disagreements: int = Field(default=0, ge=0)
+    num_disagreements: float = Field(default=0.0, ge=0)
+    """Sum of the outcomes."""
     wealth: tuple[float, ...] = ()
     """Of each bet that has begun, before it is divided by their number."""
     peak: float = Field(default=1.0, ge=1)
@@ -71,24 +73,21 @@ class _Bets(Record):
         """Whether the evidence was ever enough; it stays so."""
         return self.peak >= 1 / self.alpha
 
-    def after(self, outcomes: Iterable[bool]) -> Self:
-        """The test once it has seen these too, in their order; True is a disagreement."""
+    def after(self, outcomes: Iterable[float]) -> Self:
+        """The test once it has seen these too, in their order; each in [0, 1], 1 is a disagreement."""
         number, wrong, peak = self.num_observed, self.num_disagreements, self.peak
         wealth, size, unspent = (
             list(self.wealth) or [0.0] * len(self._risks()),
             len(self._risks()),
             self._unspent(number),
         )
-        by_outcome = (
-            [(1 - risk) / (1 - self.epsilon) for risk in self._risks()],
-            [risk / self.epsilon for risk in self._risks()],
-        )
-        for is_wrong in outcomes:
-            number, wrong, before = number + 1, wrong + is_wrong, unspent
+        factors = [((1 - risk) / (1 - self.epsilon), risk / self.epsilon) for risk in self._risks()]
+        for outcome in outcomes:
+            number, wrong, before = number + 1, wrong + outcome, unspent
             unspent = self._unspent(number)
-            factors, begun = by_outcome[is_wrong], before - unspent
-            for bet in range(size):
-                wealth[bet] = min((wealth[bet] + begun) * factors[bet], _MOST)
+            begun = before - unspent
+            for bet, (right, left) in enumerate(factors):
+                wealth[bet] = min((wealth[bet] + begun) * ((1 - outcome) * right + outcome * left), _MOST)
             peak = max(peak, sum(wealth) / size + unspent)
         changed = {"num_observed": number, "num_disagreements": wrong, "wealth": tuple(wealth), "peak": peak}
         return self.model_copy(update=changed)
@@ -115,10 +114,11 @@ class SafetyTest(_Bets):
         return float(num_observed == 0)
 
 
-def confidence_sequence(num_disagreements: int, num_observed: int, alpha: float) -> tuple[float, float]:
+def confidence_sequence(num_disagreements: float, num_observed: int, alpha: float) -> tuple[float, float]:
     """Interval that holds the risk after every observation at once, except with probability alpha.
 
-    For a constant risk: what it says after a change is about neither side of it. (0, 1) without observations.
+    For a constant risk: what it says after a change is about neither side of it. (0, 1) without observations. Of outcomes
+    that are shares it is as valid and wider than it need be (r^x (1-r)^(1-x) is at most what a linear bet gives).
 
     Raises:
         ValueError: more disagreements than observations.
@@ -137,7 +137,7 @@ def confidence_sequence(num_disagreements: int, num_observed: int, alpha: float)
     return _border(rate, 0.0, is_outside), _border(rate, 1.0, is_outside)
 
 
-def _log_evidence(risk: float, num_disagreements: int, num_observed: int) -> float:
+def _log_evidence(risk: float, num_disagreements: float, num_observed: int) -> float:
     """Logarithm of the mixture's likelihood over that of `risk`."""
     num_agreements = num_observed - num_disagreements
     if (risk <= 0 and num_disagreements) or (risk >= 1 and num_agreements):

@@ -1,7 +1,8 @@
 """What a specialist was asked -> whether its traffic looks otherwise than at first: escalations and confidence.
 
 A suspicion demotes nobody: it only has more calls audited, so that the test that may demote (cluster/sequential.py) sees
-enough soon. It depends on past calls alone and audits are drawn by call id, so the evidence stays what it was. The first
+enough soon. It depends on past calls alone, audits are drawn by call id, and a session counts with the mean of what was compared
+in it (serving/evidence.py), so more audits make that mean surer and not another one. The first
 calls of a specialist are the baseline; every later block is compared with it by two z-tests.
 """
 
@@ -66,9 +67,13 @@ class Drift(Record):
         return self.calm_blocks < _CALM_BLOCKS
 
 
-def observe(drift: Drift, asked: Sequence[Asked]) -> Drift:
-    """The drift once these calls are seen; those not newer than the newest one are left out, as they may come again."""
-    new = sorted((one for one in asked if one.ts > drift.newest_ts), key=lambda one: one.ts)
+def observe(drift: Drift, asked: Sequence[Asked], now: float) -> Drift:
+    """The drift once these calls are seen; those not newer than the newest one are left out, as they may come again.
+
+    Args:
+        now: seconds since the epoch; calls of a clock that runs ahead of it are left out, or they would hide all others.
+    """
+    new = sorted((one for one in asked if drift.newest_ts < one.ts <= now), key=lambda one: one.ts)
     if not new:
         return drift
     baseline, block, calm = drift.baseline, drift.block, drift.calm_blocks
@@ -106,4 +111,6 @@ def read_audit_shares(store: Store) -> dict[str, float]:
         ValueError: the file is not what a steward wrote.
     """
     found = store.read_json(AUDIT_SHARES_FILE) if store.exists(AUDIT_SHARES_FILE) else {}
+    if not isinstance(found, dict) or not all(isinstance(share, int | float) for share in found.values()):
+        raise ValueError(f"{AUDIT_SHARES_FILE}: not what the steward writes; next: remove it")
     return {str(task): float(share) for task, share in found.items()}

@@ -1,9 +1,11 @@
 """Comparisons that gateways captured -> what is known of each specialist: counts, e-values, the sessions counted.
 
 A comparison is an audit (the LLM asked about a kept answer) or a shadow (a specialist asked about a call that the LLM
-answered); its outcome stands in the metadata, so no content and no key is needed. One a session and specialist counts,
-the first that is read: calls of one conversation tell of each other. Read again after a restart, or from a part that a
-compaction has moved, a comparison counts once. Pure but for `CallReader`; decides nothing (serving/steward.py does).
+answered); its outcome stands in the metadata, so no content and no key is needed. A session counts once for a specialist, with
+the share of its compared answers that disagree, once it is over: calls of one conversation tell of
+each other, and the first one compared would be an early step the oftener the more is audited, which is another population
+than the gate's. Read again after a restart, or from a part that a compaction has moved, a comparison counts once. Pure but for
+`CallReader`; decides nothing (serving/steward.py does).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from serving.drift import Asked
 LATE_S = 3600.0
 """A comparison this much older than the newest one is not counted any more: the ids of younger ones are remembered."""
 _MAX_SESSIONS = 5_000
-"""Sessions remembered of each specialist, the latest; a conversation that goes on longer counts again."""
+"""Sessions that were counted, remembered of each specialist, the latest; one that goes on longer counts again."""
 KEPT = "would be kept"
 """Reason of a shadow whose answer reaches the threshold."""
 _ACTIONS = pa.array(["audit", "shadow"], pa.string())
@@ -53,8 +55,27 @@ class Cursor(Record):
     newest_ts: float = 0.0
     seen: dict[str, float] = {}
     """Id of a comparison -> its time."""
-    num_late: int = 0
-    """Comparisons that came too late to be counted."""
+
+
+class Compared(Record):
+    """What was compared so far in a session that is not over."""
+
+    newest_ts: float
+    """When the newest comparison was made; one of a clock that runs ahead counts as made when it was read."""
+    num: int = 0
+    num_wrong: int = 0
+    num_at_stage: int = 0
+    num_wrong_at_stage: int = 0
+
+    def plus(self, one: Comparison, *, is_of_stage: bool, now: float) -> Compared:
+        is_wrong = not one.agrees
+        return Compared(
+            newest_ts=max(self.newest_ts, min(one.ts, now)),
+            num=self.num + 1,
+            num_wrong=self.num_wrong + is_wrong,
+            num_at_stage=self.num_at_stage + is_of_stage,
+            num_wrong_at_stage=self.num_wrong_at_stage + (is_of_stage and is_wrong),
+        )
 
 
 class Evidence(Record):
@@ -70,7 +91,9 @@ class Evidence(Record):
     num_unkept: int = 0
     """Shadows of answers that would not be kept."""
     num_repeated: int = 0
-    """Comparisons not counted, because their session had one."""
+    """Comparisons not counted, because their session was over."""
+    open: dict[str, Compared] = {}
+    """By digest of a session that is not over."""
     sessions: tuple[str, ...] = ()
     """Digests of those that were counted, the latest last."""
 
@@ -128,18 +151,14 @@ def advance(cursor: Cursor, found: Sequence[Comparison], now: float) -> tuple[Cu
     """
     oldest = cursor.newest_ts - LATE_S
     fresh: dict[str, Comparison] = {}
-    late: set[str] = set()
     for one in found:
-        if one.ts <= oldest:
-            late.add(one.call_id)
-        elif one.call_id not in cursor.seen:
+        if one.ts > oldest and one.call_id not in cursor.seen:
             fresh.setdefault(one.call_id, one)
     newest = min(now, max([cursor.newest_ts, *(one.ts for one in fresh.values())]))
     seen = {**cursor.seen, **{one.call_id: one.ts for one in fresh.values()}}
     moved = Cursor(
         newest_ts=max(newest, cursor.newest_ts),
         seen={call_id: ts for call_id, ts in seen.items() if ts > newest - LATE_S},
-        num_late=cursor.num_late + len(late),
     )
     return moved, sorted(fresh.values(), key=lambda one: (one.ts, one.call_id))
 
@@ -160,41 +179,69 @@ def at_stage(evidence: Evidence, stage: Stage, now: float) -> Evidence:
     if evidence.stage == stage:
         return evidence
     safety = SafetyTest(epsilon=evidence.safety.epsilon, alpha=evidence.safety.alpha)
-    return evidence.model_copy(update={"stage": stage, "stage_since": now, "safety": safety})
+    still_open = {
+        session: one.model_copy(update={"num_at_stage": 0, "num_wrong_at_stage": 0})
+        for session, one in evidence.open.items()
+    }
+    return evidence.model_copy(update={"stage": stage, "stage_since": now, "safety": safety, "open": still_open})
 
 
-def count(evidence: Mapping[str, Evidence], comparisons: Sequence[Comparison]) -> dict[str, Evidence]:
-    """The evidence by specialist once it has seen these, in their order; of unknown specialists they are left out."""
+def count(
+    evidence: Mapping[str, Evidence], comparisons: Sequence[Comparison], now: float, idle_s: float
+) -> dict[str, Evidence]:
+    """The evidence by specialist once it has seen these; of unknown specialists they are left out.
+
+    Args:
+        comparisons: in order of time.
+        now: seconds since the epoch.
+        idle_s: a session in which nothing was compared for so long is over; what is compared in it later does not count.
+    """
     by_name: dict[str, list[Comparison]] = {name: [] for name in evidence}
     for one in comparisons:
         if one.specialist in by_name:
             by_name[one.specialist].append(one)
-    return {name: _count(known, by_name[name]) for name, known in evidence.items()}
+    return {name: _close(_collect(known, by_name[name], now), now - idle_s) for name, known in evidence.items()}
 
 
-def _count(evidence: Evidence, comparisons: Sequence[Comparison]) -> Evidence:
+def _collect(evidence: Evidence, comparisons: Sequence[Comparison], now: float) -> Evidence:
+    """Put comparisons to their sessions."""
     if not comparisons:
         return evidence
-    sessions = dict.fromkeys(evidence.sessions)
-    counted: list[Comparison] = []
+    counted, still_open = set(evidence.sessions), dict(evidence.open)
+    own = "shadow" if evidence.stage == "shadow" else "audit"
     num_unkept = num_repeated = 0
     for one in comparisons:
+        session = _digest(one.session_id)
         if one.agrees is None:
             num_unkept += 1
-        elif (session := _digest(one.session_id)) in sessions:
+        elif session in counted:
             num_repeated += 1
         else:
-            sessions[session] = None
-            counted.append(one)
-    own = "shadow" if evidence.stage == "shadow" else "audit"
-    at_stage = [one for one in counted if one.action == own and one.ts >= evidence.stage_since]
+            is_of_stage = one.action == own and one.ts >= evidence.stage_since
+            known = still_open.get(session) or Compared(newest_ts=min(one.ts, now))
+            still_open[session] = known.plus(one, is_of_stage=is_of_stage, now=now)
+    changed = {
+        "num_unkept": evidence.num_unkept + num_unkept,
+        "num_repeated": evidence.num_repeated + num_repeated,
+    }
+    return evidence.model_copy(update={**changed, "open": still_open})
+
+
+def _close(evidence: Evidence, ended_by: float) -> Evidence:
+    """Count the sessions that were over then, in the order of their ends."""
+    over = sorted((one.newest_ts, session) for session, one in evidence.open.items() if one.newest_ts <= ended_by)
+    if not over:
+        return evidence
+    ended = [evidence.open[session] for _, session in over]
+    names = [session for _, session in over]
     return evidence.model_copy(
         update={
-            "risk": evidence.risk.after(not one.agrees for one in counted),
-            "safety": evidence.safety.after(not one.agrees for one in at_stage),
-            "num_unkept": evidence.num_unkept + num_unkept,
-            "num_repeated": evidence.num_repeated + num_repeated,
-            "sessions": tuple(sessions)[-_MAX_SESSIONS:],
+            "risk": evidence.risk.after(one.num_wrong / one.num for one in ended),
+            "safety": evidence.safety.after(
+                one.num_wrong_at_stage / one.num_at_stage for one in ended if one.num_at_stage
+            ),
+            "open": {session: one for session, one in evidence.open.items() if session not in set(names)},
+            "sessions": (*evidence.sessions, *names)[-_MAX_SESSIONS:],
         }
     )
 

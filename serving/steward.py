@@ -41,6 +41,8 @@ class StewardConfig(Config):
     it is moved on to the next stage."""
     interval_s: float = Field(default=10.0, gt=0)
     """Seconds between two looks at what was captured."""
+    session_idle_s: float = Field(default=300.0, ge=0)
+    """Seconds without a comparison after which a conversation is over and counts; evidence is so much late."""
     raised_audit_share: float = Field(default=0.2, ge=0, le=1)
     """Share of a task's calls that is audited while its escalations or confidences are not what they were at first; 0
     leaves it at `audit.share`."""
@@ -71,7 +73,7 @@ def judge(task_id: str, evidence: Evidence, rollout: Rollout | None) -> Change |
     risk = evidence.risk
     if risk.is_rejected:
         reason = (
-            f"{DEMOTED}{risk.num_disagreements} of {risk.num_observed} audited answers differ from the LLM's, evidence "
+            f"{DEMOTED}{risk.num_disagreements:g} of {risk.num_observed} audited conversations differ from the LLM, evidence "
             f"{risk.peak:.3g} against at most {risk.epsilon:g} (needs {1 / risk.alpha:g}); retrain it"
         )
         return Change(task_id=task_id, refused=reason)
@@ -87,11 +89,18 @@ class Steward:
     def __init__(self, store: Store, config: StewardConfig, meter: Meter | None = None) -> None:
         self._store, self._config, self._meter = store, config, meter or Meter()
         self._reader = CallReader(store)
-        self._state = load_state(store)
+        self._state: State | None = None
         self._failure: str | None = None
 
     @property
     def state(self) -> State:
+        """Read at its first use, so that what is wrong with it is told by a step and not by a replica that never starts.
+
+        Raises:
+            ReleaseError: the stored one is not what a steward wrote.
+        """
+        if self._state is None:
+            self._state = load_state(self._store)
         return self._state
 
     def step(self, now: float) -> list[Change]:
@@ -112,7 +121,7 @@ class Steward:
         if registry.is_frozen(self._store):
             return []
         judged = [
-            judge(task, self._state.evidence[one.name], release.rollout.get(task))
+            judge(task, self.state.evidence[one.name], release.rollout.get(task))
             for task, one in release.specialists.items()
         ]
         changes = [change for change in judged if change is not None]
@@ -123,6 +132,7 @@ class Steward:
         ):
             if group:
                 sha, release = self._apply(sha, release, kind, group)
+                self._note_stages(release, now)
         return changes
 
     def run(self, stop: threading.Event) -> None:
@@ -139,27 +149,38 @@ class Steward:
             stop.wait(self._config.interval_s)
 
     def _count(self, release: Release, now: float) -> None:
-        compared, asked = self._reader.read(self._state.cursor)
-        cursor, fresh = advance(self._state.cursor, compared, now)
-        evidence = dict(self._state.evidence)
-        for task, one in release.specialists.items():
-            stage = release.stage_of(task)
-            known = evidence.get(one.name)
-            evidence[one.name] = at_stage(known, stage, now) if known else begin(one, stage, self._config.alpha, now)
+        compared, asked = self._reader.read(self.state.cursor)
+        cursor, fresh = advance(self.state.cursor, compared, now)
+        evidence = self._staged(release, now)
         by_name: dict[str, list[Asked]] = {one.name: [] for one in release.specialists.values()}
         for call in asked:
             if call.specialist in by_name:
                 by_name[call.specialist].append(call)
-        drift = {name: observe(self._state.drift.get(name, Drift()), calls) for name, calls in by_name.items()}
-        state = State(cursor=cursor, evidence=count(evidence, fresh), drift=drift)
-        if state != self._state:
+        drift = {name: observe(self.state.drift.get(name, Drift()), calls, now) for name, calls in by_name.items()}
+        state = State(cursor=cursor, evidence=count(evidence, fresh, now, self._config.session_idle_s), drift=drift)
+        self._keep(state)
+        self._raise_audits(release)
+
+    def _staged(self, release: Release, now: float) -> dict[str, Evidence]:
+        """The evidence, that of the release's specialists at its stages."""
+        evidence = dict(self.state.evidence)
+        for task, one in release.specialists.items():
+            stage, known = release.stage_of(task), evidence.get(one.name)
+            evidence[one.name] = at_stage(known, stage, now) if known else begin(one, stage, self._config.alpha, now)
+        return evidence
+
+    def _note_stages(self, release: Release, now: float) -> None:
+        """At once: where a person goes back before the next step, the stage they go back to begins anew."""
+        self._keep(self.state.model_copy(update={"evidence": self._staged(release, now)}))
+
+    def _keep(self, state: State) -> None:
+        if state != self.state:
             self._store.write_json(STATE_FILE, state.model_dump(mode="json"))
             self._state = state
-        self._raise_audits(release)
 
     def _raise_audits(self, release: Release) -> None:
         """Tell gateways which tasks to audit more; written where it is another set than before."""
-        share, drift = self._config.raised_audit_share, self._state.drift
+        share, drift = self._config.raised_audit_share, self.state.drift
         wanted = {task: share for task, one in release.specialists.items() if share and drift[one.name].is_suspected}
         if wanted != read_audit_shares(self._store):
             self._store.write_json(AUDIT_SHARES_FILE, wanted)
@@ -174,7 +195,7 @@ class Steward:
                 "specialist": release.specialists[change.task_id].name,
                 "from": release.stage_of(change.task_id),
                 "to": "refused" if change.refused else derived.stage_of(change.task_id),
-                **self._state.evidence[release.specialists[change.task_id].name].facts(),
+                **self.state.evidence[release.specialists[change.task_id].name].facts(),
             }
             for change in changes
         }

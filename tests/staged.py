@@ -31,7 +31,7 @@ def stage(store: Store) -> str:
         specialists=specialists,
         refused={
             "summary": "too few calibration calls: needs 40 more examples; of 19 sessions not even all can certify epsilon 0.05",
-            "greeting": f"{DEMOTED}31 of 200 audited answers differ from the LLM's, evidence 44.1 against at most 0.05",
+            "greeting": f"{DEMOTED}31 of 200 audited conversations differ from the LLM, evidence 44.1 against at most 0.05",
         },
         route_model=ROUTES,
         snapshot="two",
@@ -48,7 +48,7 @@ def stage(store: Store) -> str:
     evidence = {one.name: begin(one, release.stage_of(task), 0.05, 0.0) for task, one in specialists.items()}
     name = specialists["triage"].name
     seen = [Comparison(f"c{n}", n, f"s{n}", "audit", name, n % 60 != 0) for n in range(1, 241)]
-    state = State(evidence=count(evidence, seen))
+    state = State(evidence=count(evidence, seen, now=1_000.0, idle_s=300.0))
     store.write_json(STATE_FILE, state.model_dump(mode="json"))
     return sha
 

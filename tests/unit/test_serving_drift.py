@@ -19,6 +19,7 @@ from serving.drift import AUDIT_SHARES_FILE, BASELINE_CALLS, BLOCK_CALLS, Asked,
 from serving.steward import Steward, StewardConfig
 
 NAME = make_specialist().name
+LATER = 1e6
 
 
 def asked(number: int, *, begin: float, escalated: float = 0.2, mean: float = 0.8, seed: int = 0) -> list[Asked]:
@@ -31,27 +32,29 @@ def asked(number: int, *, begin: float, escalated: float = 0.2, mean: float = 0.
 def test_steady_traffic_is_hardly_ever_suspected() -> None:
     num_suspected = 0
     for seed in range(20):
-        drift = observe(Drift(), asked(BASELINE_CALLS + 20 * BLOCK_CALLS, begin=1.0, seed=seed))
+        drift = observe(Drift(), asked(BASELINE_CALLS + 20 * BLOCK_CALLS, begin=1.0, seed=seed), LATER)
         num_suspected += drift.is_suspected
     assert num_suspected <= 1
 
 
 @pytest.mark.parametrize("change", [{"escalated": 0.4}, {"escalated": 0.05}, {"mean": 0.7}, {"mean": 0.9}])
 def test_a_change_is_suspected_within_two_blocks_and_forgotten_after_it_ended(change: dict[str, float]) -> None:
-    drift = observe(Drift(), asked(BASELINE_CALLS + BLOCK_CALLS // 2, begin=1.0))
-    drift = observe(drift, asked(2 * BLOCK_CALLS, begin=10_000.0, seed=1, **change))
+    drift = observe(Drift(), asked(BASELINE_CALLS + BLOCK_CALLS // 2, begin=1.0), LATER)
+    drift = observe(drift, asked(2 * BLOCK_CALLS, begin=10_000.0, seed=1, **change), LATER)
     assert drift.is_suspected
-    calm = observe(drift, asked(22 * BLOCK_CALLS, begin=20_000.0, seed=2))
+    calm = observe(drift, asked(22 * BLOCK_CALLS, begin=20_000.0, seed=2), LATER)
     assert not calm.is_suspected
 
 
 def test_calls_that_come_again_count_once_and_few_calls_suspect_nothing() -> None:
     calls = asked(900, begin=1.0)
-    drift = observe(observe(Drift(), calls), calls)
+    drift = observe(observe(Drift(), calls, LATER), calls, LATER)
     assert drift.baseline.num_calls == 900 and not drift.is_suspected
-    assert observe(drift, []) is drift
+    assert observe(drift, [], LATER) is drift
+    ahead = observe(drift, [Asked(LATER + 1, NAME, False, 0.5)], LATER)
+    assert observe(ahead, asked(90, begin=2_000.0), LATER).baseline.num_calls == 990, "a clock ahead hides no others"
     equal = [one._replace(confidence=1.0, is_escalated=False) for one in asked(2_000, begin=1.0)]
-    assert not observe(Drift(), equal).is_suspected
+    assert not observe(Drift(), equal, LATER).is_suspected
 
 
 def captured(calls: list[Asked]) -> list[AgentCall]:

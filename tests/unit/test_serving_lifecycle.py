@@ -50,7 +50,7 @@ def test_from_shadow_to_live_and_back_to_the_llm_without_a_failed_call(tmp_path:
             begin = registry.derive(*found, rollout={"triage": Rollout(stage="shadow", canary_share=0.5)})
             registry.promote(run.store, registry.publish_release(run.store, begin))
             await run.core.table.refresh()
-            steward = Steward(run.store, StewardConfig())
+            steward = Steward(run.store, StewardConfig(session_idle_s=0.0))
             steward.step(time.time())
 
             assert await talk(run, steward, "shadow", 80) == {"llm": 80} and stage(run) == "canary"
