@@ -7,12 +7,14 @@ its event. Holds counts and names, never content.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from typing import Any, Literal
 
 from cluster.records import Record
 from cluster.store import Store
+from cluster.telemetry import log_event
 
 EVENTS_FOLDER = "events"
 EventKind = Literal["promote", "roll_back", "demote", "advance", "canary", "freeze", "unfreeze"]
@@ -47,6 +49,12 @@ def write_event(store: Store, cause: Cause, *, release: str | None, before: str 
 
 
 def read_events(store: Store, newest: int | None = None) -> list[Event]:
-    """All events, or so many of the newest (at least 1), the oldest first."""
+    """All events, or so many of the newest (at least 1), the oldest first; a file that is no event is logged and left out."""
     paths = store.list(EVENTS_FOLDER, ".json")
-    return [Event.model_validate(store.read_json(path)) for path in (paths[-newest:] if newest else paths)]
+    found = []
+    for path in paths[-newest:] if newest else paths:
+        try:
+            found.append(Event.model_validate(store.read_json(path)))
+        except ValueError as error:
+            log_event("event_not_readable", logging.WARNING, path=path, error=type(error).__name__)
+    return found

@@ -27,7 +27,8 @@ _OF_ONE_CONNECTION = frozenset(
 )
 _OF_THE_CLIENT = frozenset(
     "authorization api-key x-api-key cookie host openai-organization openai-project forwarded x-forwarded-for "
-    "x-forwarded-host x-forwarded-proto x-real-ip x-agent x-session-id x-step x-faces-person".split()
+    "x-forwarded-host x-forwarded-proto x-real-ip x-agent x-session-id x-step x-faces-person "
+    "x-understudy-route x-deadline-s x-budget-usd".split()
 )
 _OF_THE_ACCOUNT = frozenset({"set-cookie", "openai-organization", "openai-project"})
 _MADE_HERE = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")

@@ -102,7 +102,8 @@ def promote_at(store: Store, sha: str, rollout: Rollout | None, *, expected: str
     kept = {task: stage for task, stage in stages.items() if stage is not None}
     if kept != release.rollout:
         sha = publish_release(store, derive(sha, release, rollout=stages))
-    promote(store, sha, expected=expected)
+    # Stages were copied from the release that was served: where another one is by now, they are another one's.
+    promote(store, sha, expected=expected or (served[0] if served else None))
     return sha
 
 

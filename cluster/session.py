@@ -67,6 +67,19 @@ def let_ingress_listen_again() -> None:
     replica.start_asgi_http_server = start_reusing
 
 
+def check_alone(what: str) -> None:
+    """For what starts and ends a Ray of its own on this machine, and would end what others run on a shared one.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names a cluster.
+    """
+    if joins_cluster():
+        raise ConfigError(
+            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: {what} starts and ends a Ray of its own on this machine; next: "
+            "unset RAY_ADDRESS"
+        )
+
+
 def connect(num_cpus: int | None = None) -> None:
     """Join the cluster named by RAY_ADDRESS (a Ray job has it set), else start a local one. Idempotent.
 

@@ -86,10 +86,11 @@ class Meter:
         self._exported: dict[str, Any] = {}
 
     def count(self, name: str, value: float = 1, **tags: str) -> None:
-        """Add to a counter."""
+        """Add `value`, at least 0, to a counter."""
         spec = METRICS[name]
         self.counts[(name, *(tags[tag] for tag in spec.tags))] += value
-        if self._export:
+        # Ray refuses to add 0.
+        if self._export and value:
             self._metric(name).inc(value, tags=tags)
 
     def observe(self, name: str, value: float, **tags: str) -> None:

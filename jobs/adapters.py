@@ -31,6 +31,8 @@ from training.multi_finetune import AdapterTask, ManyTrained, finetune_many, loa
 from training.multi_plan import TaskLoad, plan_groups
 from training.speed import SPEED_FACTS
 
+_NOT_LEARNED = {"log_to", "max_failures", "min_workers"}
+"""Fields of a fine-tune that change how it is watched and survives, and nothing of what it learns."""
 _ANSWER_SLACK = 1.5
 """A specialist may answer half as long again as the longest train answer before it is cut."""
 
@@ -66,7 +68,12 @@ def plan_adapters(
         if task.task_id not in data:
             continue
         prompt_format, rows, held_out = data[task.task_id][:3]
-        facts = [base, prompt_format.model_dump(mode="json"), recipe.finetune.model_dump(mode="json"), rows]
+        facts = [
+            base,
+            prompt_format.model_dump(mode="json"),
+            recipe.finetune.model_dump(mode="json", exclude=_NOT_LEARNED),
+            rows,
+        ]
         run_id = content_hash(facts)[:12]
         longest = int(max(map(num_answer_tokens, rows)) * _ANSWER_SLACK)
         plan = AdapterPlan(

@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import ConfigError
@@ -84,7 +85,7 @@ def _train(options: argparse.Namespace) -> None:
 
     _check_output(options.json)
     say = functools.partial(print, file=sys.stderr, flush=True)
-    _show(bench_train(say, options.part or PARTS, options.quick), options.json)
+    _show(bench_train(say, options.part or PARTS, options.quick, _keeper(options.json)), options.json)
 
 
 def _gate(options: argparse.Namespace) -> None:
@@ -99,13 +100,18 @@ def _serve(options: argparse.Namespace) -> None:
 
     _check_output(options.json)
     say = functools.partial(print, file=sys.stderr, flush=True)
-    _show(bench_serve(say, options.part or PARTS, options.quick), options.json)
+    _show(bench_serve(say, options.part or PARTS, options.quick, _keeper(options.json)), options.json)
 
 
 def _check_output(path: pathlib.Path | None) -> None:
     """Tell before minutes of work what would lose their result."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ConfigError(f"--json {path}: no file can be written there; allowed: a path in a folder that exists")
+
+
+def _keeper(path: pathlib.Path | None) -> Callable[[dict[str, Any]], object]:
+    """Writes what there is so far, where it is wanted."""
+    return lambda numbers: path and path.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 def _show(numbers: dict[str, Any], path: pathlib.Path | None) -> None:

@@ -48,6 +48,7 @@ from training.selection import Selection, group_by_task
 from training.snapshot import CurationCounts, load_split
 from training.splits import SPLITS
 from training.usefulness import Usefulness
+from training.watching import check_log_to
 
 
 class Conversion(Record):
@@ -80,6 +81,8 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         engine_of: where a graph that serves the base runs or will run anyway, its engine; None starts one for
             validation and takes it down again.
     """
+    for config in (recipe.pretrain, recipe.finetune):
+        check_log_to(config.log_to)
     store = Store(recipe.store)
     work = work_folder(recipe)
     namer = namer_of(recipe)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import BaseUnavailableError, ConfigError
 
 if TYPE_CHECKING:
+    from cluster.resources import Node
     from jobs.recipe import Recipe
     from training.finetune import FinetuneConfig
     from training.memory import ModelShape
@@ -67,14 +68,14 @@ def plan_training(recipe: Recipe) -> tuple[list[str], list[str]]:
     lines, problems = [], []
     for name in named_bases(recipe.select):
         entry = find_entry(name)
-        trainings = [("finetune", recipe.finetune, recipe.fleet.max_parallel)]
+        trainings = [("finetune", recipe.finetune)]
         if isinstance(entry, ScratchModel):
-            trainings.insert(0, ("pretrain", recipe.pretrain, 1))
-        for section, config, num_parallel in trainings:
+            trainings.insert(0, ("pretrain", recipe.pretrain))
+        for section, config in trainings:
             load = Load(examples=config.batch_size, row_tokens=window, answer_tokens=window // _ANSWER_FRACTION)
             lines.append(f"\n{name}, {section}:")
             try:
-                plan = plan_zero(_shape(name, config), config, load, _device_bytes(recipe, section, num_parallel))
+                plan = plan_zero(_shape(name, config), config, load, _device_bytes(recipe, section))
             except ConfigError as error:
                 problems.append(f"{name}, {section}: {error}")
                 lines.append("  does not fit")
@@ -105,25 +106,35 @@ def _shape(name: str, config: FinetuneConfig) -> ModelShape:
         return estimate_shape(parameters, config)
 
 
-def _device_bytes(recipe: Recipe, section: str, num_parallel: int) -> int:
+def _device_bytes(recipe: Recipe, section: str) -> int:
     """Memory of one worker's device.
 
     Raises:
         ConfigError: GPUs that nothing describes.
     """
     from cluster.resources import local_memory_bytes, local_nodes
-    from cluster.session import connect, joins_cluster
+    from cluster.session import cluster_nodes, connect, joins_cluster
     from training.memory import device_bytes
 
     config = getattr(recipe, section)
-    if config.device_gib is not None or joins_cluster():
-        if config.device_gib is None:
-            connect()
-        return device_bytes(config, num_parallel)
+    if config.device_gib is not None:
+        return device_bytes(config, 1)
+    if joins_cluster():
+        connect()
+        return device_bytes(config, _num_parallel(recipe, section, cluster_nodes()))
     if config.gpus_per_worker:
         raise ConfigError(
             f"{section}.gpus_per_worker={config.gpus_per_worker}: nobody to ask for a GPU's memory; allowed: RAY_ADDRESS of a "
             f"cluster, or its size; next: {section}.device_gib=80"
         )
     seats = max(1, int(local_nodes()[0].cpus // config.cpus_per_worker))
-    return int(local_memory_bytes() / min(seats, num_parallel * config.num_workers))
+    num_workers = _num_parallel(recipe, section, local_nodes()) * config.num_workers
+    return int(local_memory_bytes() / min(seats, num_workers))
+
+
+def _num_parallel(recipe: Recipe, section: str, nodes: list[Node]) -> int:
+    """Runs of a training at a time: a base is trained alone."""
+    from jobs.plan import plan_run
+    from training.fleet import num_places
+
+    return 1 if section == "pretrain" else num_places(recipe.fleet, plan_run(recipe.finetune), nodes, recipe.limits)

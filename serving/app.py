@@ -38,7 +38,7 @@ from serving.feedback import FeedbackBox
 from serving.gateway import GatewayCore
 from serving.gateway_config import GatewayConfig
 from serving.passthrough import PassThrough
-from serving.scaling import autoscaling_of
+from serving.scaling import STOP_MARGIN_S, autoscaling_of
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, idle_s_of
 from serving.steward import StewardConfig, build_steward
 from serving.table import ServingTable, crowded_base
@@ -109,7 +109,7 @@ def bind_gateway(args: ServeArgs, handles: Mapping[str, Any], llms: Mapping[int,
         max_ongoing_requests=math.ceil(args.gateway.max_ongoing * (1 + _SHARE_TO_TURN_AWAY)),
         max_queued_requests=args.gateway.max_ongoing,
         backpressure_config={"status_code": 503, "retry_after_s": 1.0},
-        graceful_shutdown_timeout_s=args.gateway.drain_timeout_s,
+        graceful_shutdown_timeout_s=args.gateway.drain_timeout_s + STOP_MARGIN_S,
         # An update starts the new replica before it stops the old one; it costs a CPU for that long, and no GPU.
         max_surge_percent=100,
         ray_actor_options={"num_cpus": 1},

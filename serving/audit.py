@@ -96,13 +96,14 @@ class Auditor:
         captured = audit.captured(
             self._pseudonyms, response=reply.body, endpoint=endpoint, served_by="llm", status=200, error=None
         )
-        self._fallback.charge(endpoint, captured.usage)
         message = captured.message
         if message is None:
             self._capture.put(captured)
+            self._fallback.charge(endpoint, captured.usage)
             return self._miss("no answer")
         agrees = grade(answer, message, kind, audit.request).agrees
         self._capture.put(captured.model_copy(update={"route": with_verdict(audit.decision, agrees)}))
+        self._fallback.charge(endpoint, captured.usage)
         self._meter.count(
             "understudy_audits_total", task_id=audit.decision.task_id or "", agrees="true" if agrees else "false"
         )

@@ -31,7 +31,7 @@ from serving.journal import Journal, KeyWrapper, prepare_folder
 JOURNAL_FOLDER = "journal"
 """Of a local store."""
 _CLOSE_TIMEOUT_S = 10.0
-"""Below the 20 s after which Ray Serve kills a replica that does not end (graceful_shutdown_timeout_s)."""
+"""Within serving.scaling.STOP_MARGIN_S, after which Ray Serve kills a replica that does not end."""
 _COMMIT_TIMEOUT_S = 30.0
 """Longest a request waits for a disk that hangs."""
 _T = TypeVar("_T")

@@ -19,10 +19,11 @@ from cluster.config import Config
 from cluster.errors import ConfigError, ReleaseError
 from cluster.session import serve_is_running
 from serving.app import ServeArgs, build
+from serving.scaling import STOP_MARGIN_S
 
 APP = "understudy"
-_STOP_MARGIN_S = 15.0
-"""What replicas may take to stop after their last call: they write what they have captured."""
+_STATUS_MARGIN_S = 5.0
+"""How long Ray Serve may take to tell that the last replica has ended."""
 _STATUS_INTERVAL_S = 0.2
 
 
@@ -121,7 +122,7 @@ def _drain(timeout_s: float) -> None:
     from ray import serve
 
     serve.delete(APP, _blocking=False)
-    deadline = time.monotonic() + timeout_s + _STOP_MARGIN_S
+    deadline = time.monotonic() + timeout_s + STOP_MARGIN_S + _STATUS_MARGIN_S
     while APP in serve.status().applications and time.monotonic() < deadline:
         time.sleep(_STATUS_INTERVAL_S)
 

@@ -378,10 +378,10 @@ class GatewayCore:
         error: str | None,
     ) -> AgentCall:
         """The call as it is stored; counted."""
-        call.is_finished = True
         captured = call.captured(
             self.pseudonyms, response=response, endpoint=endpoint, served_by=served_by, status=status, error=error
         )
+        call.is_finished = True
         if endpoint is not None:
             self.fallback.charge(endpoint, captured.usage)
         self.decisions.note(captured)

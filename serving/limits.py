@@ -89,7 +89,12 @@ def fit_budget(request: dict[str, Any], budget_usd: float, llms: Iterable[LLMNod
     affordable = min(_affordable_tokens(num_prompt, budget_usd, *price) / num_choices for price in prices)
     if affordable < 1 or (asked and max(asked) > affordable):
         raise _over_budget(budget_usd, num_prompt, affordable)
-    return request if asked else {**request, "max_completion_tokens": int(min(affordable, UNLIMITED_TOKENS))}
+    # Where nothing costs, nothing is to be bounded, and a small window would refuse the bound.
+    return (
+        request
+        if asked or math.isinf(affordable)
+        else {**request, "max_completion_tokens": int(min(affordable, UNLIMITED_TOKENS))}
+    )
 
 
 def reading_usage(request: Mapping[str, Any]) -> Usage:

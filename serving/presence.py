@@ -65,14 +65,15 @@ class Presence:
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Around one call: learns from how it ends."""
-        begin = self._clock()
+        begin, has_answered = self._clock(), False
         try:
             yield
-        except BaseException:
-            if self._clock() - begin > _SLOW_S:
+            has_answered = True
+        finally:
+            if has_answered:
+                self._seen_at = self._clock()
+            elif self._clock() - begin > _SLOW_S:
                 self._seen_at = None
-            raise
-        self._seen_at = self._clock()
 
     def _is_up(self) -> bool:
         if self._seen_at is None:

@@ -36,9 +36,13 @@ class ScaleConfig(Config):
         if self.max_replicas < self.min_replicas:
             raise ValueError(
                 f"max_replicas={self.max_replicas}: below min_replicas={self.min_replicas}; allowed: at least that; "
-                f"next: max_replicas={self.min_replicas}"
+                f"next: raise max_replicas to {self.min_replicas}"
             )
         return self
+
+
+STOP_MARGIN_S = 20.0
+"""What a gateway may take after its last call to finish audits (5 s) and write what it has captured (10 s)."""
 
 
 def autoscaling_of(config: ScaleConfig, num_at_once: int) -> dict[str, Any]:

@@ -8,14 +8,16 @@ nothing of HTTP or of who asks.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from cluster import registry
-from cluster.errors import StoreError
+from cluster.errors import ReleaseError, StoreError
 from cluster.events import Event, read_events
 from cluster.records import Release
 from cluster.store import Store
+from cluster.telemetry import log_event
 from serving.steward import DEMOTED, load_state
 
 _NUM_EVENTS = 20
@@ -152,7 +154,12 @@ def _releases(store: Store, served: str | None) -> list[dict[str, Any]]:
     """The newest releases, the newest first."""
     rows = []
     for sha in registry.release_names(store):
-        release = _load_release(store.uri, sha)
+        try:
+            release = _load_release(store.uri, sha)
+        except ReleaseError as error:
+            # One that nobody can serve must not hide the others.
+            log_event("release_not_readable", logging.WARNING, release=sha, error=str(error))
+            continue
         counts = {"num_specialists": len(release.specialists), "num_refused": len(release.refused)}
         rows.append({"release": sha, "created_ts": release.created_ts, "is_served": sha == served, **counts})
     return sorted(rows, key=lambda row: (-row["created_ts"], row["release"]))[:_NUM_RELEASES]
@@ -172,11 +179,12 @@ def _event(event: Event) -> dict[str, Any]:
 
 
 def _read(store: Store, path: str) -> dict[str, Any] | None:
-    """None where there is no such file, or none any more."""
+    """None where there is no such file, none any more, or nothing of ours in it."""
     try:
-        return store.read_json(path)
-    except StoreError:
+        found = store.read_json(path)
+    except (StoreError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _only(names: tuple[str, ...], facts: Mapping[str, Any]) -> dict[str, Any]:

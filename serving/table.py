@@ -83,7 +83,8 @@ class ServingTable:
         self._audit_shares: dict[str, float] = {}
         self._previous: weakref.ref[Snapshot] | None = None
         """The snapshot before; alive as long as a request keeps it."""
-        self._failure: str | None = None
+        self._failures: dict[str, str] = {}
+        """What of could not be read -> why, as it was logged last."""
 
     @property
     def snapshot(self) -> Snapshot:
@@ -98,18 +99,21 @@ class ServingTable:
         """Poll once: swap in the current release if it is another one and loads; else keep the snapshot and log why."""
         try:
             self._audit_shares = await asyncio.to_thread(read_audit_shares, self.store)
-        except (OSError, ValueError) as error:
-            self._log_failure(error)
+            self._failures.pop("audit shares", None)
+        except (UnderstudyError, OSError, ValueError) as error:
+            self._log_failure("audit shares", error)
         try:
             sha = await asyncio.to_thread(registry.current_sha, self.store)
             if sha == self._snapshot.release:
+                self._failures.pop("release", None)
                 return
             snapshot = Snapshot() if sha is None else await self._load()
         except (UnderstudyError, OSError, ValueError) as error:
-            self._log_failure(error)
+            self._log_failure("release", error)
             return
         self._previous = weakref.ref(self._snapshot)
-        self._snapshot, self._failure = snapshot, None
+        self._snapshot = snapshot
+        self._failures.pop("release", None)
         log_event(
             "release_served",
             release=snapshot.release,
@@ -122,7 +126,7 @@ class ServingTable:
         while True:
             (outcome,) = await asyncio.gather(self.refresh(), return_exceptions=True)
             if isinstance(outcome, BaseException):
-                self._log_failure(outcome)
+                self._log_failure("poll", outcome)
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _load(self) -> Snapshot:
@@ -184,9 +188,9 @@ class ServingTable:
                     skipped[task] = "the gate was certified on another engine"
         return skipped
 
-    def _log_failure(self, error: BaseException) -> None:
+    def _log_failure(self, what: str, error: BaseException) -> None:
         """Log a failure once, not at every poll."""
-        reason = f"{type(error).__name__}: {error}"
-        if reason != self._failure:
-            self._failure = reason
+        reason = f"{what}: {type(error).__name__}: {error}"
+        if reason != self._failures.get(what):
+            self._failures[what] = reason
             log_event("release_not_loaded", logging.ERROR, serving=self._snapshot.release, error=reason)

@@ -258,6 +258,9 @@ def port_problems(documents: list[Document]) -> list[str]:
     for where, spec in ray_clusters(documents):
         groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
         ports = {one["rayStartParams"]["metrics-export-port"] for one in groups}
+        head_ports = {one["name"] for one in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]}
+        # KubeRay (controllers/ray/common/service.go) makes the endpoint's Service from the head's port of this name.
+        problems += [] if "serve" in head_ports else [f"{where}: the head has no port named serve"]
         problems += [] if ports == {"8080"} else [f"{where}: metrics-export-port {ports}"]
     known["metrics"] = 8080
     labelled = []

@@ -167,7 +167,7 @@ def _task_section(row: Row) -> str:
         f"Reference: {gate.reference}. Promise about: {gate.population}. Calibration: {gate.num_calibration} calls, "
         f"{gate.num_accepted} accepted, {gate.num_disagreements} of them disagree."
     )
-    if gate.is_open:
+    if gate.num_counted:
         facts += (
             f" Counted for the bound, by a draw that knows no answer: {gate.num_counted}, of which "
             f"{gate.num_counted_disagreements} disagree."

@@ -9,14 +9,16 @@ never content.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 from cluster.errors import ConfigError, TrainingError
-from cluster.telemetry import Meter
+from cluster.telemetry import Meter, log_event
 
 LogTo = Literal["none", "tensorboard", "mlflow"]
 _PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow"}
@@ -148,6 +150,8 @@ class _TensorBoard:
 
 
 class _MLflow:
+    """A tracking server that fails later on is told once and costs no training; one that cannot be reached at first does."""
+
     def __init__(self, address: str, run: str) -> None:
         from mlflow import MlflowClient
 
@@ -157,13 +161,27 @@ class _MLflow:
         runs = self._client.search_runs([experiment], f"tags.`{_RUN_TAG}` = '{run}'")
         started = runs[0] if runs else self._client.create_run(experiment, tags={_RUN_TAG: run}, run_name=run)
         self._id = started.info.run_id
+        self._has_failed = False
 
     def write(self, facts: Mapping[str, float]) -> None:
-        for name, value in _without_step(facts).items():
-            self._client.log_metric(self._id, name, value, step=int(facts["step"]))
+        with self._bearing():
+            for name, value in _without_step(facts).items():
+                self._client.log_metric(self._id, name, value, step=int(facts["step"]))
 
     def close(self) -> None:
-        self._client.set_terminated(self._id)
+        with self._bearing():
+            self._client.set_terminated(self._id)
+
+    @contextlib.contextmanager
+    def _bearing(self) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            if not self._has_failed:
+                log_event("mlflow_failed", logging.WARNING, run=self._id, error=type(error).__name__)
+            self._has_failed = True
 
 
 def _without_step(facts: Mapping[str, float]) -> dict[str, float]:

@@ -64,7 +64,7 @@ def measure_faults(say: Callable[[str], object], trials: int = 20, seed: int = 0
             kind = KINDS[number % len(KINDS)]
             try:
                 trial = bench.kill(kind, f"{kind}-{number}", rng.randint(1, CONFIG.num_steps - 4), undisturbed)
-            except TrainingError as error:
+            except (TrainingError, ValueError, subprocess.TimeoutExpired) as error:
                 say(f"fault {number} {kind}: not recovered: {error}")
                 continue
             say(f"fault {number} {trial}")

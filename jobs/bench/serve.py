@@ -12,30 +12,39 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster.errors import ConfigError
+from cluster.session import check_alone
 
 PARTS = ("passthrough", "rollout", "faults", "graph_tax", "soak")
 
 
-def bench_serve(say: Callable[[str], object], parts: Sequence[str] = PARTS, quick: bool = False) -> dict[str, Any]:
+def bench_serve(
+    say: Callable[[str], object],
+    parts: Sequence[str] = PARTS,
+    quick: bool = False,
+    keep: Callable[[dict[str, Any]], object] = lambda numbers: None,
+) -> dict[str, Any]:
     """Measure the parts named, in the order of `PARTS`. Starts and ends local Ray clusters.
 
     Args:
         parts: of `PARTS`.
+        keep: given everything so far after each part, so that a later one that fails loses nothing.
         quick: few requests and short times: shows that it runs, and measures nothing.
 
     Returns:
         The numbers of all parts, and under `parts` everything that was measured.
 
     Raises:
-        ConfigError: a part that is none.
+        ConfigError: a part that is none, or RAY_ADDRESS names a cluster.
     """
     if wrong := sorted(set(parts) - set(PARTS)):
         raise ConfigError(f"--part {wrong[0]}: no such part; allowed: {', '.join(PARTS)}")
+    check_alone("bench serve")
     found: dict[str, Any] = {}
     for name, measure in _measures().items():
         if name in parts:
             say(f"-- {name}")
             found[name] = measure(say, quick)
+            keep(gather_numbers(found) | {"quick": quick, "parts": found})
     return gather_numbers(found) | {"quick": quick, "parts": found}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.errors import ConfigError
+from cluster.session import check_alone
 
 PARTS = ("multi_lora", "packing", "memory", "scaling", "makespan", "faults")
 _NUM_TRIALS = 20
@@ -21,23 +22,30 @@ _QUICK_TRIALS = 3
 """One of each kind."""
 
 
-def bench_train(say: Callable[[str], object], parts: Sequence[str] = PARTS, quick: bool = False) -> dict[str, Any]:
+def bench_train(
+    say: Callable[[str], object],
+    parts: Sequence[str] = PARTS,
+    quick: bool = False,
+    keep: Callable[[dict[str, Any]], object] = lambda numbers: None,
+) -> dict[str, Any]:
     """Measure the parts named, in the order of `PARTS`. Starts and ends a local Ray cluster.
 
     Args:
         parts: of `PARTS`; makespan takes the times of the runs that multi_lora measured.
+        keep: given everything so far after each part, so that a later one that fails loses nothing.
         quick: few steps and trials: shows that it runs, and measures nothing.
 
     Returns:
         The numbers of all parts, and under `parts` everything that was measured.
 
     Raises:
-        ConfigError: a part that is none, or makespan without multi_lora.
+        ConfigError: a part that is none, makespan without multi_lora, or RAY_ADDRESS names a cluster.
         InputError: the shared data is not there.
         TrainingError: a run that nothing disturbed failed.
     """
     if wrong := sorted(set(parts) - set(PARTS)):
         raise ConfigError(f"--part {wrong[0]}: no such part; allowed: {', '.join(PARTS)}")
+    check_alone("bench train")
     if "makespan" in parts and "multi_lora" not in parts:
         raise ConfigError("--part makespan: it takes measured run times; next: name --part multi_lora makespan")
     found: dict[str, Any] = {}
@@ -45,6 +53,7 @@ def bench_train(say: Callable[[str], object], parts: Sequence[str] = PARTS, quic
         if name in parts:
             say(f"-- {name}")
             found[name] = measure()
+            keep(gather_numbers(found) | {"quick": quick, "parts": found})
     return gather_numbers(found) | {"quick": quick, "parts": found}
 
 
@@ -52,8 +61,6 @@ def _measures(
     say: Callable[[str], object], quick: bool, found: Mapping[str, Any]
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """The parts; those on one cluster first, as faults brings one of its own."""
-    import ray
-
     from cluster.session import connect
     from jobs.bench.faults import measure_faults
     from jobs.bench.makespan import measure_makespan
@@ -71,7 +78,7 @@ def _measures(
         return measure_scaling(say, quick)
 
     def faults() -> dict[str, Any]:
-        ray.shutdown()
+        _leave_ray()
         return measure_faults(say, _QUICK_TRIALS if quick else _NUM_TRIALS)
 
     yield "multi_lora", multi_lora
@@ -80,6 +87,13 @@ def _measures(
     yield "scaling", scaling
     yield "makespan", lambda: measure_makespan(*_measured_runs(found))
     yield "faults", faults
+    _leave_ray()
+
+
+def _leave_ray() -> None:
+    # Not at the top: Ray reads at its import what `connect` sets for a cluster on this machine.
+    import ray
+
     ray.shutdown()
 
 

@@ -327,7 +327,10 @@ function taskParts(task) {
       ["Kept from confidence", gate.threshold.toFixed(4)], ["Coverage", percent(gate.coverage)],
       ["Certified bound", percent(gate.upper_bound)], ["Epsilon", percent(gate.epsilon)],
       ["Calibration calls", count(gate.num_calibration)], ["Kept of them", count(gate.num_accepted)],
-      ["Disagreeing of those", count(gate.num_disagreements)], ["Earlier candidates on these calls", count(gate.round)],
+      ["Disagreeing of those", count(gate.num_disagreements)],
+      ...(gate.num_counted ? [["Counted for the bound", count(gate.num_counted)],
+        ["Disagreeing of the counted", count(gate.num_counted_disagreements)]] : []),
+      ["Earlier candidates on these calls", count(gate.round)],
     ])));
   } else parts.push(el("p", {}, `Nothing: ${gate?.refused ?? task.reason ?? "no gate was certified"}.`));
   parts.push(el("h3", {}, "Measured on test, before it was served"), table("Ways of answering", [

@@ -3,6 +3,7 @@
 import pytest
 
 from cluster.errors import ConfigError
+from jobs.bench.serve import bench_serve
 from jobs.bench.train import bench_train, gather_numbers
 
 PROMISED = {
@@ -55,3 +56,10 @@ def test_a_part_that_is_none_is_told_before_anything_runs(monkeypatch):
         bench_train(print, ["packing", "speed"])
     with pytest.raises(ConfigError, match="--part makespan: it takes measured run times"):
         bench_train(print, ["makespan"])
+
+
+@pytest.mark.parametrize("bench", [bench_train, bench_serve])
+def test_a_shared_cluster_is_left_alone(bench, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS='127.0.0.1:6379': bench .* next: unset RAY_ADDRESS"):
+        bench(print)

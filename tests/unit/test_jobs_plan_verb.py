@@ -27,6 +27,11 @@ def test_a_scratch_base_shows_both_of_its_trainings(plan):
     assert "fine-tunes: 1 x 1 workers of 1 CPUs" in out
 
 
+def test_a_fleet_that_takes_all_there_is_room_for_is_planned_by_this_machine(plan):
+    code, out, _ = plan("recipe=local", "select.base=scratch-tiny")
+    assert code == 0 and "scratch-tiny, finetune:" in out
+
+
 def test_gpus_that_are_elsewhere_are_planned_by_their_size(plan):
     words = [*GPUS, "select.base=qwen3-8b", "finetune.device_gib=16", "finetune.num_workers=4"]
     code, out, _ = plan(*words)

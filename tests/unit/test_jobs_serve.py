@@ -64,4 +64,4 @@ def test_a_plan_counts_every_gateway(capsys, tmp_path):
 def test_more_gateways_at_least_than_at_most_are_refused(capsys):
     assert main(["serve", "--dry-run", LLM, "gateway.min_replicas=2"]) == 2
     err = capsys.readouterr().err
-    assert "gateway: max_replicas=1: below min_replicas=2" in err and "next: max_replicas=2" in err
+    assert "gateway: max_replicas=1: below min_replicas=2" in err and "next: raise max_replicas to 2" in err

@@ -73,14 +73,14 @@ def test_one_good_answer_wins_and_nothing_is_left_over(first: Side, second: Side
     else:
         assert not discarded and second.state in ("idle", "cancelled", "done")
     if ended.first is not None:
-        # One that fails in the turn in which it is cancelled may be taken for one that worked.
+        # One that fails or refuses in the turn in which it is cancelled may be taken for one that worked.
         assert _failed(second) or ended.has_lost_work == (second.state in ("cancelled", "done"))
     if after_s:
         assert not ended.was_hedged, "a quick first is alone"
 
 
 def _failed(side: Side) -> bool:
-    return side.state == "done" and isinstance(side.result, Exception)
+    return side.state == "done" and side.result != "llm"
 
 
 def test_a_slow_first_is_cancelled_and_a_slow_second_too() -> None:
@@ -95,6 +95,8 @@ def test_a_slow_first_is_cancelled_and_a_slow_second_too() -> None:
 def test_where_the_second_fails_the_first_is_waited_for() -> None:
     ended, _ = _race(Side(50, "specialist"), Side(0, ValueError("no LLM")), 0.0)
     assert ended == Race("specialist", None, True, False)
+    ended, _ = _race(Side(50, "specialist"), Side(0, "refusal"), 0.0)
+    assert ended == Race("specialist", None, True, False), "what was refused is not paid"
 
 
 def test_who_leaves_ends_both() -> None:
