@@ -181,12 +181,13 @@ def _read_parts(store: Store, columns: list[str] | None) -> Iterator[pa.Table]:
 
 
 def read_new_columns(
-    store: Store, columns: list[str], known: Collection[str], since_ts: float
+    store: Store, columns: list[str], known: Collection[str], since_ts: float, actions: Collection[str]
 ) -> tuple[pa.Table, list[str]]:
     """Some columns of the parts that are not `known`, of the day of `since_ts` and later ones, without forgotten clients.
 
     Args:
-        columns: see `read_call_columns`.
+        columns: see `read_call_columns`; `action` among them.
+        actions: only calls with one of these; the others of a part are let go before the next is read.
 
     Returns:
         The rows, and the store paths of all those days' parts, to be known the next time. A part that is replaced while
@@ -201,7 +202,8 @@ def read_new_columns(
             continue
         if path not in known:
             try:
-                tables.append(without_forgotten(store.read_table(path, wanted), forgotten).select(columns))
+                table = without_forgotten(store.read_table(path, wanted), forgotten).select(columns)
+                tables.append(table.filter(pc.is_in(table["action"], value_set=pa.array(sorted(actions), pa.string()))))
             except StoreError:
                 if store.exists(path):
                     raise

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, NamedTuple
 
 import aiohttp
@@ -110,7 +110,6 @@ class UpstreamReply(NamedTuple):
     body: dict[str, Any]
     raw: bytes
     """`body` as it came."""
-    latency_ms: float
 
 
 class UpstreamStream(NamedTuple):
@@ -164,27 +163,24 @@ class Upstream:
         self._headers = {"Content-Type": JSON, **authorization(config)}
         self._session: aiohttp.ClientSession | None = None
 
-    async def chat(self, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> UpstreamReply:
+    async def chat(self, body: dict[str, Any]) -> UpstreamReply:
         """Ask for a whole answer.
 
         Raises:
             UpstreamError: no usable answer after all attempts; `status` and `body` are fit for the client.
         """
-        begin = time.perf_counter()
-        async with self._opened(body, headers or {}, is_stream=False) as (begun, _):
+        async with self._opened(body, is_stream=False) as (begun, _):
             assert begun.body is not None
-            return UpstreamReply(begun.status, begun.body, begun.first, (time.perf_counter() - begin) * 1e3)
+            return UpstreamReply(begun.status, begun.body, begun.first)
 
     @contextlib.asynccontextmanager
-    async def stream(
-        self, body: dict[str, Any], headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[UpstreamStream]:
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[UpstreamStream]:
         """Start a streamed answer; its first content is here when the block is entered.
 
         Raises:
             UpstreamError: the LLM gave no content after all attempts.
         """
-        async with self._opened(body, headers or {}, is_stream=True) as (begun, deadline):
+        async with self._opened(body, is_stream=True) as (begun, deadline):
             yield UpstreamStream(begun.status, begun.content_type, self._chunks(begun, deadline))
 
     async def list_models(self) -> list[dict[str, Any]]:
@@ -211,15 +207,13 @@ class Upstream:
             self._session = None
 
     @contextlib.asynccontextmanager
-    async def _opened(
-        self, body: dict[str, Any], headers: Mapping[str, str], *, is_stream: bool
-    ) -> AsyncIterator[tuple[_Begun, float]]:
+    async def _opened(self, body: dict[str, Any], *, is_stream: bool) -> AsyncIterator[tuple[_Begun, float]]:
         """The first attempt's answer worth having, and when the call has to end; holds one of the endpoint's places."""
         deadline = asyncio.get_running_loop().time() + self.config.total_timeout_s
         if not await self._slots.take():
             raise self._errors.busy()
         try:
-            begun = await self._begun(body, headers, is_stream, deadline)
+            begun = await self._begun(body, is_stream, deadline)
             try:
                 yield begun, deadline
             finally:
@@ -228,9 +222,7 @@ class Upstream:
         finally:
             self._slots.give()
 
-    async def _begun(
-        self, body: dict[str, Any], headers: Mapping[str, str], is_stream: bool, deadline: float
-    ) -> _Begun:
+    async def _begun(self, body: dict[str, Any], is_stream: bool, deadline: float) -> _Begun:
         """What the attempts gave, after a word to the breaker."""
         permit = self._breaker.begin()
         if permit is None:
@@ -238,7 +230,7 @@ class Upstream:
         try:
             model = {"model": self.config.model} if self.config.model else {}
             data = write_json({**body, **model})
-            begun = await self._attempts(data, headers, is_stream, deadline)
+            begun = await self._attempts(data, is_stream, deadline)
             permit.succeed()
             return begun
         except UpstreamError as error:
@@ -250,11 +242,11 @@ class Upstream:
         finally:
             permit.leave()
 
-    async def _attempts(self, data: bytes, headers: Mapping[str, str], is_stream: bool, deadline: float) -> _Begun:
+    async def _attempts(self, data: bytes, is_stream: bool, deadline: float) -> _Begun:
         clock = asyncio.get_running_loop().time
         for attempt in range(1, self.config.max_attempts + 1):
             try:
-                return await self._attempt(data, headers, is_stream, deadline)
+                return await self._attempt(data, is_stream, deadline)
             except _Failed as failed:
                 asked_s = failed.error.retry_after_s or 0.0
                 wait_s = max(backoff_s(attempt), asked_s)
@@ -264,7 +256,7 @@ class Upstream:
             await self._sleep(wait_s)
         raise AssertionError("max_attempts is at least 1")
 
-    async def _attempt(self, data: bytes, headers: Mapping[str, str], is_stream: bool, deadline: float) -> _Begun:
+    async def _attempt(self, data: bytes, is_stream: bool, deadline: float) -> _Begun:
         """Raises _Failed; the response is closed then."""
         clock = asyncio.get_running_loop().time
         limit_s = self.config.first_token_timeout_s if is_stream else self.config.timeout_s
@@ -277,7 +269,7 @@ class Upstream:
                 response = await self._client().post(
                     f"{self.config.base_url.rstrip('/')}/chat/completions",
                     data=data,
-                    headers={**headers, **self._headers},
+                    headers=self._headers,
                     timeout=timeout,
                     allow_redirects=False,
                 )

@@ -102,12 +102,11 @@ class ClusterLLM:
         Raises:
             UpstreamError: no usable answer; `status` and `body` are fit for the client.
         """
-        begin = time.perf_counter()
         async with self._opened({**body, "stream": False}, self.config.timeout_s) as (status, raw, _, _):
             reply = parse_object(raw)
             if reply is None:
                 raise self._error(502, "answered with something that is no JSON object")
-            return UpstreamReply(status, reply, raw, (time.perf_counter() - begin) * 1e3)
+            return UpstreamReply(status, reply, raw)
 
     @contextlib.asynccontextmanager
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[UpstreamStream]:

@@ -15,9 +15,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from cluster.calls import read_new_columns
 from cluster.records import Record, Specialist, Stage
 from cluster.sequential import RiskTest, SafetyTest, confidence_sequence
@@ -30,8 +27,8 @@ _MAX_SESSIONS = 5_000
 """Sessions that were counted, remembered of each specialist, the latest; one that goes on longer counts again."""
 KEPT = "would be kept"
 """Reason of a shadow whose answer reaches the threshold."""
-_ACTIONS = pa.array(["audit", "shadow"], pa.string())
-_ASKED = pa.array(["accept", "escalate"], pa.string())
+_COMPARED = ("audit", "shadow")
+_ASKED = ("accept", "escalate")
 _COLUMNS = ["call_id", "ts", "session_id", "action", "route"]
 
 
@@ -129,14 +126,12 @@ class CallReader:
         """Comparisons, and calls that specialists were asked, in parts that are new to this reader; in no order, and some
         may have been read before."""
         table, self._known = read_new_columns(
-            self._store, _COLUMNS, set(self._known), max(0.0, cursor.newest_ts - LATE_S)
+            self._store, _COLUMNS, set(self._known), max(0.0, cursor.newest_ts - LATE_S), (*_COMPARED, *_ASKED)
         )
-        compared, asked = (
-            table.filter(pc.is_in(table["action"], value_set=actions)).to_pylist() for actions in (_ACTIONS, _ASKED)
-        )
+        rows = table.to_pylist()
         return (
-            [found for row in compared if (found := _comparison(row)) is not None],
-            [found for row in asked if (found := _asked(row)) is not None],
+            [found for row in rows if row["action"] in _COMPARED and (found := _comparison(row)) is not None],
+            [found for row in rows if row["action"] in _ASKED and (found := _asked(row)) is not None],
         )
 
 

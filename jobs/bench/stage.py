@@ -1,7 +1,7 @@
 """A store with keys and a release on stage, for benchmarks of serving: tasks by prompt, their adapters, their gates.
 
 Nothing here is trained: adapters are folders with a name in them, and gates are made up, because what is measured is how
-a gateway treats them. Where answers matter the engine of jobs/bench/stub_engine.py says which adapter it was.
+a gateway treats them. Where answers matter the engine of jobs/bench/stub_graph.py says which adapter it was.
 """
 
 from __future__ import annotations

@@ -42,9 +42,8 @@ def test_a_call_goes_out_as_the_client_sent_it(monkeypatch: pytest.MonkeyPatch) 
 
     async def main() -> None:
         async with running(script) as (upstream, _):
-            reply = await upstream.chat(BODY, {"Authorization": "Bearer of-the-client"})
+            reply = await upstream.chat(BODY)
             assert (reply.status, reply.body, json.loads(reply.raw)) == (200, ANSWER, ANSWER)
-            assert reply.latency_ms > 0
 
     asyncio.run(main())
     assert script.bodies == [BODY]
