@@ -45,7 +45,8 @@ def add_verb(verbs: Any, words: dict[str, Any], verb_class: Any) -> None:
         "--stage",
         choices=("shadow", "canary", "live"),
         default="live",
-        help="shadow compares and serves nobody, canary serves a share of sessions; evidence moves them on (default live)",
+        help="shadow compares and serves nobody, canary serves a share of sessions; evidence moves them on; live (the default) "
+        "lets all of its specialists answer, also those that stood at an earlier stage",
     )
     canary = add("canary", _canary, "let a task's specialist answer a share of the sessions")
     canary.add_argument("task", metavar="TASK_ID")
