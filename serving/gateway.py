@@ -122,7 +122,7 @@ class GatewayCore:
             except UpstreamError as error:
                 return await self._fail(call, error)
             if isinstance(found, EngineAnswer):
-                return await self._accept(call, found, snapshot)
+                return await self._accept(call, found)
             if isinstance(found, BegunAnswer):
                 return LLMRelay(self, call, found.stream, found.endpoint, found.stack)
             return await self._pass_on(call, found)
@@ -244,14 +244,12 @@ class GatewayCore:
             return answer if call.decision.action == "accept" else None
         except InputError:
             # Not an error of the specialist: the prompt is none for it.
-            kept = policy.fall_back(specialist, "the prompt does not fit", release=release) if specialist else None
-            call.decision = kept.model_copy(update={"action": "escalate"}) if kept else _unrouted(snapshot)
+            call.decision = policy.fall_back(specialist, "the prompt does not fit", release=release, action="escalate")
         except Exception as error:  # The process edge: whatever a specialist or its request does, the LLM answers.
             name = type(error).__name__
             log_event("specialist_failed", logging.ERROR, call_id=call.call_id, error=name)
             reason = "timeout" if isinstance(error, TimeoutError) else f"error: {name}"
-            kept = policy.fall_back(specialist, reason, release=release) if specialist else None
-            call.decision = kept or _unrouted(snapshot)
+            call.decision = policy.fall_back(specialist, reason, release=release)
         except asyncio.CancelledError:
             if specialist:
                 call.decision = policy.fall_back(specialist, policy.GIVEN_UP, release=release)
@@ -306,9 +304,9 @@ class GatewayCore:
         if specialist is not None:
             call.specialist = specialist
             self.meter.observe("understudy_specialist_latency_ms", seconds * 1e3, task_id=specialist.task_id)
-            call.specialist_cost_usd = seconds_cost_usd(seconds, num_sharing=self._num_asking, config=self.prices)
+            call.specialist_cost_usd += seconds_cost_usd(seconds, num_sharing=self._num_asking, config=self.prices)
 
-    async def _accept(self, call: PendingCall, answer: EngineAnswer, snapshot: Snapshot) -> Response:
+    async def _accept(self, call: PendingCall, answer: EngineAnswer) -> Response:
         assert answer.message is not None and call.decision.specialist is not None
         usage = Usage(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens)
         body = completion_body(
@@ -317,7 +315,7 @@ class GatewayCore:
         await self.finish(call, response=body, served_by="specialist")
         # Runs once the client has its last byte.
         audit = (
-            BackgroundTask(self._audit, call, answer.message, snapshot)
+            BackgroundTask(self._audit, call, answer.message)
             if call.is_reference or (call.is_watched and call.decision.action == "accept")
             else None
         )
@@ -328,10 +326,10 @@ class GatewayCore:
         content = b"".join(completion_chunks(body, include_usage=include_usage))
         return Response(content, media_type=EVENT_STREAM, headers=call.response_headers(), background=audit)
 
-    async def _audit(self, call: PendingCall, message: dict[str, Any], snapshot: Snapshot) -> None:
+    async def _audit(self, call: PendingCall, message: dict[str, Any]) -> None:
         """Begin the call's audit; a coroutine only because Starlette would run a plain function in a thread."""
-        specialist = snapshot.specialists[call.decision.task_id or ""]
-        self.auditor.start(call, message, PromptFormat.model_validate(specialist.prompt_format).answer_kind)
+        assert call.specialist is not None
+        self.auditor.start(call, message, PromptFormat.model_validate(call.specialist.prompt_format).answer_kind)
 
     async def _ask_llm(self, call: PendingCall) -> WholeAnswer | BegunAnswer:
         """Raises UpstreamError where no LLM answers, or the longest answer could cost more than the call may."""
@@ -349,7 +347,7 @@ class GatewayCore:
 
     async def _fail(self, call: PendingCall, error: UpstreamError) -> Response:
         if self.config.degraded == "specialist" and (answer := await self._stand_in(call, error)):
-            return await self._accept(call, answer, self.table.snapshot)
+            return await self._accept(call, answer)
         body = error.body or error_body(error.message, kind="upstream_error", code="upstream_error")
         await self.finish(call, status=error.status, error=with_code("the LLM gave no answer", body))
         headers = {**call.response_headers(), **retry_headers(error.status, error.retry_after_s)}
@@ -362,8 +360,14 @@ class GatewayCore:
         if specialist is None or not may_stand_in(error) or left_s <= 0:
             return None
         timeout_s = min(self.config.specialist_timeout_s, left_s)
-        ask = asked_again(self._engines[specialist.base], specialist, call, timeout_s)
-        if (answer := await ask) is not None:
+        begin = time.perf_counter()
+        self._num_asking += 1
+        try:
+            answer = await asked_again(self._engines[specialist.base], specialist, call, timeout_s)
+        finally:
+            self._note_specialist(call, specialist, time.perf_counter() - begin)
+            self._num_asking -= 1
+        if answer is not None:
             call.decision, call.is_reference = degraded_decision(call.decision, answer), False
         return answer
 
@@ -393,7 +397,3 @@ class GatewayCore:
         if status >= 400:
             self.meter.count("understudy_requests_failed_total", status=str(status))
         return captured
-
-
-def _unrouted(snapshot: Snapshot) -> RouteDecision:
-    return RouteDecision(action="llm", reason="the request cannot be routed", release=snapshot.release)

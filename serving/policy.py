@@ -7,7 +7,7 @@ escalate. Knows nothing of time, networks or counters; every function can be tes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cluster.engine import EngineAnswer
 from cluster.faces import Facing
@@ -120,8 +120,12 @@ def decide_after(
     )
 
 
-def fall_back(specialist: Specialist, reason: str, *, release: str) -> RouteDecision:
-    """The decision after an error or a timeout of `specialist`."""
+def fall_back(
+    specialist: Specialist | None, reason: str, *, release: str, action: Literal["fall_back", "escalate"] = "fall_back"
+) -> RouteDecision:
+    """The decision after an error or a timeout of `specialist`; of none, the router could not take the request."""
+    if specialist is None:
+        return RouteDecision(action="llm", reason="the request cannot be routed", release=release or None)
     return RouteDecision(
-        action="fall_back", reason=reason, task_id=specialist.task_id, specialist=specialist.name, release=release
+        action=action, reason=reason, task_id=specialist.task_id, specialist=specialist.name, release=release
     )
