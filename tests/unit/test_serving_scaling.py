@@ -27,7 +27,7 @@ def test_ray_serve_takes_what_is_made_of_it(config: ScaleConfig) -> None:
 
 
 def test_fewer_replicas_at_most_than_at_least_are_refused() -> None:
-    with pytest.raises(ConfigError, match="max_replicas=2"):
+    with pytest.raises(ConfigError, match="max_replicas=1: below min_replicas=2"):
         validate(SpecialistConfig, {"min_replicas": 2, "max_replicas": 1})
 
 
