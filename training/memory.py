@@ -13,6 +13,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from cluster.records import Record
+from training.engine import BUCKET_ELEMENTS
 
 if TYPE_CHECKING:
     from training.catalog import ScratchModel
@@ -24,10 +25,12 @@ _CPU_SLACK, _CPU_SLACK_FULL = 2.1, 1.35
 """Main memory that activations take over what autograd keeps of them, with an adapter and in full training: glibc's heap
 holds what was freed, and an adapter's narrow products between the wide ones keep its pieces apart. Measured on bases of 2M
 and 22M parameters. With recomputed activations the heap is told to hold nothing (training/methods.py)."""
+_GROUP_ELEMENTS = 1_000_000_000
+"""That ZeRO-3's optimiser takes a step on at a time: DeepSpeed's sub_group_size."""
 GPU_OVERHEAD = 3 * 2**29
 """CUDA context, libraries' workspaces and the allocator's slack: 1.5 GiB, an assumption that no GPU here has checked."""
-_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's reduce_bucket_size."""
+_WHOLE_BUCKET_ELEMENTS = 500_000_000
+"""Gradients that DeepSpeed flattens at a time where nothing is sharded (runtime/engine.py: MEMORY_OPT_ALLREDUCE_SIZE)."""
 _ADAM_BYTES = 8
 _MASTER_BYTES = 4
 """A float32 copy of the trained weights: kept by mixed precision, and by ZeRO 1 to 3 in any precision."""
@@ -68,11 +71,14 @@ class Memory(Record):
     activations: int
     logits: int
     overhead: int
+    communication: int = 0
+    """What travels between workers, and the shard's gradients as the optimiser takes them."""
     host: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.overhead
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.logits + self.communication + self.overhead
 
 
 def predict_memory(
@@ -103,13 +109,15 @@ def predict_memory(
     if offload != "none":
         # Gradients go to float32 buffers of the host as they come, a bucket at a time.
         host, optimizer = host + optimizer + 4 * shape.trainable // workers, 0
-        gradients = min(gradients, _BUCKET_ELEMENTS * bytes_each)
+        gradients = min(gradients, BUCKET_ELEMENTS * bytes_each)
     if offload == "parameters":
         # What a layer needs is brought back for its turn, with the next one's on the way.
         live = 2 * (shape.parameters // max(1, shape.layers)) * bytes_each
         host, weights = host + weights, min(weights, live)
     elif stage == 3:
-        weights += (shape.parameters // max(1, shape.layers)) * bytes_each
+        # What is whole at a time: a layer, and what is kept for another use or brought back ahead.
+        live = shape.parameters // max(1, shape.layers) + BUCKET_ELEMENTS
+        weights += min(shape.parameters, live) * bytes_each
     slack = _slack(config)
     return Memory(
         weights=weights,
@@ -117,9 +125,22 @@ def predict_memory(
         optimizer=optimizer,
         activations=int(slack * _activation_bytes(shape, config, load, bytes_each)),
         logits=int(slack * _logit_bytes(shape, load, bytes_each)),
+        communication=_communication_bytes(shape, workers, bytes_each, stage, offload),
         overhead=GPU_OVERHEAD if config.gpus_per_worker else CPU_OVERHEAD,
         host=host,
     )
+
+
+def _communication_bytes(shape: ModelShape, workers: int, bytes_each: int, stage: int, offload: str) -> int:
+    if workers == 1 and stage == 0:
+        return 0
+    if stage == 0:
+        return min(_WHOLE_BUCKET_ELEMENTS, shape.trainable) * bytes_each
+    taken_in = shape.parameters if stage == 3 else shape.trainable
+    buckets = min(BUCKET_ELEMENTS, shape.trainable) + min(BUCKET_ELEMENTS, taken_in)
+    own = -(-shape.trainable // workers)
+    step = 0 if offload != "none" else 4 * (min(own, _GROUP_ELEMENTS) if stage == 3 else own)
+    return buckets * bytes_each + step
 
 
 def shape_of(base: str | pathlib.Path, config: FinetuneConfig) -> ModelShape:

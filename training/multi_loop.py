@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from training.engine import avoid_builds, zero_options
 from training.methods import load_base
 from training.multi_lora import Graded, MultiLora, join_batches
 from training.multi_member import Member, load_members, save_members
@@ -199,14 +200,11 @@ def _place_base(base: Any, settings: dict[str, Any], device: Any) -> Any:
     if settings["zero_stage"] == 0:
         return base.to(device, torch.bfloat16 if settings["bf16"] else torch.float32)
     import deepspeed
-    import deepspeed.ops
 
-    if not torch.cuda.is_available():
-        # Else its C++ build runs at the first init of every cold machine (minutes, and a compiler).
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    avoid_builds()
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": settings["zero_stage"]},
+        "zero_optimization": zero_options(settings["zero_stage"]),
         "bf16": {"enabled": settings["bf16"]},
     }
     engine, *_ = deepspeed.initialize(model=base, config=config, dist_init_required=False)

@@ -14,14 +14,15 @@ import pathlib
 from typing import Any
 
 from training.batches import Rows
+from training.engine import adam
 from training.loop import rate_factor
 from training.methods import add_adapter
 from training.multi_lora import Factors
 from training.speed import Speed
 from training.stopping import best_point, is_patience_over
 
-_BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.98), 0.01, 1.0
-"""Those of training.engine.build_engine."""
+_MAX_NORM = 1.0
+"""That of training.engine.build_engine."""
 _NUM_CURVE_POINTS = 20
 _STATE, _FACTS = "adapters.safetensors", "adapters.json"
 
@@ -52,9 +53,7 @@ class Member:
         # One element more: the loss travels between workers with the gradients.
         self.gradients = torch.zeros(len(self._weights) + 1, device=device)
         self._weights.grad = self.gradients[:-1]
-        self._optimizer = torch.optim.AdamW(
-            [self._weights], lr=settings["learning_rate"], betas=_BETAS, weight_decay=_WEIGHT_DECAY
-        )
+        self._optimizer = adam([self._weights], settings["learning_rate"])
         self.factors = self._views(drawn)
         self.rows = Rows(settings["train_path"], settings, rank, world_size)
         path = settings["validation_path"]

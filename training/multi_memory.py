@@ -141,7 +141,7 @@ def _explain_refusal(config: FinetuneConfig, loads: Sequence[AdapterLoad], plan:
         remedies.append(f"finetune.num_workers={config.num_workers + 1} with finetune.zero_stage=3")
     parts = ", ".join(
         f"{name} {getattr(memory, name) / 2**30:.3f} GiB"
-        for name in ("weights", "gradients", "optimizer", "activations", "logits", "overhead")
+        for name in ("weights", "gradients", "optimizer", "activations", "logits", "communication", "overhead")
     )
     return (
         f"multi-LoRA run of {', '.join(load.name for load in loads)}: needs {memory.total / 2**30:.3f} GiB on each worker "

@@ -115,6 +115,7 @@ def explain(plan: ZeroPlan, config: FinetuneConfig) -> list[str]:
         + (", recomputed layer by layer" if config.gradient_checkpointing else ""),
         f"  logits       {_gib(memory.logits)}  {load.examples} answers of {load.answer_tokens} tokens over "
         f"{shape.vocab_size:,} words",
+        f"  between      {_gib(memory.communication)}  buckets between workers, gradients of the optimiser's shard",
         f"  overhead     {_gib(memory.overhead)}",
         f"  together     {_gib(memory.total)}  of {_gib(plan.device_bytes)} on each {kind}",
     ]
@@ -164,7 +165,7 @@ def _explain_refusal(config: FinetuneConfig, plan: ZeroPlan) -> str:
         f"worker (ZeRO {plan.stage}, offload {plan.offload}, micro-batch {plan.micro_batch_size}: weights "
         f"{_gib(memory.weights).strip()}, gradients {_gib(memory.gradients).strip()}, optimiser "
         f"{_gib(memory.optimizer).strip()}, activations {_gib(memory.activations).strip()}, logits "
-        f"{_gib(memory.logits).strip()}, overhead {_gib(memory.overhead).strip()}), and a device has "
+        f"{_gib(memory.logits).strip()}, between workers {_gib(memory.communication).strip()}, overhead {_gib(memory.overhead).strip()}), and a device has "
         f"{_gib(plan.device_bytes).strip()}, of which {USABLE:.0%} may be used; what would fit: a device of "
         f"{gib:.1f} GiB{''.join(', or ' + one for one in remedies)}"
     )

@@ -27,6 +27,7 @@ from jobs.bench.selection import load_tasks
 from training.batches import Rows
 from training.catalog import ScratchModel, load_catalog
 from training.dataset import save_dataset, tokenise_tasks
+from training.engine import adam
 from training.finetune import FinetuneConfig, finetune
 from training.fleet import FleetRun, run_fleet
 from training.loop import rate_factor
@@ -109,7 +110,7 @@ def train_alone(settings: dict[str, Any]) -> tuple[list[float], Any]:
     torch.manual_seed(settings["seed"])
     model = build_model(settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = adam(parameters, settings["learning_rate"])
     rows, losses = Rows(settings["train_path"], settings, 0, 1), []
     for step in range(settings["num_steps"]):
         rate = settings["learning_rate"] * rate_factor(step, settings["num_steps"], settings["warmup_steps"])
