@@ -96,7 +96,7 @@ def connect(num_cpus: int | None = None) -> None:
     for name, value in _LOCAL_ENVIRONMENT.items() if is_local else ():
         os.environ.setdefault(name, value)
     if not is_local:
-        _check_reachable(os.environ["RAY_ADDRESS"])
+        check_reachable(os.environ["RAY_ADDRESS"])
     import ray
 
     for name in ("httpx", "ray.serve", "ray.train"):
@@ -110,7 +110,7 @@ def connect(num_cpus: int | None = None) -> None:
         ray.init(address="auto", **options)
 
 
-def _check_reachable(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Ray tries for minutes before it says that nobody listens.
 
     Raises:

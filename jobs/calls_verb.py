@@ -30,7 +30,16 @@ _FILTERS = ("agent", "task", "day", "since", "until", "status", "served_by", "cl
 
 def add_verb(verbs: Any) -> None:
     """Add `calls` to the verbs of the command line."""
-    verb = verbs.add_parser("calls", help="list, count, price and show the stored calls")
+    verb = verbs.add_parser(
+        "calls",
+        help="list, count, price and show the stored calls",
+        examples=[
+            "understudy calls list --agent desk --since 2026-01-01",
+            "understudy calls cost --by task --json",
+            "understudy calls show CALL_ID",
+            'understudy calls --sql "SELECT day, sum(cost_usd) FROM calls GROUP BY day ORDER BY day"',
+        ],
+    )
     verb.add_argument(
         "words", nargs="*", metavar="WORD", help="list, show CALL_ID (curators), count or cost; and key=value"
     )

@@ -21,7 +21,15 @@ FORMATS = ("auto", "understudy", "openai", "otel", "litellm", "langfuse")
 
 def add_verb(verbs: Any) -> None:
     """Add `ingest` to the verbs of the command line."""
-    verb = verbs.add_parser("ingest", help="read call logs into the store", sections=("store", "faces"))
+    verb = verbs.add_parser(
+        "ingest",
+        help="read call logs into the store",
+        sections=("store", "faces"),
+        examples=[
+            "understudy ingest --dry-run logs/ store=store",
+            "understudy ingest spans.json.gz --format otel --client-field metadata.user_id --agent desk store=store",
+        ],
+    )
     verb.add_argument("paths", nargs="+", help="log files or folders of them (also .gz, .zst), and key=value words")
     verb.add_argument("--format", choices=FORMATS, default="auto", help="who wrote the logs (default: told by content)")
     origin = verb.add_mutually_exclusive_group()

@@ -8,12 +8,13 @@ takes: a task's own are shorter, and its run is planned again from them before i
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BaseUnavailableError, ConfigError
 
 if TYPE_CHECKING:
-    from cluster.resources import Node
+    from cluster.resources import Node, Part
     from jobs.recipe import Recipe
     from training.finetune import FinetuneConfig
     from training.memory import ModelShape
@@ -28,17 +29,26 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
         "plan",
         help="show ZeRO stage, offload and memory of the training, base by base; starts nothing",
         sections=sections,
+        examples=[
+            "understudy plan recipe=local store=store",
+            "understudy plan select.base=qwen3-8b finetune.gpus_per_worker=1 finetune.device_gib=80",
+        ],
     )
     plan.add_argument("words", **words)
+    plan.add_argument("--json", action="store_true", help="print JSON; what fits nowhere stands under problems")
     plan.set_defaults(run=_plan)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from jobs.plan import check_here, plan_conversion
+    from jobs.plan import plan_conversion, show_plan
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(options.words)
     parts = plan_conversion(recipe)
+    if options.json:
+        lines, problems = plan_training(recipe)
+        print(json.dumps({**show_plan(recipe, parts), "training": lines, "problems": problems}, indent=1))
+        return _refuse(parts, problems, recipe)
     for part in parts:
         print(
             f"{part.name}: {part.groups} x {part.workers} workers of {part.cpus:g} CPUs and {part.gpus:g} GPUs "
@@ -46,6 +56,13 @@ def _plan(options: argparse.Namespace) -> None:
         )
     lines, problems = plan_training(recipe)
     print("\n".join(lines))
+    _refuse(parts, problems, recipe)
+
+
+def _refuse(parts: list[Part], problems: list[str], recipe: Recipe) -> None:
+    """Raises ConfigError where a training fits nowhere, or a part not on this machine."""
+    from jobs.plan import check_here
+
     if problems:
         raise ConfigError("\n".join(problems))
     # GPUs that device_gib describes are elsewhere.
