@@ -109,7 +109,8 @@ def plan_submission(verb: str, words: list[str], flags: list[str], options: argp
         # The upload has no .git.
         if sha := code()["git_sha"]:
             runtime_env["env_vars"] = {GIT_SHA_ENV: sha}
-    whole = [*spell_out(words), f"store={recipe.store}"]
+    others = [word for word in spell_out(words) if not word.startswith("store=")]
+    whole = [*others, f"store={recipe.store}"]
     entrypoint = shlex.join(["python", "-m", "jobs", verb, *flags, *whole])
     return Submission(entrypoint, runtime_env, _metadata(verb, recipe.store))
 
@@ -212,7 +213,9 @@ def _flat(value: Any, key: str) -> list[str]:
         return [word for name, inner in value.items() for word in _flat(inner, f"{key}.{name}" if key else name)]
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return [word for number, item in enumerate(value) for word in _flat(item, f"{key}.{number}")]
-    return [f"{key}={json.dumps(value, default=str)}"]
+    # TOML takes neither surrogate pairs, which JSON writes in ASCII, nor a bare DEL.
+    text = json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return [f"{key}={text}"]
 
 
 def _names_whole_path(words: list[str]) -> bool:

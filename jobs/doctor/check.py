@@ -44,8 +44,11 @@ class Reporter:
     def told(self, name: str, error: Exception, otherwise: str) -> Check:
         """A failure by an error of ours, which names what is allowed and the next command itself; else `otherwise`."""
         found, sign, rest = str(error).partition("; ")
+        for word in ("next: ", "run: "):
+            rest = rest.removeprefix(word)
         return self.failed(name, found, rest if sign else otherwise)
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    """One line; what others said must not steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
