@@ -191,13 +191,15 @@ def test_a_release_is_named_by_its_hash_alone(tmp_path: pathlib.Path, name: Any)
     asyncio.run(scenario())
 
 
+FOREIGN = "an error of the LLM's own"
 OWNERS, SAID, SESSION = "sk-marker-of-the-owner", "marker of what was said", "marker-of-a-session"
 
 
 class Heard:
     """All that leaves the gateway besides its answers' own content."""
 
-    def __init__(self) -> None:
+    def __init__(self, admin: str) -> None:
+        self.admin, self.token = admin, ""
         self.errors: list[str] = []
         self.heads: list[str] = []
 
@@ -220,6 +222,8 @@ async def live_through(run: Running, heard: Heard) -> None:
     await call(stream=True)
     for status in (400, 401, 403, 404, 429, 500, 302):
         run.llm.status = status
+        # It quotes what it was sent: the words to whom they are from, the key where it refuses it.
+        run.llm.error = {"message": f"{SAID} {OWNERS if status in (401, 403) else ''}", "type": FOREIGN, "code": None}
         await call(model="understudy/llm")
         heard.note(await run.http.post(PATH, json=body, headers={**headers, "x-understudy-route": "llm"}))
         heard.note(await run.http.post("/v1/embeddings", json={"input": SAID}))
@@ -241,12 +245,23 @@ async def live_through(run: Running, heard: Heard) -> None:
     heard.note(await run.http.post("/v1/feedback", json={"call_id": "c", "score": 1, "text": SAID}))
     heard.note(await run.http.post("/v1/feedback", json={"call_id": "c", "score": SAID}))
     heard.note(await run.http.get("/v1/models", headers=bearer(f"us-{SAID}")))
+    await act(run, heard)
     run.engine.is_away = True
     await call()
     run.store.write_bytes("CURRENT", b"{")
     await asyncio.gather(run.core.table.refresh(), return_exceptions=True)
     await call()
     await run.core.capture.flush()
+
+
+async def act(run: Running, heard: Heard) -> None:
+    """An admin's actions by the page, with a token that is good and with one that is not."""
+    heard.token = await token_of(run, heard.admin)
+    for value in (heard.token, f"{heard.token}0"):
+        headers = {**bearer(heard.admin), "sec-fetch-site": "same-origin", TOKEN_HEADER: value}
+        for name in ("freeze", "unfreeze"):
+            heard.note(await run.http.post(f"/status/{name}", json={}, headers=headers))
+        heard.note(await run.http.post("/status/promote", json={"release": SAID}, headers=headers))
 
 
 def test_no_secret_and_no_content_is_logged_printed_or_in_an_error(
@@ -259,11 +274,10 @@ def test_no_secret_and_no_content_is_logged_printed_or_in_an_error(
     # Others' loggers say what they like at DEBUG; nothing of ours may be silent by its level alone.
     caplog.set_level(logging.INFO)
     caplog.set_level(logging.DEBUG, "understudy")
-    heard = Heard()
+    heard = Heard(ApiKeys(tmp_path / "keys.json").create("ann", "admin"))
 
     async def scenario() -> tuple[str, Store]:
         async with gateway(tmp_path) as run:
-            run.llm.error = {"message": "no", "type": "test", "param": None, "code": None}
             await live_through(run, heard)
             return run.key, run.store
 
@@ -271,13 +285,15 @@ def test_no_secret_and_no_content_is_logged_printed_or_in_an_error(
     out, err = capfd.readouterr()
     logged = "\n".join(f"{one.getMessage()} {vars(one)}" for one in caplog.records) + out + err
     assert len(heard.errors) > 15 and "upstream_failed" in logged, "the flows were run"
-    for marker in (OWNERS, key, key[15:], SESSION, SAID, "billing"):
-        assert marker not in logged, marker
-    for marker in (OWNERS, key, SESSION, str(tmp_path)):
+    keys = (OWNERS, key, key[15:], heard.admin, heard.admin[15:], heard.token)
+    for marker in (*keys, SESSION, SAID, "billing"):
+        assert marker and marker not in logged, marker
+    for marker in (*keys, SESSION, str(tmp_path)):
         assert not [text for text in [*heard.errors, *heard.heads] if marker in text], marker
-    # An error may tell a client's own words back to it; those of a header or a body's field are not worth that.
-    assert not [text for text in heard.errors if SAID in text]
+    # What the LLM says of a client's own words is passed on; the gateway itself repeats none.
+    assert not [text for text in heard.errors if SAID in text and FOREIGN not in text]
+    assert [text for text in heard.errors if FOREIGN in text]
     files = [path for path in pathlib.Path(store.uri).rglob("*") if path.is_file()]
     assert files and not [
-        path for path in files if any(m.encode() in path.read_bytes() for m in (OWNERS, key, SESSION, SAID))
+        path for path in files if any(m.encode() in path.read_bytes() for m in (*keys, SESSION, SAID))
     ]
