@@ -59,7 +59,17 @@ class Head(NamedTuple):
 
     def convert(self, words: list[str], log: pathlib.Path) -> subprocess.Popen[bytes]:
         """Let the command line submit itself; `log` gets the job's log alone."""
-        command = [sys.executable, "-m", "jobs", "convert", "--address", self.address, "--working-dir", str(ROOT), *words]
+        command = [
+            sys.executable,
+            "-m",
+            "jobs",
+            "convert",
+            "--address",
+            self.address,
+            "--working-dir",
+            str(ROOT),
+            *words,
+        ]
         with log.open("wb") as output:
             return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=output, stderr=subprocess.DEVNULL)
 

@@ -62,21 +62,6 @@ def test_verbs_stand_in_the_order_of_the_journey() -> None:
     assert order[0] == "doctor" and order[-1] == "completion"
 
 
-def test_the_readme_s_commands_parse() -> None:
-    """Every `understudy ...` that stands in a block of a page by itself."""
-    found = 0
-    for page in sorted(ROOT.rglob("*.md")):
-        if ".venv" in page.parts:
-            continue
-        for line in re.findall(r"^(?: {4})?understudy (.+?)(?:\s{2,}#.*)?$", page.read_text(), re.MULTILINE):
-            command = line.partition(" # ")[0].strip()
-            if "..." in command or command.startswith("VERB") or ";" in command:
-                continue
-            build_parser().parse_args(shlex.split(re.sub(r"\bPATH\.\.\.", "PATH", command)))
-            found += 1
-    assert found >= 10
-
-
 def test_verbs_that_tell_numbers_tell_them_as_json(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     store = f"store={tmp_path / 'store'}"
     assert main(["release", "list", "--json", store]) == 0 and json.loads(capsys.readouterr().out) == []
