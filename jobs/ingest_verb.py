@@ -75,10 +75,12 @@ def _is_setting(word: str) -> bool:
 
 def _open(uri: str, is_dry: bool) -> tuple[Any, Any]:
     """The store and its pseudonyms; a dry run makes neither, and counts under a key of the moment."""
-    from cluster.access import Pseudonyms, load_pseudonym_key
+    from cluster.access import Pseudonyms, load_pseudonym_key, require_role
     from cluster.store import Store, check_store_address
 
     if not is_dry:
+        # What is read in is learned from.
+        require_role(uri, "curator")
         return Store(uri), Pseudonyms(load_pseudonym_key(uri))
     is_absent = "://" not in check_store_address(uri) and not pathlib.Path(uri).expanduser().exists()
     return None if is_absent else Store(uri), Pseudonyms(secrets.token_bytes(32))

@@ -29,6 +29,7 @@ def add_verb(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from cluster.access import require_role
     from cluster.store import Store
     from jobs.recipe import load_recipe
     from jobs.tasks import describe_task, list_tasks
@@ -38,7 +39,9 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"tasks {' '.join(names)}: {len(names)} tasks; allowed: one; next: understudy tasks {names[0]}"
         )
-    store = Store(load_recipe([word for word in options.words if "=" in word]).store)
+    uri = load_recipe([word for word in options.words if "=" in word]).store
+    require_role(uri, "viewer")
+    store = Store(uri)
     if (options.examples or options.restored) and not names:
         raise ConfigError(
             "--examples: no task named; allowed: with one TASK_ID; next: understudy tasks TASK_ID --examples"
