@@ -25,6 +25,7 @@ from jobs import (
     keys_verb,
     plan_verb,
     release_verb,
+    sbom,
     submit,
     tasks_verb,
     upkeep_verb,
@@ -102,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_changes(verbs, words)
     upkeep_verb.add_verbs(verbs, words)
     bench_verb.add_verb(verbs)
+    sbom.add_verb(verbs)
     completion_verb.add_verb(verbs, build_parser)
     return parser
 

@@ -150,7 +150,7 @@ def test_the_picture_names_what_there_is() -> None:
 
 
 def test_the_notice_is_current() -> None:
-    assert (ROOT / "NOTICE").read_text() == notice.notice(), "next: python tests/notice.py > NOTICE"
+    assert (ROOT / "NOTICE").read_text() == notice.notice(), "next: python -m tests.notice > NOTICE"
 
 
 def test_licence_and_version_are_the_same_everywhere() -> None:

@@ -26,7 +26,7 @@ class Needs(NamedTuple):
 
 MATRIX: dict[str, Needs | None] = {
     # These read no store's content and change none: they make their own, look at the machine, or print what is shipped.
-    **dict.fromkeys(("doctor", "demo", "catalog", "plan", "completion", "bench")),
+    **dict.fromkeys(("doctor", "demo", "catalog", "plan", "completion", "sbom", "bench")),
     # Who runs the endpoint holds its keys in the files and the environment; the gateway asks its clients for theirs.
     "serve": None,
     **{f"keys {action}": Needs("admin") for action in ("list", "rotate", "retire")},
