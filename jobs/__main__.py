@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from jobs.convert import Conversion
 
 
+_PIPE_CLOSED = 141
+"""What a shell says of a process that SIGPIPE ended."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb."""
     options = build_parser().parse_args(arguments)
@@ -47,6 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UnderstudyError as error:
         print(f"understudy {options.verb}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # `understudy ... | head` has read enough; what Python flushes at its end would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
     return code or 0
 
 

@@ -73,6 +73,15 @@ class Head(NamedTuple):
         with log.open("wb") as output:
             return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=output, stderr=subprocess.DEVNULL)
 
+    def look(self, token: str | None = None) -> str:
+        """What the doctor says of this cluster; `token` instead of the right one."""
+        code = (
+            "import sys; from jobs.doctor.cluster import check_cluster; print([*check_cluster(sys.argv[1])][-1].found)"
+        )
+        environment = self.environment | ({"RAY_AUTH_TOKEN": token} if token else {})
+        command = [sys.executable, "-c", code, self.address]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
     def driver(self) -> psutil.Process | None:
         """The conversion itself."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -112,6 +121,8 @@ def test_a_submitted_conversion_continues_after_its_driver_was_killed(head: Head
     words += ["gate.epsilon=0.2", "gate.delta=0.2"]  # few calls can certify this
     words += [f"{section}.{step}" for section in ("pretrain", "finetune") for step in STEPS]
     words += [f"specialists.{limit}" for limit in SMALL_ENGINE]
+
+    assert "answers" in head.look() and "refuses the token" in head.look(secrets.token_hex(32))
 
     first = head.submit(words, tmp_path / "first.log")
     adapter = _wait_for_adapter(store, first)

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,6 +75,13 @@ def test_verbs_that_tell_numbers_tell_them_as_json(capsys: pytest.CaptureFixture
     told = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in told["resources"]] == ["base training", "fine-tunes", "validation engine"]
     assert told["problems"] == [] and told["training"]
+
+
+def test_a_reader_that_has_enough_gets_no_traceback() -> None:
+    # `true` has ended long before Python has started.
+    command = f"{sys.executable} -m jobs catalog --json | true"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 BASH = """
