@@ -268,7 +268,7 @@ def _save_report(store: Store, conversion: Conversion, copy: pathlib.Path | None
 
 def _serve(options: argparse.Namespace) -> int | None:
     if options.address:
-        return submit.submit("serve", options.words, [], options)
+        return _submit_serve(options)
     _check_alone(options)
     from jobs.plan import check_here, plan_serving, show_plan
     from jobs.recipe import load_recipe
@@ -288,6 +288,19 @@ def _serve(options: argparse.Namespace) -> int | None:
         return None
     serve(recipe, plan)
     return None
+
+
+def _submit_serve(options: argparse.Namespace) -> int:
+    """The endpoint as a job: its LLM may be named by this machine's environment, its key must be in the nodes'."""
+    from jobs.recipe import load_recipe
+    from jobs.serve import name_upstream
+
+    if options.print_config:
+        raise ConfigError("--print-config: submits nothing; next: leave --address out")
+    recipe = load_recipe(options.words)
+    named = name_upstream(recipe).upstream
+    words = [] if recipe.upstream else [f"upstream.0.base_url={named[0].base_url}"]
+    return submit.submit("serve", [*options.words, *words], [], options)
 
 
 def _promote(options: argparse.Namespace) -> None:

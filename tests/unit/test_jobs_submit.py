@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from subprocess import PIPE
 from typing import Any, NamedTuple
 
 import pytest
@@ -164,6 +169,45 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(capsys: pytest.Ca
     assert run(jobs, BASE, "store=/shared/store") == 130
     name = jobs.submitted[0]["submission_id"]
     assert capsys.readouterr().err.count(f"ray job stop --address {HERE} {name}") == 2
+
+
+INTERRUPTED = """
+import asyncio, sys
+from test_jobs_submit import BASE, FakeJobs, run
+
+class Endless(FakeJobs):
+    async def tail_job_logs(self, job_id):
+        yield "begun\\n"
+        await asyncio.sleep(60)
+
+sys.exit(run(Endless([]), BASE, "store=/shared/store"))
+"""
+
+
+def test_a_real_ctrl_c_ends_the_following_alone() -> None:
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "unit")))
+    command = [sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=PIPE, stderr=PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+        assert process.wait(20) == 130
+    assert "goes on" in err and "Traceback" not in err
+
+
+def test_serve_names_the_llm_of_this_machine_s_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["serve", "--dry-run", "--address", HERE, "store=/shared/store"]
+    assert main(words) == 2 and "OPENAI_BASE_URL" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://llm.example/v1")
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "serve upstream.0.base_url=https://llm.example/v1 store=/shared/store" in out and MARKER not in out
+    assert main([*words, "--print-config"]) == 2
 
 
 def test_without_waiting_the_name_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
