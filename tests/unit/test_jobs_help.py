@@ -74,7 +74,21 @@ def test_verbs_that_tell_numbers_tell_them_as_json(capsys: pytest.CaptureFixture
     assert main(["plan", "--json", "recipe=demo", "fleet.max_parallel=1", store]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in told["resources"]] == ["base training", "fine-tunes", "validation engine"]
-    assert told["problems"] == [] and told["training"]
+    assert [(one["base"], one["section"], one["problem"]) for one in told["trainings"]] == [
+        ("scratch-tiny", "pretrain", ""), ("scratch-tiny", "finetune", "")
+    ]  # fmt: skip
+    assert all(0 < one["plan"]["memory"]["weights"] < one["plan"]["device_bytes"] for one in told["trainings"])
+    tight = ["select.base=qwen3-8b", "finetune.gpus_per_worker=1", "finetune.bf16=true", "finetune.device_gib=8"]
+    assert main(["plan", "--json", *tight, "finetune.zero_stage=0", store]) == 2
+    (one,) = json.loads(capsys.readouterr().out)["trainings"]
+    assert one["plan"] is None and "a device has 8.000 GiB" in one["problem"]
+
+
+def test_the_command_line_itself_loads_nothing_slow() -> None:
+    code = "import sys; from jobs.__main__ import build_parser; build_parser(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    slow = {"jobs.recipe", "scipy", "pandas", "duckdb", "fastapi", "aiohttp", "openai", "shtab", "ray", "torch", "vllm"}
+    assert not slow & set(loaded.split())
 
 
 def test_a_reader_that_has_enough_gets_no_traceback() -> None:
