@@ -17,7 +17,7 @@ def add_verb(verbs: Any) -> None:
     """Add `bench` to the verbs of the command line."""
     bench = verbs.add_parser(
         "bench",
-        help="reproduce the numbers that the README states",
+        help="reproduce the numbers that jobs/bench/README.md states",
         sections=(),
         examples=["understudy bench train --quick", "understudy bench serve --part rollout --json out/serve.json"],
     )

@@ -106,6 +106,9 @@ def _content_key(recipe: Recipe, folder: pathlib.Path | None) -> Check:
         return _say.told("content key", error, "restore the key that belongs to this store")
     except (ConfigError, StoreError) as error:
         return _say.told("content key", error, "restore it, or name the KMS in UNDERSTUDY_KMS")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        advice = "see what is said of the store; a damaged _KEY_MATERIAL_FOR_ file is restored from the store's copy"
+        return _say.failed("content key", f"no stored file's key can be read to try it: {type(error).__name__}", advice)
     return _say.ok("content key", f"opens what is stored ({config.kind}: {config.place})")
 
 

@@ -19,7 +19,7 @@ from jobs.recipe import Recipe
 _GIB = 2**30
 _PYTHON = (3, 11)
 _LEAST_CORES = 2
-"""What all measurements of the README were made on."""
+"""What all measurements in jobs/bench/README.md were made on."""
 _LEAST_MEMORY_GIB = 8
 """What k8s/overlays/local-cpu gives the one worker that trains and serves."""
 _LEAST_DISK_GIB, _LEAST_SHARED_GIB = 5, 1

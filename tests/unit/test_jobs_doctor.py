@@ -204,6 +204,15 @@ def test_a_content_key_of_another_store_is_told(store: Store) -> None:
     assert find(check_keys(recipe(store)), "content key").status == "failed"
 
 
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"a": 1}'])
+def test_key_material_that_is_damaged_is_told(store: Store, text: bytes) -> None:
+    _capture(store)
+    (path,) = pathlib.Path(store.uri).rglob("_KEY_MATERIAL*")
+    path.write_bytes(text)
+    check = find(check_keys(recipe(store)), "content key")
+    assert check.status == "failed" and "no stored file's key can be read" in check.found
+
+
 def test_a_vault_that_refuses_is_told_without_its_token(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeVault("content", "right") as vault:
         monkeypatch.setenv(KMS_ENV, "vault:content")
