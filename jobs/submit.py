@@ -89,7 +89,7 @@ def plan_submission(verb: str, words: list[str], flags: list[str], options: argp
     Raises:
         ConfigError: the words are wrong, or name what the cluster cannot see.
     """
-    from jobs.provenance import GIT_SHA_ENV, code
+    from jobs.provenance import GIT_SHA_ENV, git_sha
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(words)
@@ -107,7 +107,7 @@ def plan_submission(verb: str, words: list[str], flags: list[str], options: argp
             )
         runtime_env["working_dir"] = str(options.working_dir.resolve())
         # The upload has no .git.
-        if sha := code()["git_sha"]:
+        if sha := git_sha(options.working_dir):
             runtime_env["env_vars"] = {GIT_SHA_ENV: sha}
     others = [word for word in spell_out(words) if not word.startswith("store=")]
     whole = [*others, f"store={recipe.store}"]

@@ -67,7 +67,13 @@ class FakeJobs:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "OPENAI_BASE_URL", "UNDERSTUDY_API_KEY"):
+    for name in (
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+        "OPENAI_BASE_URL",
+        "UNDERSTUDY_API_KEY",
+        "UNDERSTUDY_GIT_SHA",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", MARKER)
 
@@ -121,6 +127,20 @@ def test_no_secret_of_the_environment_is_submitted(tmp_path: pathlib.Path, monke
     (facts,) = jobs.submitted
     assert facts["runtime_env"]["working_dir"] == str(ROOT)
     assert set(facts["runtime_env"].get("env_vars", {})) <= {"UNDERSTUDY_GIT_SHA"}
+
+
+def test_the_commit_is_that_of_the_folder_that_is_uploaded(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "__main__.py").touch()
+    options = options_of("--address", HERE, "--working-dir", str(tmp_path))
+    words = [BASE, "store=/shared/store"]
+    assert plan_submission("convert", words, [], options).runtime_env == {"working_dir": str(tmp_path)}
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    environment = plan_submission("convert", words, [], options).runtime_env["env_vars"]
+    assert environment == {"UNDERSTUDY_GIT_SHA": sha}
 
 
 def test_metadata_name_the_store_and_what_stands_in_it(tmp_path: pathlib.Path) -> None:
