@@ -63,7 +63,7 @@ def promote(store: Store, sha: str, *, expected: str | None = None, cause: Cause
         ReleaseError: no such release, one that names an unpublished artifact or a refused specialist, or another one is
             served than `expected`, or the store is frozen and the cause no person.
     """
-    _check(store, sha, load_release(store, sha))
+    check_release(store, sha, load_release(store, sha))
     with store.exclusive(CURRENT):
         pointer = _pointer(store)
         before = None if pointer is None else pointer["release"]
@@ -124,7 +124,7 @@ def roll_back(store: Store, *, expected: str | None = None) -> str:
         if expected is not None and pointer["release"] != expected:
             raise ReleaseError(f"{CURRENT} is {pointer['release']}, not {expected}; look at it and decide again")
         *history, sha = pointer["history"]
-        _check(store, sha, load_release(store, sha))
+        check_release(store, sha, load_release(store, sha))
         _point_to(store, sha, history, pointer["release"], Cause(kind="roll_back"))
     return sha
 
@@ -203,6 +203,28 @@ def release_names(store: Store) -> list[str]:
     return [match[1] for match in map(_RELEASE.fullmatch, store.list("releases", ".json")) if match]
 
 
+def check_release(store: Store, sha: str, release: Release) -> None:
+    """See that a release may be served.
+
+    Raises:
+        ReleaseError: a gate is refused, a task has a stage and no specialist, or an artifact is not published.
+    """
+    needed = {release.route_model: "route model"}
+    for task_id, specialist in release.specialists.items():
+        if specialist.task_id != task_id:
+            raise ReleaseError(f"release {sha}: task {task_id} maps to a specialist of task {specialist.task_id}")
+        if not specialist.gate.is_open:
+            raise ReleaseError(f"release {sha}: {specialist.name} has a refused gate ({specialist.gate.refused})")
+        needed |= {specialist.adapter: f"adapter of {task_id}", specialist.base: f"base model of {task_id}"}
+    if idle := sorted(release.rollout.keys() - release.specialists.keys()):
+        raise ReleaseError(f"release {sha}: task {idle[0]} has a stage and no specialist; publish it without")
+    missing = [f"{what} {path}" for path, what in needed.items() if not store.is_published(path)]
+    if missing:
+        raise ReleaseError(
+            f"release {sha}: not published in store {store.uri}: {'; '.join(missing)}; publish them, then promote again"
+        )
+
+
 def _name_of(value: dict[str, Any]) -> str:
     return content_hash({key: inner for key, inner in value.items() if key != "created_ts"})
 
@@ -231,20 +253,3 @@ def _pointer(store: Store) -> dict[str, Any] | None:
 def _point_to(store: Store, sha: str, history: list[str], before: str | None, cause: Cause) -> None:
     write_event(store, cause, release=sha, before=before)
     store.write_json(CURRENT, {"release": sha, "history": history})
-
-
-def _check(store: Store, sha: str, release: Release) -> None:
-    needed = {release.route_model: "route model"}
-    for task_id, specialist in release.specialists.items():
-        if specialist.task_id != task_id:
-            raise ReleaseError(f"release {sha}: task {task_id} maps to a specialist of task {specialist.task_id}")
-        if not specialist.gate.is_open:
-            raise ReleaseError(f"release {sha}: {specialist.name} has a refused gate ({specialist.gate.refused})")
-        needed |= {specialist.adapter: f"adapter of {task_id}", specialist.base: f"base model of {task_id}"}
-    if idle := sorted(release.rollout.keys() - release.specialists.keys()):
-        raise ReleaseError(f"release {sha}: task {idle[0]} has a stage and no specialist; publish it without")
-    missing = [f"{what} {path}" for path, what in needed.items() if not store.is_published(path)]
-    if missing:
-        raise ReleaseError(
-            f"release {sha}: not published in store {store.uri}: {'; '.join(missing)}; publish them, then promote again"
-        )

@@ -18,6 +18,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 starves replicas and workers beside any other process
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray warns it will become
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody preempts the one machine, and it costs a process a run
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine unasked
     "OMP_NUM_THREADS": "1",  # runs, replicas and engines share the cores
 }
 """Of a cluster on this machine, read when Ray is imported; what the user has set stays."""
@@ -96,7 +97,7 @@ def connect(num_cpus: int | None = None) -> None:
     for name, value in _LOCAL_ENVIRONMENT.items() if is_local else ():
         os.environ.setdefault(name, value)
     if not is_local:
-        _check_reachable(os.environ["RAY_ADDRESS"])
+        check_reachable(os.environ["RAY_ADDRESS"])
     import ray
 
     for name in ("httpx", "ray.serve", "ray.train"):
@@ -110,7 +111,7 @@ def connect(num_cpus: int | None = None) -> None:
         ray.init(address="auto", **options)
 
 
-def _check_reachable(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Ray tries for minutes before it says that nobody listens.
 
     Raises:

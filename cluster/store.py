@@ -34,7 +34,7 @@ from cluster.kms import find_kms, version_of
 MANIFEST = "manifest.json"
 _ENCRYPTED = b"understudy.encrypted"
 """In a Parquet file's metadata: its encrypted columns, with commas between."""
-_KEY_MATERIAL = "_KEY_MATERIAL_FOR_"
+KEY_MATERIAL = "_KEY_MATERIAL_FOR_"
 """How Parquet names the file with another file's wrapped keys."""
 _ANONYMOUS = "gs://anonymous@"
 """How pyarrow is told to read a public bucket; no credential."""
@@ -62,11 +62,12 @@ StoreAddress = Annotated[str, AfterValidator(check_store_address)]
 class Store:
     """Reads and writes artifacts below one root. Cheap to build; picklable by its `uri`."""
 
-    def __init__(self, uri: str) -> None:
-        """Open the store, creating a local root folder if it is absent.
+    def __init__(self, uri: str, *, is_made: bool = True) -> None:
+        """Open the store, creating its root folder if it is absent.
 
         Args:
             uri: a local folder, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX.
+            is_made: False creates and writes nothing.
 
         Raises:
             ConfigError: the uri cannot be opened, or carries credentials.
@@ -74,7 +75,8 @@ class Store:
         self.uri = check_store_address(str(uri))
         try:
             self._fs, self._root = pafs.FileSystem.from_uri(uri if "://" in self.uri else str(_absolute(self.uri)))
-            self._fs.create_dir(self._root, recursive=True)
+            if is_made:
+                self._fs.create_dir(self._root, recursive=True)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ConfigError(
                 f"store={uri!r}: cannot be opened ({error}); allowed: a folder, s3://... or gs://..."
@@ -256,8 +258,8 @@ class Store:
         left = [path for path in old if path.rsplit("/", 1)[-1].startswith(".")]
         for path in old:
             parent, _, name = path.rpartition("/")
-            if name.startswith(_KEY_MATERIAL):
-                owner = f"{parent}/{name.removeprefix(_KEY_MATERIAL).removesuffix('.json')}"
+            if name.startswith(KEY_MATERIAL):
+                owner = f"{parent}/{name.removeprefix(KEY_MATERIAL).removesuffix('.json')}"
                 if self._fs.get_file_info(owner).type == pafs.FileType.NotFound:
                     left.append(path)
         for path in left:
@@ -275,7 +277,7 @@ class Store:
         """Versions of the master key that the files' keys are wrapped with."""
         versions: set[int] = set()
         for path in self.list("", ".json"):
-            if path.rsplit("/", 1)[-1].startswith(_KEY_MATERIAL):
+            if path.rsplit("/", 1)[-1].startswith(KEY_MATERIAL):
                 materials = [json.loads(text) for text in self.read_json(path).values()]
                 versions |= {version_of(one["wrappedKEK"]) for one in materials if one.get("wrappedKEK")}
         return versions
@@ -338,7 +340,7 @@ class Store:
 
 def _key_material(path: str) -> str:
     folder, sign, name = path.rpartition("/")
-    return f"{folder}{sign}{_KEY_MATERIAL}{name}.json"
+    return f"{folder}{sign}{KEY_MATERIAL}{name}.json"
 
 
 def content_hash(value: Any) -> str:

@@ -192,7 +192,10 @@ class Upstream:
         address = f"{self.config.base_url.rstrip('/')}/models"
         timeout = aiohttp.ClientTimeout(total=self.config.timeout_s)
         try:
-            async with self._client().get(address, headers=self._headers, timeout=timeout) as response:
+            asked = self._client().get(address, headers=self._headers, timeout=timeout, allow_redirects=False)
+            async with asked as response:
+                if response.status != 200:
+                    raise self._without_list(response.status)
                 body = self._parse(response.status, await self._read(response))
         except _Failed as failed:
             raise failed.error from None
@@ -205,6 +208,11 @@ class Upstream:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    def _without_list(self, status: int) -> UpstreamError:
+        if status in (401, 403) or 300 <= status < 400:
+            return self._errors.misconfigured(status)
+        return self._errors.error(502, f"answered {status} to a request for its models; it may list none")
 
     @contextlib.asynccontextmanager
     async def _opened(self, body: dict[str, Any], *, is_stream: bool) -> AsyncIterator[tuple[_Begun, float]]:

@@ -12,38 +12,60 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from cluster.access import Role
 from cluster.errors import ConfigError, InputError, UnderstudyError
-from jobs import bench_verb, calls_verb, catalog, ingest_verb, plan_verb, release_verb, tasks, upkeep_verb
+from jobs import (
+    bench_verb,
+    calls_verb,
+    catalog,
+    completion_verb,
+    doctor_verb,
+    ingest_verb,
+    keys_verb,
+    plan_verb,
+    release_verb,
+    sbom,
+    submit,
+    tasks_verb,
+    upkeep_verb,
+)
 
 if TYPE_CHECKING:
     from cluster.store import Store
     from jobs.convert import Conversion
 
 
+_PIPE_CLOSED = 141
+"""What a shell says of a process that SIGPIPE ended."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
-        options.run(options)
+        code = options.run(options)
     except (ConfigError, InputError) as error:
         print(f"understudy {options.verb}: {error}", file=sys.stderr)
         return 2
     except UnderstudyError as error:
         print(f"understudy {options.verb}: {error}", file=sys.stderr)
         return 1
-    return 0
+    except BrokenPipeError:
+        # `understudy ... | head` has read enough; what Python flushes at its end would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    return code or 0
 
 
 class _Verb(argparse.ArgumentParser):
-    """A verb whose --help ends with the recipe's fields that it reads; all but `sections` stay out."""
+    """A verb whose --help ends with examples, and with the recipe's fields that it reads; all but `sections` stay out."""
 
-    def __init__(self, *args: Any, sections: tuple[str, ...] = ("store",), **options: Any) -> None:
+    def __init__(self, *args: Any, sections: tuple[str, ...] = ("store",), examples: list[str], **options: Any) -> None:
         super().__init__(*args, **options)
-        self._sections = sections
+        self.examples = examples
+        """Whole command lines; a test sees that each parses."""
+        self.sections = sections
         self._is_intermixed = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -59,50 +81,107 @@ class _Verb(argparse.ArgumentParser):
     def format_help(self) -> str:
         from jobs.recipe import describe_recipe
 
-        return f"{super().format_help()}\n{describe_recipe(self._sections)}\n"
+        examples = "\n".join(f"  {one}" for one in self.examples)
+        fields = f"\n{describe_recipe(self.sections)}\n" if self.sections else ""
+        return f"{super().format_help()}\nexamples:\n{examples}\n{fields}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="understudy", description="LLM traffic in, gated specialists out.")
-    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Verb)
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: verbs in the order of the journey."""
+    parser = argparse.ArgumentParser(
+        prog="understudy",
+        description="LLM traffic in, gated specialists out. The verbs stand in the order of the journey.",
+        epilog="understudy VERB --help shows examples and the recipe's fields; start with `understudy doctor`.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Verb)
     words = {"nargs": "*", "metavar": "key=value", "help": "recipe=NAME|PATH and overrides such as gate.epsilon=0.02"}
-    ingest_verb.add_verb(verbs)
-    calls_verb.add_verb(verbs)
-    upkeep_verb.add_verbs(verbs, words)
-    tasks.add_verb(verbs)
-    catalog.add_verb(verbs)
-    bench_verb.add_verb(verbs)
     stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
     stages += ("gateway.max_temperature", "faces", "limits")
-    convert = verbs.add_parser("convert", help="captured calls -> gated specialists -> a release", sections=stages)
+    doctor_verb.add_verb(verbs, words)
+    _add_demo(verbs, words, (*stages, "prices"))
+    keys_verb.add_verb(verbs, words, _Verb)
+    _add_serve(verbs, words)
+    ingest_verb.add_verb(verbs)
+    calls_verb.add_verb(verbs)
+    catalog.add_verb(verbs)
+    plan_verb.add_verb(verbs, words, stages)
+    _add_convert(verbs, words, stages)
+    tasks_verb.add_verb(verbs)
+    release_verb.add_verb(verbs, words, _Verb)
+    _add_changes(verbs, words)
+    upkeep_verb.add_verbs(verbs, words)
+    bench_verb.add_verb(verbs)
+    sbom.add_verb(verbs)
+    completion_verb.add_verb(verbs, build_parser)
+    return parser
+
+
+def _add_convert(verbs: Any, words: dict[str, Any], stages: tuple[str, ...]) -> None:
+    convert = verbs.add_parser(
+        "convert",
+        help="captured calls -> gated specialists -> a release",
+        sections=stages,
+        examples=[
+            "understudy convert --dry-run recipe=local store=store",
+            "understudy convert recipe=local store=store --promote --report out/report.html",
+            "understudy convert --address http://127.0.0.1:8265 --working-dir . recipe=local store=/shared/store",
+        ],
+    )
     convert.add_argument("words", **words)
     convert.add_argument("--promote", action="store_true", help="serve the release at once")
     convert.add_argument("--report", type=pathlib.Path, help="write the page with pictures here too")
     convert.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
+    submit.add_flags(convert)
     convert.set_defaults(run=_convert)
-    plan_verb.add_verb(verbs, words, stages)
+
+
+def _add_serve(verbs: Any, words: dict[str, Any]) -> None:
     parts = ("store", "upstream", "gateway", "capture", "audit", "faces", "specialists", "steward", "prices", "serve")
-    parts += ("limits",)
     serve = verbs.add_parser(
-        "serve", help="run the endpoint until Ctrl-C: specialists first, else the LLM", sections=parts
+        "serve",
+        help="run the endpoint until Ctrl-C: specialists first, else the LLM",
+        sections=(*parts, "limits"),
+        examples=[
+            "understudy serve store=store upstream.0.base_url=https://api.openai.com/v1",
+            "understudy serve --dry-run recipe=my.toml",
+            "understudy serve --print-config recipe=my.toml",
+            "understudy serve --address http://127.0.0.1:8265 recipe=my.toml store=/shared/store",
+        ],
     )
     serve.add_argument("words", **words)
     serve.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
     serve.add_argument(
         "--print-config", action="store_true", help="print what `serve deploy` and a RayService take instead; no Ray"
     )
+    submit.add_flags(serve)
     serve.set_defaults(run=_serve)
-    promoted = verbs.add_parser("promote", help="make a release the served one; see also release promote --stage")
+
+
+def _add_changes(verbs: Any, words: dict[str, Any]) -> None:
+    promoted = verbs.add_parser(
+        "promote",
+        help="make a release the served one; see also release promote --stage",
+        examples=["understudy promote SHA store=store"],
+    )
     promoted.add_argument("release")
     promoted.add_argument("words", **words)
     promoted.set_defaults(run=_promote)
-    back = verbs.add_parser("rollback", help="serve the release that was served before")
+    back = verbs.add_parser(
+        "rollback", help="serve the release that was served before", examples=["understudy rollback store=store"]
+    )
     back.add_argument("words", **words)
     back.set_defaults(run=_roll_back)
-    release_verb.add_verb(verbs, words, _Verb)
-    _add_keys(verbs, words)
+
+
+def _add_demo(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> None:
     demo = verbs.add_parser(
-        "demo", help="the whole journey on this machine with a scripted LLM", sections=(*stages, "prices")
+        "demo",
+        help="the whole journey on this machine with a scripted LLM",
+        sections=sections,
+        examples=[
+            "understudy demo --out out/demo",
+            "understudy demo --provider env --summary out/summary.json gate.epsilon=0.05",
+        ],
     )
     demo.add_argument("words", **words)
     demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/demo"))
@@ -115,39 +194,15 @@ def _parser() -> argparse.ArgumentParser:
         "and OPENAI_USD_PER_MILLION describe, after printing what it will cost",
     )
     demo.set_defaults(run=_demo)
-    return parser
 
 
-def _add_keys(verbs: Any, words: dict[str, Any]) -> None:
-    keys = verbs.add_parser("keys", help="make, list and revoke API keys of the endpoint")
-    actions = keys.add_subparsers(dest="action", required=True, parser_class=_Verb)
-    create = actions.add_parser("create", help="make a key and print it, once")
-    create.add_argument("--client", metavar="NAME", help="who holds it, such as billing-agent")
-    create.add_argument(
-        "--role", choices=get_args(Role), help="agent calls models, viewer counts, curator reads (default agent)"
-    )
-    create.add_argument(
-        "--rate-per-minute", type=int, metavar="N", help="requests a minute at each gateway replica (default no limit)"
-    )
-    create.add_argument("--days", type=int, metavar="N", help="how long it is valid (default for ever)")
-    create.add_argument("words", **{**words, "help": "store=...; NAME and role=ROLE serve for --client and --role"})
-    create.set_defaults(run=_create_key)
-    known = actions.add_parser("list", help="whose keys there are, with their ids")
-    known.add_argument("words", **words)
-    known.set_defaults(run=_list_keys)
-    revoke = actions.add_parser("revoke", help="remove all keys of one holder, or one key by its id")
-    revoke.add_argument("name", metavar="NAME|KEY_ID")
-    revoke.add_argument("words", **words)
-    revoke.set_defaults(run=_revoke_keys)
-    rotate = actions.add_parser("rotate", help="wrap all content with a new version of the master key")
-    rotate.add_argument("words", **words)
-    rotate.set_defaults(run=_rotate_key)
-    retire = actions.add_parser("retire", help="forget the master key's older versions, 20 minutes after a rotation")
-    retire.add_argument("words", **words)
-    retire.set_defaults(run=_retire_key)
-
-
-def _convert(options: argparse.Namespace) -> None:
+def _convert(options: argparse.Namespace) -> int | None:
+    if options.address:
+        flags = ["--promote"] if options.promote else []
+        if options.report:
+            raise ConfigError("--report: with --address no file is written here; the report stands beside the release")
+        return submit.submit("convert", options.words, flags, options)
+    _check_alone(options)
     from cluster.access import require_role
     from cluster.registry import promote
     from cluster.store import Store
@@ -161,13 +216,22 @@ def _convert(options: argparse.Namespace) -> None:
     _check_output("--report", options.report)
     if options.dry_run:
         print(json.dumps(show_plan(recipe, plan), indent=1))
-        return check_here(plan, recipe)
+        check_here(plan, recipe)
+        return None
     connect_for(plan, recipe)
     conversion = convert(recipe)
     if options.promote:
         promote(Store(recipe.store), conversion.release)
     print(f"report: {_save_report(Store(recipe.store), conversion, options.report)}")
     print(f"{recipe.store}/releases/{conversion.release}.json", flush=True)
+    return None
+
+
+def _check_alone(options: argparse.Namespace) -> None:
+    """Raises ConfigError where a flag is given that means something with --address alone."""
+    for flag, value in (("--no-wait", options.no_wait), ("--working-dir", options.working_dir)):
+        if value:
+            raise ConfigError(f"{flag}: needs --address; next: {flag} with --address http://HOST:8265, or leave it out")
 
 
 def _check_output(option: str, path: pathlib.Path | None) -> None:
@@ -202,7 +266,10 @@ def _save_report(store: Store, conversion: Conversion, copy: pathlib.Path | None
     return f"{store.uri}/{path}"
 
 
-def _serve(options: argparse.Namespace) -> None:
+def _serve(options: argparse.Namespace) -> int | None:
+    if options.address:
+        return _submit_serve(options)
+    _check_alone(options)
     from jobs.plan import check_here, plan_serving, show_plan
     from jobs.recipe import load_recipe
     from jobs.serve import count_bases, name_upstream, resolve_upstream, serve, serve_config
@@ -211,13 +278,29 @@ def _serve(options: argparse.Namespace) -> None:
         import yaml
 
         config = serve_config(name_upstream(load_recipe(options.words)))
-        return print(yaml.safe_dump(config, sort_keys=False, width=120), end="")
+        print(yaml.safe_dump(config, sort_keys=False, width=120), end="")
+        return None
     recipe = resolve_upstream(load_recipe(options.words))
     plan = plan_serving(recipe, count_bases(recipe.store))
     if options.dry_run:
         print(json.dumps(show_plan(recipe, plan), indent=1))
-        return check_here(plan, recipe)
+        check_here(plan, recipe)
+        return None
     serve(recipe, plan)
+    return None
+
+
+def _submit_serve(options: argparse.Namespace) -> int:
+    """The endpoint as a job: its LLM may be named by this machine's environment, its key must be in the nodes'."""
+    from jobs.recipe import load_recipe
+    from jobs.serve import name_upstream
+
+    if options.print_config:
+        raise ConfigError("--print-config: submits nothing; next: leave --address out")
+    recipe = load_recipe(options.words)
+    named = name_upstream(recipe).upstream
+    words = [] if recipe.upstream else [f"upstream.0.base_url={named[0].base_url}"]
+    return submit.submit("serve", [*options.words, *words], [], options)
 
 
 def _promote(options: argparse.Namespace) -> None:
@@ -240,41 +323,6 @@ def _roll_back(options: argparse.Namespace) -> None:
     store = load_recipe(options.words).store
     require_role(store, "admin")
     print(roll_back(Store(store)))
-
-
-def _create_key(options: argparse.Namespace) -> None:
-    from jobs.keys import create_key
-
-    facts = {"role": options.role, "rate_per_minute": options.rate_per_minute, "days": options.days}
-    key = create_key(options.client, options.words, **facts)
-    print("The key is stored hashed and shown only here; an agent sends it as its api_key.", file=sys.stderr)
-    print(key)
-
-
-def _list_keys(options: argparse.Namespace) -> None:
-    from jobs.keys import list_keys
-
-    for line in list_keys(options.words):
-        print(line)
-
-
-def _revoke_keys(options: argparse.Namespace) -> None:
-    from jobs.keys import revoke_keys
-
-    print(f"revoked: {revoke_keys(options.name, options.words)}")
-
-
-def _rotate_key(options: argparse.Namespace) -> None:
-    from jobs.rotate import open_for_rotation, rotate
-
-    store, _ = open_for_rotation(options.words)
-    print(json.dumps(rotate(store).model_dump()))
-
-
-def _retire_key(options: argparse.Namespace) -> None:
-    from jobs.rotate import open_for_rotation, retire
-
-    print(f"only version {retire(*open_for_rotation(options.words))} is left")
 
 
 def _demo(options: argparse.Namespace) -> None:

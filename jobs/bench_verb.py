@@ -15,10 +15,18 @@ from cluster.errors import ConfigError
 
 def add_verb(verbs: Any) -> None:
     """Add `bench` to the verbs of the command line."""
-    bench = verbs.add_parser("bench", help="reproduce the numbers that the README states", sections=())
+    bench = verbs.add_parser(
+        "bench",
+        help="reproduce the numbers that jobs/bench/README.md states",
+        sections=(),
+        examples=["understudy bench train --quick", "understudy bench serve --part rollout --json out/serve.json"],
+    )
     names = bench.add_subparsers(dest="bench", required=True)
     curate = names.add_parser(
-        "curate", help="personal data, throughput and memory of curation, cost and loss of capture"
+        "curate",
+        help="personal data, throughput and memory of curation, cost and loss of capture",
+        sections=(),
+        examples=["understudy bench curate --json out/curate.json"],
     )
     curate.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     curate.add_argument(
@@ -29,7 +37,10 @@ def add_verb(verbs: Any) -> None:
     )
     curate.set_defaults(run=_curate)
     discover = names.add_parser(
-        "discover", help="sites, topics, stability, routing, usefulness of tasks, choice of a base"
+        "discover",
+        help="sites, topics, stability, routing, usefulness of tasks, choice of a base",
+        sections=(),
+        examples=["understudy bench discover --without-selection --json out/discover.json"],
     )
     discover.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     discover.add_argument("--calls", type=pathlib.Path, nargs="+", default=[], help="call logs that are scored")
@@ -37,12 +48,22 @@ def add_verb(verbs: Any) -> None:
     discover.add_argument("--encoder", default="hashed", help="hashed, a hub id, or a folder with a sentence encoder")
     discover.add_argument("--without-selection", action="store_true", help="leave out the probes, which need Ray")
     discover.set_defaults(run=_discover)
-    train = names.add_parser("train", help="many adapters in one run, packing, memory, scaling, fleets, kills")
+    train = names.add_parser(
+        "train",
+        help="many adapters in one run, packing, memory, scaling, fleets, kills",
+        sections=(),
+        examples=["understudy bench train --part packing --json out/train.json"],
+    )
     train.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     train.add_argument("--part", nargs="+", default=[], metavar="PART", help="only these; default all")
     train.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
     train.set_defaults(run=_train)
-    gate = names.add_parser("gate", help="whether gates and audits keep their promises; coverage beside an oracle's")
+    gate = names.add_parser(
+        "gate",
+        help="whether gates and audits keep their promises; coverage beside an oracle's",
+        sections=(),
+        examples=["understudy bench gate --json out/gate.json"],
+    )
     gate.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     gate.add_argument(
         "--calls", type=pathlib.Path, nargs="+", default=[], help="label sets to draw calibration sets from"
@@ -51,7 +72,12 @@ def add_verb(verbs: Any) -> None:
         "--fit", type=pathlib.Path, nargs="+", default=[], help="files of the same names to fit stand-ins on"
     )
     gate.set_defaults(run=_gate)
-    serve = names.add_parser("serve", help="calls passed on, releases that change under load, faults, graph tax, soak")
+    serve = names.add_parser(
+        "serve",
+        help="calls passed on, releases that change under load, faults, graph tax, soak",
+        sections=(),
+        examples=["understudy bench serve --quick --part rollout"],
+    )
     serve.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     serve.add_argument("--part", nargs="+", default=[], metavar="PART", help="only these; default all")
     serve.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")

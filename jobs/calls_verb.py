@@ -30,7 +30,16 @@ _FILTERS = ("agent", "task", "day", "since", "until", "status", "served_by", "cl
 
 def add_verb(verbs: Any) -> None:
     """Add `calls` to the verbs of the command line."""
-    verb = verbs.add_parser("calls", help="list, count, price and show the stored calls")
+    verb = verbs.add_parser(
+        "calls",
+        help="list, count, price and show the stored calls",
+        examples=[
+            "understudy calls list --agent desk --since 2026-01-01",
+            "understudy calls cost --by task --json",
+            "understudy calls show CALL_ID",
+            'understudy calls --sql "SELECT day, sum(cost_usd) FROM calls GROUP BY day ORDER BY day"',
+        ],
+    )
     verb.add_argument(
         "words", nargs="*", metavar="WORD", help="list, show CALL_ID (curators), count or cost; and key=value"
     )
@@ -57,6 +66,7 @@ def add_verb(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from cluster.access import require_role
     from cluster.store import Store
     from jobs import calls
     from jobs.recipe import load_recipe
@@ -65,7 +75,9 @@ def _run(options: argparse.Namespace) -> None:
     action, call_id = _action(words, options.sql)
     if options.limit is not None and not 1 <= options.limit <= 1_000_000:
         raise InputError(f"--limit {options.limit}: out of range; allowed: 1 to 1000000; next: --limit 100")
-    store = Store(load_recipe([word for word in options.words if "=" in word]).store)
+    uri = load_recipe([word for word in options.words if "=" in word]).store
+    require_role(uri, "viewer")
+    store = Store(uri)
     if action == "show":
         print(json.dumps(calls.show_call(store, call_id).model_dump(mode="json"), indent=1, ensure_ascii=True))
         return

@@ -15,7 +15,12 @@ from training.catalog import HubModel, ScratchModel, context_window, load_catalo
 
 def add_verb(verbs: Any) -> None:
     """Add the verb to `understudy`'s subparsers."""
-    verb = verbs.add_parser("catalog", help="list the base models that may be chosen from", sections=())
+    verb = verbs.add_parser(
+        "catalog",
+        help="list the base models that may be chosen from",
+        sections=(),
+        examples=["understudy catalog --max-parameters 2e9 --license MIT --license Apache-2.0 --tool-use --json"],
+    )
     verb.add_argument("--max-parameters", type=float, metavar="N", help="weights at most, such as 2e9")
     verb.add_argument("--license", action="append", metavar="L", help="allowed licence, such as MIT; may be repeated")
     verb.add_argument("--tool-use", action="store_true", help="only those trained to call functions")

@@ -21,7 +21,15 @@ FORMATS = ("auto", "understudy", "openai", "otel", "litellm", "langfuse")
 
 def add_verb(verbs: Any) -> None:
     """Add `ingest` to the verbs of the command line."""
-    verb = verbs.add_parser("ingest", help="read call logs into the store", sections=("store", "faces"))
+    verb = verbs.add_parser(
+        "ingest",
+        help="read call logs into the store",
+        sections=("store", "faces"),
+        examples=[
+            "understudy ingest --dry-run logs/ store=store",
+            "understudy ingest spans.json.gz --format otel --client-field metadata.user_id --agent desk store=store",
+        ],
+    )
     verb.add_argument("paths", nargs="+", help="log files or folders of them (also .gz, .zst), and key=value words")
     verb.add_argument("--format", choices=FORMATS, default="auto", help="who wrote the logs (default: told by content)")
     origin = verb.add_mutually_exclusive_group()
@@ -67,10 +75,12 @@ def _is_setting(word: str) -> bool:
 
 def _open(uri: str, is_dry: bool) -> tuple[Any, Any]:
     """The store and its pseudonyms; a dry run makes neither, and counts under a key of the moment."""
-    from cluster.access import Pseudonyms, load_pseudonym_key
+    from cluster.access import Pseudonyms, load_pseudonym_key, require_role
     from cluster.store import Store, check_store_address
 
     if not is_dry:
+        # What is read in is learned from.
+        require_role(uri, "curator")
         return Store(uri), Pseudonyms(load_pseudonym_key(uri))
     is_absent = "://" not in check_store_address(uri) and not pathlib.Path(uri).expanduser().exists()
     return None if is_absent else Store(uri), Pseudonyms(secrets.token_bytes(32))

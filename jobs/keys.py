@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import time
 
-from cluster.access import KEYS_FILE, ApiKeys, Role, keys_folder, require_role
+from cluster.access import KEYS_FILE, ApiKeys, Identity, Role, keys_folder, require_role
 from cluster.errors import ConfigError
 from jobs.recipe import load_recipe
 
@@ -53,11 +53,16 @@ def create_key(
     )
 
 
+def read_holders(words: list[str]) -> list[Identity]:
+    """Who holds which key; never the key."""
+    return _keys(words).holders()
+
+
 def list_keys(words: list[str]) -> list[str]:
     """One line for each key: its id, whose it is, role, rate and end; never the key."""
     return ["\t".join(("key", "client", "role", "per minute", "until"))] + [
         "\t".join((one.key_id, one.client, one.role, str(one.rate_per_minute or "-"), _date(one.expires_ts)))
-        for one in _keys(words).holders()
+        for one in read_holders(words)
     ]
 
 

@@ -8,12 +8,14 @@ takes: a task's own are shorter, and its run is planned again from them before i
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BaseUnavailableError, ConfigError
+from cluster.records import Record
 
 if TYPE_CHECKING:
-    from cluster.resources import Node
+    from cluster.resources import Node, Part
     from jobs.recipe import Recipe
     from training.finetune import FinetuneConfig
     from training.memory import ModelShape
@@ -28,24 +30,42 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
         "plan",
         help="show ZeRO stage, offload and memory of the training, base by base; starts nothing",
         sections=sections,
+        examples=[
+            "understudy plan recipe=local store=store",
+            "understudy plan select.base=qwen3-8b finetune.gpus_per_worker=1 finetune.device_gib=80",
+        ],
     )
     plan.add_argument("words", **words)
+    plan.add_argument("--json", action="store_true", help="print JSON, in bytes and tokens")
     plan.set_defaults(run=_plan)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from jobs.plan import check_here, plan_conversion
+    from jobs.plan import plan_conversion, show_plan
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(options.words)
     parts = plan_conversion(recipe)
+    trainings = plan_training(recipe)
+    problems = [f"{one.base}, {one.section}: {one.problem}" for one in trainings if one.problem]
+    if options.json:
+        told = [one.model_dump(mode="json", exclude={"lines"}) for one in trainings]
+        print(json.dumps({**show_plan(recipe, parts), "trainings": told}, indent=1))
+        return _refuse(parts, problems, recipe)
     for part in parts:
         print(
             f"{part.name}: {part.groups} x {part.workers} workers of {part.cpus:g} CPUs and {part.gpus:g} GPUs "
             f"({part.total_cpus:g} CPUs, {part.total_gpus:g} GPUs)"
         )
-    lines, problems = plan_training(recipe)
-    print("\n".join(lines))
+    for one in trainings:
+        print("\n".join([f"\n{one.base}, {one.section}:", *(f"  {line}" for line in one.lines)]))
+    _refuse(parts, problems, recipe)
+
+
+def _refuse(parts: list[Part], problems: list[str], recipe: Recipe) -> None:
+    """Raises ConfigError where a training fits nowhere, or a part not on this machine."""
+    from jobs.plan import check_here
+
     if problems:
         raise ConfigError("\n".join(problems))
     # GPUs that device_gib describes are elsewhere.
@@ -53,19 +73,29 @@ def _plan(options: argparse.Namespace) -> None:
         check_here(parts, recipe)
 
 
-def plan_training(recipe: Recipe) -> tuple[list[str], list[str]]:
-    """The arithmetic of every named base's training, and why those that cannot fit do not.
+class Training(Record):
+    """One training of a conversion, as it would be placed."""
 
-    Returns:
-        (lines to show, one problem for each training that fits nowhere).
-    """
+    base: str
+    section: str
+    """Of the recipe: pretrain or finetune."""
+    plan: dict[str, Any] | None = None
+    """A ZeroPlan as JSON values, in bytes and tokens; None where it fits nowhere."""
+    lines: list[str]
+    """The arithmetic, for a person."""
+    problem: str = ""
+    """Why it fits nowhere, and what would."""
+
+
+def plan_training(recipe: Recipe) -> list[Training]:
+    """Where every named base's trainings would live in memory."""
     from training.catalog import ScratchModel, find_entry
     from training.memory import Load
     from training.selection import named_bases
     from training.zero import explain, plan_zero
 
     window = recipe.specialists.max_model_tokens
-    lines, problems = [], []
+    found = []
     for name in named_bases(recipe.select):
         entry = find_entry(name)
         trainings = [("finetune", recipe.finetune)]
@@ -73,15 +103,14 @@ def plan_training(recipe: Recipe) -> tuple[list[str], list[str]]:
             trainings.insert(0, ("pretrain", recipe.pretrain))
         for section, config in trainings:
             load = Load(examples=config.batch_size, row_tokens=window, answer_tokens=window // _ANSWER_FRACTION)
-            lines.append(f"\n{name}, {section}:")
             try:
                 plan = plan_zero(_shape(name, config), config, load, _device_bytes(recipe, section))
             except ConfigError as error:
-                problems.append(f"{name}, {section}: {error}")
-                lines.append("  does not fit")
+                found.append(Training(base=name, section=section, lines=["does not fit"], problem=str(error)))
                 continue
-            lines += [f"  {line}" for line in explain(plan, config)]
-    return lines, problems
+            values = plan.model_dump(mode="json")
+            found.append(Training(base=name, section=section, plan=values, lines=explain(plan, config)))
+    return found
 
 
 def _shape(name: str, config: FinetuneConfig) -> ModelShape:

@@ -47,7 +47,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 def code() -> dict[str, Any]:
     """Which code and packages this process runs."""
     return {
-        "git_sha": _git_sha(),
+        "git_sha": git_sha(ROOT),
         "source": {"folder": str(ROOT), "sha256": _source_sha256()},
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
@@ -62,7 +62,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages * page_bytes / 2**30, 1),
         "python": platform.python_version(),
-        "git_sha": _git_sha(),
+        "git_sha": git_sha(ROOT),
         "source_sha256": _source_sha256(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
@@ -80,10 +80,11 @@ def _has_seed(part: Any) -> bool:
     return isinstance(part, dict) and "seed" in part
 
 
-def _git_sha() -> str | None:
-    if not (ROOT / ".git").exists():
+def git_sha(folder: pathlib.Path) -> str | None:
+    """The commit of a checkout; of a folder that is none what UNDERSTUDY_GIT_SHA says, or None."""
+    if not (folder / ".git").exists():
         return os.environ.get(GIT_SHA_ENV)
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

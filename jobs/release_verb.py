@@ -27,19 +27,27 @@ _MIN_PREFIX = 6
 def add_verb(verbs: Any, words: dict[str, Any], verb_class: Any) -> None:
     """Add `release` and its actions to the verbs of the command line."""
     release = verbs.add_parser(
-        "release", help="list, show, promote, canary, rollback, freeze: what is served, and how far"
+        "release",
+        help="list, show, promote, canary, rollback, freeze: what is served, and how far",
+        examples=[
+            "understudy release list",
+            "understudy release promote SHA --stage shadow",
+            "understudy release show",
+        ],
     )
     actions = release.add_subparsers(dest="action", required=True, parser_class=verb_class)
 
-    def add(name: str, run: Any, meaning: str) -> Any:
-        action = actions.add_parser(name, help=meaning)
+    def add(name: str, run: Any, meaning: str, *examples: str) -> Any:
+        lines = [f"understudy release {' '.join([name, *example.split()])} store=store" for example in examples or [""]]
+        action = actions.add_parser(name, help=meaning, examples=lines)
         action.set_defaults(run=run)
         return action
 
-    listed = add("list", _list, "all releases, the newest last")
-    shown = add("show", _show, "one release: tasks, stages, evidence; without SHA the served one")
+    listed = add("list", _list, "all releases, the newest last", "", "--json")
+    listed.add_argument("--json", action="store_true", help="print JSON")
+    shown = add("show", _show, "one release: tasks, stages, evidence; without SHA the served one", "", "SHA --json")
     shown.add_argument("--json", action="store_true", help="all facts as JSON")
-    promoted = add("promote", _promote, "serve a release; its new specialists begin at --stage")
+    promoted = add("promote", _promote, "serve a release; its new specialists begin at --stage", "SHA --stage shadow")
     promoted.add_argument("sha", metavar="SHA", help="its name, or the beginning of it")
     promoted.add_argument(
         "--stage",
@@ -48,14 +56,14 @@ def add_verb(verbs: Any, words: dict[str, Any], verb_class: Any) -> None:
         help="shadow compares and serves nobody, canary serves a share of sessions; evidence moves them on; live (the default) "
         "lets all of its specialists answer, also those that stood at an earlier stage",
     )
-    canary = add("canary", _canary, "let a task's specialist answer a share of the sessions")
+    canary = add("canary", _canary, "let a task's specialist answer a share of the sessions", "TASK_ID --share 0.2")
     canary.add_argument("task", metavar="TASK_ID")
     for parser in (promoted, canary):
         parser.add_argument(
             "--share", type=float, default=0.1, metavar="X", help="of sessions in a canary (default 0.1)"
         )
     back = add("rollback", _roll_back, "serve the release that was served before")
-    frozen = add("freeze", _freeze, "nothing but a person changes what is served, until unfreeze")
+    frozen = add("freeze", _freeze, "nothing but a person changes what is served, until unfreeze", "--reason holidays")
     frozen.add_argument("--reason", default="", help="for whoever finds it frozen")
     thawed = add("unfreeze", _unfreeze, "let evidence change what is served again")
     events = add("events", _events, "every change, by whom and on what evidence")
@@ -74,6 +82,13 @@ def _list(options: argparse.Namespace) -> None:
         ((sha, registry.load_release(store, sha)) for sha in registry.release_names(store)),
         key=lambda one: one[1].created_ts,
     )
+    if options.json:
+        facts = [
+            {"release": sha, "created_ts": one.created_ts, "is_served": sha == served, "specialists": sorted(one.specialists),
+             "refused": dict(one.refused), "stages": {task: at.stage for task, at in one.rollout.items()}}
+            for sha, one in found
+        ]  # fmt: skip
+        return print(json.dumps(facts, indent=1))
     rows = []
     for sha, release in found:
         stages = sorted(f"{task}: {one.stage}" for task, one in release.rollout.items())

@@ -16,12 +16,18 @@ from cluster.errors import InputError
 def add_verbs(verbs: Any, words: dict[str, Any]) -> None:
     """Add both to the verbs of the command line."""
     compact = verbs.add_parser(
-        "compact", help="fold journals of dead gateways, merge small files of calls/", sections=("store", "capture")
+        "compact",
+        help="fold journals of dead gateways, merge small files of calls/",
+        sections=("store", "capture"),
+        examples=["understudy compact store=store"],
     )
     compact.add_argument("words", **words)
     compact.set_defaults(run=_compact)
     forget = verbs.add_parser(
-        "forget", help="remove a client's calls and tell who learned from them", sections=("store", "work", "capture")
+        "forget",
+        help="remove a client's calls and tell who learned from them",
+        sections=("store", "work", "capture"),
+        examples=["understudy forget --client billing-agent store=store", "understudy forget --client-id PSEUDONYM"],
     )
     whose = forget.add_mutually_exclusive_group(required=True)
     whose.add_argument("--client", metavar="NAME", help="the client's own name")

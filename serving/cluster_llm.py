@@ -24,7 +24,7 @@ from cluster.sse import parse_object
 from cluster.upstream import EVENT_STREAM, JSON, LLMNodeConfig, UpstreamReply, UpstreamStream
 from serving.openai_wire import error_body
 from serving.scaling import ScaleConfig, autoscaling_of
-from serving.specialist import cpu_environment
+from serving.specialist import engine_environment
 
 
 class ClusterLLMConfig(ScaleConfig, LLMNodeConfig):
@@ -78,7 +78,7 @@ def build_cluster_llm(config: ClusterLLMConfig) -> Any:
             # One caller's queue; beyond it the next LLM is asked at once instead of after the timeout.
             "max_queued_requests": 4 * config.max_num_seqs,
         },
-        runtime_env={"env_vars": cpu_environment(config.kv_cache_gib, config.num_threads)} if is_cpu else {},
+        runtime_env={"env_vars": engine_environment(config.device, config.kv_cache_gib, config.num_threads)},
         log_engine_metrics=False,
     )
     return build_llm_deployment(llm_config, deployment_cls=_server_class())

@@ -74,7 +74,9 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
     name = deployment_name(base)
     is_cpu = config.device == "cpu"
     folder = Store(store_uri).fetch(base)
-    environment = {**cpu_environment(config.kv_cache_gib, config.num_threads), "HF_HUB_OFFLINE": "1"}
+    environment = engine_environment(config.device, config.kv_cache_gib, config.num_threads)
+    # The base is a folder of the store.
+    environment |= {"HF_HUB_OFFLINE": "1"} if is_cpu else {}
     llm_config = LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(folder)},
         accelerator_config={"kind": config.device},
@@ -87,7 +89,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
             # One gateway's queue; beyond it the LLM answers at once instead of after the timeout.
             "max_queued_requests": 4 * config.max_num_seqs,
         },
-        runtime_env={"env_vars": environment} if is_cpu else {},
+        runtime_env={"env_vars": environment},
         log_engine_metrics=False,
     )
     return build_llm_deployment(
@@ -229,6 +231,12 @@ def engine_kwargs(config: SpecialistConfig) -> dict[str, Any]:
         "logprobs_mode": LOGPROB_MODE,
         "disable_log_stats": True,
     }
+
+
+def engine_environment(device: str, kv_cache_gib: int, num_threads: int) -> dict[str, str]:
+    """What a replica's environment adds for its vLLM, which would otherwise tell its makers what it runs on."""
+    cpu = cpu_environment(kv_cache_gib, num_threads) if device == "cpu" else {}
+    return {"VLLM_NO_USAGE_STATS": "1", **cpu}
 
 
 def cpu_environment(kv_cache_gib: int, num_threads: int) -> dict[str, str]:

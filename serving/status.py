@@ -196,7 +196,8 @@ def _actions(core: GatewayCore, facts: _Remembered) -> dict[str, tuple[str, Endp
             try:
                 release = await asyncio.to_thread(do, wish)
             except ReleaseError as error:
-                raise Denied(409, str(error), code="release_refused") from None
+                # Where the store lies is for who runs it, not for who looks at it in a browser.
+                raise Denied(409, str(error).replace(store.uri, "of this gateway"), code="release_refused") from None
             except (UnderstudyError, OSError, ValueError) as error:
                 raise _unreadable(error) from None
             finally:

@@ -31,7 +31,7 @@ from ray.dashboard.consts import DASHBOARD_METRIC_PORT
 from cluster.access import keys_folder
 from cluster.config import validate
 from cluster.errors import ConfigError
-from jobs.__main__ import _parser
+from jobs.__main__ import build_parser
 from jobs.plan import plan_conversion, plan_serving
 from jobs.recipe import Recipe, load_recipe
 from jobs.serve import serve_args, serve_config
@@ -86,7 +86,7 @@ def with_known_base(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"select": recipe.select.model_copy(update={"base": "qwen3-0.6b"})})
 
 
-parser = functools.cache(_parser)
+parser = functools.cache(build_parser)
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""Benchmarks: one file per benchmark, each reproduces numbers the README states."""
+"""Benchmarks: one file per benchmark, each reproduces numbers that README.md here states."""

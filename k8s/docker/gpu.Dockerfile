@@ -8,7 +8,7 @@ WORKDIR /build
 COPY k8s/docker/constraints-gpu.txt ./
 # deepspeed is built against the torch that is already there.
 RUN pip install --constraint constraints-gpu.txt torch==2.13.0 setuptools wheel
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY cluster cluster
 COPY training training
 COPY serving serving

@@ -1,4 +1,4 @@
-"""`ray job submit` of a conversion to a cluster with token auth: a killed driver costs what was not yet finished.
+"""`ray job submit` and `--address` of a conversion to a cluster with token auth: a killed driver costs what was not finished.
 
 The cluster is a head of its own on loopback, in its own process group, so that neither starting nor stopping it can
 touch another Ray of this machine.
@@ -57,6 +57,31 @@ class Head(NamedTuple):
                 stderr=subprocess.DEVNULL,
             )
 
+    def convert(self, words: list[str], log: pathlib.Path) -> subprocess.Popen[bytes]:
+        """Let the command line submit itself; `log` gets the job's log alone."""
+        command = [
+            sys.executable,
+            "-m",
+            "jobs",
+            "convert",
+            "--address",
+            self.address,
+            "--working-dir",
+            str(ROOT),
+            *words,
+        ]
+        with log.open("wb") as output:
+            return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=output, stderr=subprocess.DEVNULL)
+
+    def look(self, token: str | None = None) -> str:
+        """What the doctor says of this cluster; `token` instead of the right one."""
+        code = (
+            "import sys; from jobs.doctor.cluster import check_cluster; print([*check_cluster(sys.argv[1])][-1].found)"
+        )
+        environment = self.environment | ({"RAY_AUTH_TOKEN": token} if token else {})
+        command = [sys.executable, "-c", code, self.address]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
     def driver(self) -> psutil.Process | None:
         """The conversion itself."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -97,6 +122,8 @@ def test_a_submitted_conversion_continues_after_its_driver_was_killed(head: Head
     words += [f"{section}.{step}" for section in ("pretrain", "finetune") for step in STEPS]
     words += [f"specialists.{limit}" for limit in SMALL_ENGINE]
 
+    assert "answers" in head.look() and "refuses the token" in head.look(secrets.token_hex(32))
+
     first = head.submit(words, tmp_path / "first.log")
     adapter = _wait_for_adapter(store, first)
     driver = head.driver()
@@ -106,7 +133,10 @@ def test_a_submitted_conversion_continues_after_its_driver_was_killed(head: Head
     assert store.list("releases") == []
     made = {path: (tmp_path / "store" / path).stat().st_mtime_ns for path in store.list("") if "manifest" in path}
 
-    second = head.submit(words, tmp_path / "second.log")
+    wrong = head.convert([*words, "select.base=scratch-huge"], tmp_path / "wrong.log")
+    assert wrong.wait(STOP_TIMEOUT_S) == 2 and "'scratch-huge'" in (tmp_path / "wrong.log").read_text()
+
+    second = head.convert(words, tmp_path / "second.log")
     assert second.wait(CONVERSION_TIMEOUT_S) == 0, (tmp_path / "second.log").read_text()[-4000:]
     lines = _job_lines(tmp_path / "second.log")
     release = pathlib.Path(lines[-1])

@@ -9,7 +9,9 @@ from training.catalog import HubModel, ScratchModel, load_catalog
 
 def run(capsys, *arguments: str) -> str:
     parser = argparse.ArgumentParser()
-    verbs = parser.add_subparsers(parser_class=lambda sections=(), **options: argparse.ArgumentParser(**options))
+    verbs = parser.add_subparsers(
+        parser_class=lambda sections=(), examples=(), **options: argparse.ArgumentParser(**options)
+    )
     add_verb(verbs)
     options = parser.parse_args(["catalog", *arguments])
     options.run(options)

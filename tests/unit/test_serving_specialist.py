@@ -12,7 +12,14 @@ from cluster import engine
 from cluster.engine import rendering_version
 from cluster.errors import EngineError
 from serving import specialist
-from serving.specialist import SharedLoads, SpecialistConfig, add_adapter, fingerprint_facts, fingerprint_of
+from serving.specialist import (
+    SharedLoads,
+    SpecialistConfig,
+    add_adapter,
+    engine_environment,
+    fingerprint_facts,
+    fingerprint_of,
+)
 
 CONFIG = SpecialistConfig()
 
@@ -153,3 +160,16 @@ def test_only_an_adapter_that_does_not_load_is_the_adapters_fault(raised: Except
 
     with pytest.raises(seen, match="rank 64|gone"):
         asyncio.run(add_adapter(Client(), SimpleNamespace(lora_name="adapters/a")))
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_no_engine_tells_its_makers_what_it_runs_on(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = engine_environment(device, 1, 1)
+    assert ("VLLM_CPU_KVCACHE_SPACE" in environment) == (device == "cpu")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("DO_NOT_TRACK", "VLLM_DO_NOT_TRACK"):
+        monkeypatch.delenv(name, raising=False)
+    from vllm import envs
+
+    assert envs.VLLM_NO_USAGE_STATS
