@@ -81,6 +81,15 @@ def check_alone(what: str) -> None:
         )
 
 
+def prepare_environment() -> None:
+    """Set what Ray reads when it is imported: for its Train, and for a cluster on this machine where none is joined."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # A checkpoint counts once the controller has asked for it: what was written since is trained again after a kill.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    for name, value in _LOCAL_ENVIRONMENT.items() if not joins_cluster() else ():
+        os.environ.setdefault(name, value)
+
+
 def connect(num_cpus: int | None = None) -> None:
     """Join the cluster named by RAY_ADDRESS (a Ray job has it set), else start a local one. Idempotent.
 
@@ -90,12 +99,8 @@ def connect(num_cpus: int | None = None) -> None:
     Raises:
         ConfigError: there is no cluster at RAY_ADDRESS.
     """
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # A checkpoint counts once the controller has asked for it: what was written since is trained again after a kill.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    prepare_environment()
     is_local = not joins_cluster()
-    for name, value in _LOCAL_ENVIRONMENT.items() if is_local else ():
-        os.environ.setdefault(name, value)
     if not is_local:
         check_reachable(os.environ["RAY_ADDRESS"])
     import ray

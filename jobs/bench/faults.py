@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cluster.errors import TrainingError
+from cluster.session import prepare_environment
 from training.catalog import load_catalog
 from training.dataset import save_dataset
 from training.finetune import FinetuneConfig, finetune
@@ -83,6 +84,7 @@ class _Machines:
     """The nodes of the local cluster; a killed one is replaced."""
 
     def __enter__(self) -> _Machines:
+        prepare_environment()
         import ray
         from ray.cluster_utils import Cluster
 
