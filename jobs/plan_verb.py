@@ -80,7 +80,8 @@ class Training(Record):
     section: str
     """Of the recipe: pretrain or finetune."""
     plan: dict[str, Any] | None = None
-    """A ZeroPlan as JSON values, in bytes and tokens; None where it fits nowhere."""
+    """A ZeroPlan, or a ManyPlan where fleet.mode=multi_lora, as JSON values, in bytes and tokens; None where it fits
+    nowhere."""
     lines: list[str]
     """The arithmetic, for a person."""
     problem: str = ""
@@ -90,27 +91,43 @@ class Training(Record):
 def plan_training(recipe: Recipe) -> list[Training]:
     """Where every named base's trainings would live in memory."""
     from training.catalog import ScratchModel, find_entry
-    from training.memory import Load
     from training.selection import named_bases
-    from training.zero import explain, plan_zero
 
-    window = recipe.specialists.max_model_tokens
     found = []
     for name in named_bases(recipe.select):
-        entry = find_entry(name)
         trainings = [("finetune", recipe.finetune)]
-        if isinstance(entry, ScratchModel):
+        if isinstance(find_entry(name), ScratchModel):
             trainings.insert(0, ("pretrain", recipe.pretrain))
         for section, config in trainings:
-            load = Load(examples=config.batch_size, row_tokens=window, answer_tokens=window // _ANSWER_FRACTION)
             try:
-                plan = plan_zero(_shape(name, config), config, load, _device_bytes(recipe, section))
+                plan, lines = _place(recipe, name, section, config)
             except ConfigError as error:
                 found.append(Training(base=name, section=section, lines=["does not fit"], problem=str(error)))
-                continue
-            values = plan.model_dump(mode="json")
-            found.append(Training(base=name, section=section, plan=values, lines=explain(plan, config)))
+            else:
+                found.append(Training(base=name, section=section, plan=plan.model_dump(mode="json"), lines=lines))
     return found
+
+
+def _place(recipe: Recipe, name: str, section: str, config: FinetuneConfig) -> tuple[Record, list[str]]:
+    """(the plan of one training, its arithmetic), for rows as long as the engine's window.
+
+    Raises:
+        ConfigError: it fits nowhere.
+    """
+    from training.memory import Load
+    from training.multi_finetune import tokens_per_pass
+    from training.multi_memory import AdapterLoad, explain_many, plan_many
+    from training.zero import explain, plan_zero
+
+    shape, num_bytes = _shape(name, config), _device_bytes(recipe, section)
+    rows = {"examples": config.batch_size, "row_tokens": recipe.specialists.max_model_tokens}
+    rows["answer_tokens"] = rows["row_tokens"] // _ANSWER_FRACTION
+    if section == "finetune" and recipe.fleet.mode == "multi_lora":
+        one = AdapterLoad(name="a task", trainable=shape.trainable, **rows)
+        many = plan_many(shape, config, [one], num_bytes, tokens_per_pass(config))
+        return many, explain_many(many, one)
+    plan = plan_zero(shape, config, Load(**rows), num_bytes)
+    return plan, explain(plan, config)
 
 
 def _shape(name: str, config: FinetuneConfig) -> ModelShape:

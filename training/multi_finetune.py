@@ -145,8 +145,12 @@ def plan_run_of(
     Raises:
         ConfigError: it does not fit.
     """
-    kind = "cuda" if config.gpus_per_worker else "cpu"
-    return plan_many(shape_of(base_path, config), config, loads, num_bytes, _TOKENS_PER_PASS[kind])
+    return plan_many(shape_of(base_path, config), config, loads, num_bytes, tokens_per_pass(config))
+
+
+def tokens_per_pass(config: FinetuneConfig) -> int:
+    """Of one forward pass, at most, where memory does not ask for fewer."""
+    return _TOKENS_PER_PASS["cuda" if config.gpus_per_worker else "cpu"]
 
 
 def common_config(tasks: Sequence[AdapterTask]) -> FinetuneConfig:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _FEWEST_TOKENS = 256
 """A pass is not halved below: one that is smaller costs more calls than it saves memory."""
 
+_BYTES_PER_WEIGHT = 2 * 4 + 4 + 8
+"""Of an adapter: trained and released, gradients, Adam."""
+_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "communication", "overhead")
+
 
 class AdapterLoad(Record):
     """What one adapter adds to a run."""
@@ -98,6 +102,25 @@ def plan_many(
     raise ConfigError(_explain_refusal(config, loads, min(tried, key=lambda plan: plan.memory.total)))
 
 
+def most_adapters(plan: ManyPlan, load: AdapterLoad) -> int:
+    """How many adapters like this one a run placed for one of them has room for, at least: each has passes of its own."""
+    free = USABLE * plan.device_bytes - plan.memory.total
+    return 1 + int(free // (_BYTES_PER_WEIGHT * load.trainable))
+
+
+def explain_many(plan: ManyPlan, load: AdapterLoad) -> list[str]:
+    """The arithmetic of a run planned for one adapter, line by line."""
+    memory = plan.memory
+    parts = ", ".join(f"{name} {getattr(memory, name) / 2**30:.3f} GiB" for name in _PARTS)
+    return [
+        f"one base, ZeRO stage {plan.stage}, and adapters of {load.trainable:,} weights beside it, {_BYTES_PER_WEIGHT} bytes "
+        "each (weights, gradients, Adam, released copy)",
+        f"  with one: {memory.total / 2**30:.3f} GiB of {plan.device_bytes / 2**30:.3f} GiB ({parts})",
+        f"  room for {most_adapters(plan, load)} in one run, in passes of at most {max(plan.tokens_per_pass, load.max_tokens)} "
+        "tokens",
+    ]
+
+
 def _placements(
     config: FinetuneConfig, loads: Sequence[AdapterLoad], tokens_per_pass: int
 ) -> Iterator[tuple[int, int]]:
@@ -139,10 +162,7 @@ def _explain_refusal(config: FinetuneConfig, loads: Sequence[AdapterLoad], plan:
     remedies.append("fleet.mode=solo, which may split a batch")
     if config.gpus_per_worker and plan.stage == 0:
         remedies.append(f"finetune.num_workers={config.num_workers + 1} with finetune.zero_stage=3")
-    parts = ", ".join(
-        f"{name} {getattr(memory, name) / 2**30:.3f} GiB"
-        for name in ("weights", "gradients", "optimizer", "activations", "logits", "communication", "overhead")
-    )
+    parts = ", ".join(f"{name} {getattr(memory, name) / 2**30:.3f} GiB" for name in _PARTS)
     return (
         f"multi-LoRA run of {', '.join(load.name for load in loads)}: needs {memory.total / 2**30:.3f} GiB on each worker "
         f"(ZeRO {plan.stage}, passes of {max(plan.tokens_per_pass, largest.max_tokens)} tokens: {parts}), and a device has "

@@ -32,6 +32,17 @@ def test_a_fleet_that_takes_all_there_is_room_for_is_planned_by_this_machine(pla
     assert code == 0 and "scratch-tiny, finetune:" in out
 
 
+def test_many_adapters_in_one_run_are_planned_as_such(plan):
+    code, out, _ = plan("recipe=demo", "select.base=scratch-tiny", "fleet.mode=multi_lora", "fleet.max_parallel=1")
+    assert code == 0 and "adapters of 40,960 weights beside it, 20 bytes each" in out
+    room = int(out.split("room for ")[1].split()[0])
+    limit = "finetune.device_gib=1.5"
+    code, out, _ = plan("recipe=demo", "select.base=scratch-tiny", "fleet.mode=multi_lora", limit)
+    assert code == 0 and 1 <= int(out.split("room for ")[1].split()[0]) < room
+    code, _, err = plan("recipe=demo", "select.base=scratch-tiny", "fleet.mode=multi_lora", "finetune.device_gib=0.1")
+    assert code == 2 and "multi-LoRA run of a task: needs" in err
+
+
 def test_gpus_that_are_elsewhere_are_planned_by_their_size(plan):
     words = [*GPUS, "select.base=qwen3-8b", "finetune.device_gib=16", "finetune.num_workers=4"]
     code, out, _ = plan(*words)
