@@ -154,7 +154,7 @@ class Gateway:
             pseudonyms=pseudonyms,
             api_keys=_api_keys(config),
             prices=config.prices,
-            passthrough=PassThrough(raw, config.gateway.passthrough, meter),
+            passthrough=PassThrough(raw, config.gateway.passthrough, meter, fallback.spending),
             feedback=FeedbackBox(store, pseudonyms, meter),
             faces=config.faces,
             meter=meter,

@@ -23,7 +23,7 @@ from cluster.access import ApiKeys, Identity, Pseudonyms
 from cluster.engine import Engine, EngineAnswer
 from cluster.errors import InputError, StoreError, UpstreamError
 from cluster.faces import FACES_HEADER, FacesConfig, Facing, faces_before
-from cluster.prices import PriceConfig, seconds_cost_usd, tokens_cost_usd
+from cluster.prices import PriceConfig, seconds_cost_usd
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.route_model import RouteGuess
@@ -40,7 +40,7 @@ from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway_config import GatewayConfig
 from serving.hedging import race
-from serving.limits import fit_budget, late_error, read_limits, reading_usage
+from serving.limits import fit_budget, late_error, read_limits
 from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
 from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, with_code
 from serving.overload import retry_headers
@@ -205,12 +205,10 @@ class GatewayCore:
             lambda: self._ask_llm(call),
             after_s=after_s,
             is_good=lambda answer: answer.is_good,
-            discard=lambda answer: answer.close(),
+            discard=lambda answer: self._give_back(call, answer),
         )
         if ended.was_hedged:
             self.meter.count("understudy_hedges_total", winner="llm" if ended.first is None else "specialist")
-        if ended.has_lost_work:
-            self._charge_lost(call)
         if ended.first is not None:
             return ended.first
         assert ended.second is not None
@@ -218,13 +216,12 @@ class GatewayCore:
             call.decision = call.decision.model_copy(update={"reason": "slower than the LLM"})
         return ended.second
 
-    def _charge_lost(self, call: PendingCall) -> None:
-        """Count what the LLM that was left had read. It does not say; taken for the first that is asked."""
-        endpoint, usage = self.fallback.configs[0], reading_usage(call.request)
-        self.fallback.charge(endpoint, usage)
-        prices = endpoint.prompt_usd_per_million, endpoint.completion_usd_per_million
-        cost = tokens_cost_usd(usage, prompt_usd_per_million=prices[0], completion_usd_per_million=prices[1])
-        call.lost_cost_usd = cost or 0.0
+    async def _give_back(self, call: PendingCall, answer: WholeAnswer | BegunAnswer) -> None:
+        """Count and close an LLM's answer that came too late; a refusal is not paid."""
+        if answer.is_good:
+            body = answer.body if isinstance(answer, WholeAnswer) else None
+            call.lost.add(self.fallback.spending.charge_answer(answer.endpoint, call.request, body))
+        await answer.close()
 
     async def _ask_specialist(self, call: PendingCall, snapshot: Snapshot, task_id: str | None) -> EngineAnswer | None:
         """The accepted answer, or None for the LLM; the decision is left in `call`. `task_id` is what the client named."""
@@ -334,7 +331,7 @@ class GatewayCore:
     async def _ask_llm(self, call: PendingCall) -> WholeAnswer | BegunAnswer:
         """Raises UpstreamError where no LLM answers, or the longest answer could cost more than the call may."""
         left_usd = call.limits.budget_usd - call.specialist_cost_usd
-        return await ask_llm(self.fallback, fit_budget(call.request, left_usd, self.fallback.configs))
+        return await ask_llm(self.fallback, fit_budget(call.request, left_usd, self.fallback.configs), call.lost)
 
     async def _pass_on(self, call: PendingCall, answer: WholeAnswer) -> Response:
         status, raw, body, endpoint = answer
@@ -382,12 +379,11 @@ class GatewayCore:
         error: str | None,
     ) -> AgentCall:
         """The call as it is stored; counted."""
+        cost = endpoint and self.fallback.spending.charge_answer(endpoint, call.request, response)
         captured = call.captured(
-            self.pseudonyms, response=response, endpoint=endpoint, served_by=served_by, status=status, error=error
+            self.pseudonyms, response=response, llm_cost=cost, served_by=served_by, status=status, error=error
         )
         call.is_finished = True
-        if endpoint is not None:
-            self.fallback.charge(endpoint, captured.usage)
         self.decisions.note(captured)
         action = call.decision.action
         self.meter.count("understudy_calls_total", action=action, task_id=call.decision.task_id or "")

@@ -4,15 +4,13 @@ The recipe sets both (gateway.deadline_s, gateway.budget_usd); a client can only
 x-deadline-s and x-budget-usd. Money is held back before it is spent: an LLM is asked only if the most that its answer
 can cost is within the budget. Knows nothing of specialists; times are those of the event loop's clock.
 
-The most that an answer can cost is an estimate: a prompt token for every three bytes of messages and tools (English has
-about four to a token, and Chinese characters have three bytes), at the dearest upstream's prices. A failed attempt, which
-providers do not bill, counts nothing.
+The most that an answer can cost is an estimate of its prompt (serving/billing.py) at the dearest upstream's prices. A
+failed attempt, which providers do not bill, counts nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -21,12 +19,12 @@ from cluster.errors import UpstreamError
 from cluster.prices import tokens_cost_usd
 from cluster.records import Usage
 from cluster.upstream import LLMNodeConfig
+from serving.billing import num_prompt_tokens
 from serving.openai_wire import Denied, error_body
 
 DEADLINE_HEADER, BUDGET_HEADER = "x-deadline-s", "x-budget-usd"
 SPECIALIST_SHARE = 0.5
 """Of the time that is left, what a specialist may take at most, so that the LLM has the rest."""
-_BYTES_PER_TOKEN = 3
 UNLIMITED_TOKENS = 4096
 """Longest answer to a request that has a budget and sets no limit itself, in tokens. Every current model gives so many;
 one that is asked for more than it gives refuses the request."""
@@ -83,7 +81,7 @@ def fit_budget(request: dict[str, Any], budget_usd: float, llms: Iterable[LLMNod
     if math.isinf(budget_usd):
         return request
     prices = [(llm.prompt_usd_per_million, llm.completion_usd_per_million) for llm in llms]
-    num_prompt = _num_prompt_tokens(request)
+    num_prompt = num_prompt_tokens(request)
     asked = [request[name] for name in _TOKEN_LIMITS if type(request.get(name)) is int]
     num_choices = request["n"] if type(request.get("n")) is int and request["n"] > 0 else 1
     affordable = min(_affordable_tokens(num_prompt, budget_usd, *price) / num_choices for price in prices)
@@ -95,11 +93,6 @@ def fit_budget(request: dict[str, Any], budget_usd: float, llms: Iterable[LLMNod
         if asked or math.isinf(affordable)
         else {**request, "max_completion_tokens": int(min(affordable, UNLIMITED_TOKENS))}
     )
-
-
-def reading_usage(request: Mapping[str, Any]) -> Usage:
-    """What an LLM has used of tokens that began to answer and was left; an estimate, as above, and a lower one."""
-    return Usage(prompt_tokens=_num_prompt_tokens(request), completion_tokens=0)
 
 
 def late_error() -> UpstreamError:
@@ -161,11 +154,6 @@ def _number(text: str | None) -> float | None:
 
 def _malformed(header: str, allowed: str) -> Denied:
     return Denied(400, f"{header}: allowed are {allowed}", code="invalid_header", param=header)
-
-
-def _num_prompt_tokens(request: Mapping[str, Any]) -> int:
-    read = {name: request[name] for name in ("messages", "tools", "functions", "response_format") if request.get(name)}
-    return math.ceil(len(json.dumps(read, ensure_ascii=False).encode(errors="surrogatepass")) / _BYTES_PER_TOKEN)
 
 
 def _affordable_tokens(num_prompt: int, budget_usd: float, prompt_price: float, completion_price: float) -> float:

@@ -263,6 +263,7 @@ async def gateway(
     llm_timeout_s: float = 120.0,
     faces: FacesConfig = DEFAULT_FACES,
     is_cluster_only: bool = False,
+    max_usd_per_day: float | None = None,
     **config: Any,
 ) -> AsyncIterator[Running]:
     store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
@@ -275,6 +276,7 @@ async def gateway(
             completion_usd_per_million=2.0,
             model=llm_model,
             timeout_s=llm_timeout_s,
+            max_usd_per_day=max_usd_per_day,
         )
     ]
     if dead_first:
@@ -297,7 +299,7 @@ async def gateway(
         pseudonyms=pseudonyms,
         api_keys=keys,
         prices=prices,
-        passthrough=PassThrough(raw, settings.passthrough, meter),
+        passthrough=PassThrough(raw, settings.passthrough, meter, fallback.spending),
         feedback=FeedbackBox(store, pseudonyms, meter),
         faces=faces,
         meter=meter,

@@ -183,7 +183,7 @@ def test_a_fault_of_the_gateways_own_is_an_openai_error_and_its_call_is_kept(tmp
     async def scenario() -> None:
         async with gateway(tmp_path) as run:
 
-            async def fail(_: Any) -> None:
+            async def fail(*_: Any) -> None:
                 raise ZeroDivisionError("SECRET")
 
             run.core.fallback.chat = fail  # type: ignore[method-assign]

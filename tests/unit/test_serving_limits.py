@@ -17,7 +17,7 @@ from cluster.errors import UpstreamError
 from cluster.prices import tokens_cost_usd
 from cluster.records import Usage
 from cluster.upstream import UpstreamConfig
-from serving.limits import UNLIMITED_TOKENS, fit_budget, late_error, read_limits, reading_usage, until
+from serving.limits import UNLIMITED_TOKENS, fit_budget, late_error, read_limits, until
 from serving.openai_wire import Denied
 
 
@@ -100,8 +100,6 @@ def test_without_a_budget_the_request_is_sent_as_it_is() -> None:
 def test_the_error_names_what_would_fit() -> None:
     with pytest.raises(UpstreamError, match="max_completion_tokens up to 49"):
         fit_budget({"messages": [], "max_tokens": 1000}, 50e-6, [_llm(0.0, 1.0), _llm(1.0, 1.0)])
-    read = reading_usage({"messages": [{"role": "user", "content": "x" * 3000}]}).prompt_tokens
-    assert read is not None and 1000 <= read <= 1020, "a token for every three bytes"
 
 
 async def _pieces(*pieces: bytes, hangs: bool = False) -> AsyncIterator[bytes]:
