@@ -35,7 +35,7 @@ from serving.admission import Admission
 from serving.audit import Auditor
 from serving.capture import Capture
 from serving.decisions import RecentDecisions
-from serving.degraded import asked_again, degraded_decision, may_stand_in
+from serving.degraded import asked_again, may_stand_in, stand_in_decision
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway_config import GatewayConfig
@@ -160,8 +160,10 @@ class GatewayCore:
         try:
             await self.capture.keep(captured)
         except StoreError:
+            # Counted by whoever tells the client of it, whatever the call's own end was.
             message = "The gateway cannot record this call, and records every call before it answers; try again later"
             raise Denied(503, message, "server_error", "capture_failed", headers=call.response_headers()) from None
+        self.count_failure(status)
         if call.shadowed and served_by == "llm" and status == 200 and captured.message is not None:
             self.shadows.start(call, captured.message, call.shadowed)
 
@@ -176,6 +178,12 @@ class GatewayCore:
     ) -> None:
         """Capture and count, without waiting, a call whose client never saw its end."""
         self.capture.put(self._end(call, response=response, endpoint=endpoint, status=status, error=error))
+        self.count_failure(status)
+
+    def count_failure(self, status: int) -> None:
+        """Count a request that ends with this status, if it is an error."""
+        if status >= 400:
+            self.meter.count("understudy_requests_failed_total", status=str(status))
 
     async def _find_answer(
         self, call: PendingCall, snapshot: Snapshot, task_id: str | None, is_for_llm: bool
@@ -365,7 +373,8 @@ class GatewayCore:
             self._note_specialist(call, specialist, time.perf_counter() - begin)
             self._num_asking -= 1
         if answer is not None:
-            call.decision, call.is_reference = degraded_decision(call.decision, answer), False
+            call.decision = stand_in_decision(call.decision, answer, specialist)
+            call.is_reference = call.is_reference and call.decision.action == "accept"
         return answer
 
     def _end(
@@ -390,6 +399,4 @@ class GatewayCore:
         self.meter.observe("understudy_call_latency_ms", captured.latency_ms or 0.0, action=action)
         if captured.faces_person:
             self.meter.count("understudy_calls_facing_person_total", action=action)
-        if status >= 400:
-            self.meter.count("understudy_requests_failed_total", status=str(status))
         return captured

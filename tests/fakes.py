@@ -217,6 +217,11 @@ class FakeLLM:
         if self.fate == "hang":
             await asyncio.sleep(5)
         await self.may_go_on.wait()
+        if self.fate.startswith("endless"):
+            is_line = self.fate == "endless line"
+            await response.write(b"data: " if is_line else _event({}, "stop"))
+            while True:
+                await response.write(b"x" * 2**15 if is_line else b": ping\n\n" * 2**12)
         if self.fate in _LAST_WORDS:
             await response.write(_LAST_WORDS[self.fate])
             return response
