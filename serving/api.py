@@ -122,6 +122,7 @@ def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> 
 def _lifespan_of(core: GatewayCore) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        core.drain.attach()
         core.capture.start()
         core.feedback.backlog.start()
         # So that a ready gateway serves the release; what fails here is tried again and logged by the loop.
@@ -130,6 +131,7 @@ def _lifespan_of(core: GatewayCore) -> Any:
         try:
             yield
         finally:
+            core.drain.close()
             polling.cancel()
             await asyncio.gather(polling, return_exceptions=True)
             await core.auditor.close()

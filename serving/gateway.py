@@ -36,11 +36,12 @@ from serving.audit import Auditor
 from serving.capture import Capture
 from serving.decisions import RecentDecisions
 from serving.degraded import asked_again, may_stand_in, stand_in_decision
+from serving.draining import Drain
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway_config import GatewayConfig
 from serving.hedging import race
-from serving.limits import fit_budget, late_error, read_limits
+from serving.limits import fit_budget, read_limits, within
 from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
 from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, with_code
 from serving.overload import retry_headers
@@ -78,7 +79,7 @@ class GatewayCore:
         self.config, self.capture, self.fallback, self.table = config, capture, fallback, table
         self.auditor, self.prices, self.faces = auditor, prices, faces
         self.passthrough, self.feedback = passthrough, feedback
-        self.admission = Admission(config.auth, api_keys)
+        self.drain, self.admission = Drain(config.drain_timeout_s), Admission(config.auth, api_keys)
         self.meter, self.decisions = meter or Meter(), RecentDecisions()
         self._engines, self.pseudonyms = engines, pseudonyms
         self._num_asking = 0
@@ -118,7 +119,8 @@ class GatewayCore:
         call.is_reference = not (task_id or is_for_llm) and self.auditor.is_drawn(call.call_id)
         try:
             try:
-                found = await self._find_answer(call, snapshot, task_id, is_for_llm)
+                finding = self._find_answer(call, snapshot, task_id, is_for_llm)
+                found = await within(finding, limits.deadline_at, self.drain)
             except UpstreamError as error:
                 return await self._fail(call, error)
             if isinstance(found, EngineAnswer):
@@ -188,21 +190,17 @@ class GatewayCore:
     async def _find_answer(
         self, call: PendingCall, snapshot: Snapshot, task_id: str | None, is_for_llm: bool
     ) -> EngineAnswer | WholeAnswer | BegunAnswer:
-        """A specialist's accepted answer, or the LLM's, before the deadline; the decision is left in `call`.
+        """A specialist's accepted answer, or the LLM's; the decision is left in `call`.
 
         Raises:
-            UpstreamError: there is none; 504 where the time is over, 400 where the LLM's could cost too much.
+            UpstreamError: there is none; 400 where the LLM's could cost too much.
         """
-        try:
-            async with asyncio.timeout_at(call.limits.deadline_at):
-                if is_for_llm:
-                    return await self._ask_llm(call)
-                asking = self._ask_specialist(call, snapshot, task_id)
-                if self.config.hedge_after_s is None:
-                    return await asking or await self._ask_llm(call)
-                return await self._hedge(call, asking, self.config.hedge_after_s)
-        except TimeoutError:
-            raise late_error() from None
+        if is_for_llm:
+            return await self._ask_llm(call)
+        asking = self._ask_specialist(call, snapshot, task_id)
+        if self.config.hedge_after_s is None:
+            return await asking or await self._ask_llm(call)
+        return await self._hedge(call, asking, self.config.hedge_after_s)
 
     async def _hedge(
         self, call: PendingCall, asking: Coroutine[Any, Any, EngineAnswer | None], after_s: float
@@ -362,7 +360,7 @@ class GatewayCore:
         """The specialist's answer, whatever its confidence, to a call that no LLM answers; None where it has none."""
         specialist = call.specialist
         left_s = call.limits.deadline_at - asyncio.get_running_loop().time()
-        if specialist is None or not may_stand_in(error) or left_s <= 0:
+        if specialist is None or not may_stand_in(error) or left_s <= 0 or self.drain.is_over:
             return None
         timeout_s = min(self.config.specialist_timeout_s, left_s)
         begin = time.perf_counter()

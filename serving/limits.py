@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from cluster.errors import UpstreamError
 from cluster.prices import tokens_cost_usd
 from cluster.records import Usage
 from cluster.upstream import LLMNodeConfig
 from serving.billing import num_prompt_tokens
+from serving.draining import Drain
 from serving.openai_wire import Denied, error_body
 
 DEADLINE_HEADER, BUDGET_HEADER = "x-deadline-s", "x-budget-usd"
@@ -29,6 +30,8 @@ UNLIMITED_TOKENS = 4096
 """Longest answer to a request that has a budget and sets no limit itself, in tokens. Every current model gives so many;
 one that is asked for more than it gives refuses the request."""
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
+
+ResultT = TypeVar("ResultT")
 
 
 class Limits(NamedTuple):
@@ -104,41 +107,64 @@ def late_error() -> UpstreamError:
     return UpstreamError(message, 504, error_body(message, kind="timeout_error", code="deadline_exceeded"))
 
 
-async def until(chunks: AsyncIterator[bytes], deadline_at: float) -> AsyncIterator[bytes]:
-    """The pieces of a stream as they come, up to the deadline. One timer for the stream; a piece costs nothing more.
+async def within(working: Coroutine[Any, Any, ResultT], deadline_at: float, drain: Drain) -> ResultT:
+    """What `working` gives before the deadline and the gateway's end; cancelled then.
 
     Raises:
-        UpstreamError: 504, the deadline passed before the stream's end.
+        UpstreamError: 504, the deadline passed; 503, the drain time did.
+    """
+    cut: UpstreamError | None = None
+
+    def stop(error: UpstreamError) -> None:
+        nonlocal cut
+        cut = error
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with asyncio.timeout_at(deadline_at) as limit:
+            with drain.watch(stop):
+                return await working
+    except TimeoutError:
+        raise cut or late_error() from None
+
+
+async def until(chunks: AsyncIterator[bytes], deadline_at: float, drain: Drain) -> AsyncIterator[bytes]:
+    """The pieces of a stream as they come, up to the deadline or the gateway's end. One timer for the stream; a piece costs
+    nothing more.
+
+    Raises:
+        UpstreamError: 504, the deadline passed before the stream's end; 503, the drain time did.
     """
     task = asyncio.current_task()
     assert task is not None
-    is_waiting, is_late = False, False
+    is_waiting, error = False, None
 
-    def expire() -> None:
-        nonlocal is_late
-        is_late = True
-        # Between two pieces the task is its reader's, who must not be cancelled.
-        if is_waiting:
+    def stop(reason: UpstreamError) -> None:
+        nonlocal error
+        # Between two pieces the task is its reader's, who must not be cancelled; nor is one cancelled twice.
+        if error is None and is_waiting:
             task.cancel()
+        error = error or reason
 
-    timer = asyncio.get_running_loop().call_at(deadline_at, expire)
+    timer = asyncio.get_running_loop().call_at(deadline_at, lambda: stop(late_error()))
     try:
-        while not is_late:
-            is_waiting = True
-            try:
-                piece = await anext(chunks, None)
-            except asyncio.CancelledError:
-                if is_late and task.uncancel() == 0:
-                    break
-                raise
-            finally:
-                is_waiting = False
-            if piece is None:
-                return
-            yield piece
+        with drain.watch(stop):
+            while error is None:
+                is_waiting = True
+                try:
+                    piece = await anext(chunks, None)
+                except asyncio.CancelledError:
+                    if error is not None and task.uncancel() == 0:
+                        break
+                    raise
+                finally:
+                    is_waiting = False
+                if piece is None:
+                    return
+                yield piece
     finally:
         timer.cancel()
-    raise late_error()
+    raise error
 
 
 def _number(text: str | None) -> float | None:

@@ -58,7 +58,7 @@ class LLMRelay(StreamingResponse):
     async def _pieces(self, stream: UpstreamStream) -> AsyncIterator[bytes]:
         held: list[bytes] = []
         try:
-            async for piece in until(stream.chunks, self._call.limits.deadline_at):
+            async for piece in until(stream.chunks, self._call.limits.deadline_at, self._core.drain):
                 self._read(self._reader.feed(piece))
                 if self._reader.is_full:
                     raise _too_long()

@@ -215,7 +215,7 @@ class FakeLLM:
         await response.prepare(http_request)
         await response.write(_event({"role": "assistant", "content": LLM_TEXT[:4]}, None))
         if self.fate == "hang":
-            await asyncio.sleep(5)
+            await asyncio.Event().wait()
         await self.may_go_on.wait()
         if self.fate.startswith("endless"):
             is_line = self.fate == "endless line"
