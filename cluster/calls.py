@@ -65,6 +65,7 @@ _COLUMNS = (
     _Column("completion_tokens", pa.int64(), lambda call: call.usage.completion_tokens),
     _field("latency_ms", pa.float64()),
     _field("cost_usd", pa.float64()),
+    _field("cost_basis", pa.string()),
     _field("served_by", pa.string()),
     _Column("action", pa.string(), lambda call: call.route and call.route.action, is_derived=True),
     _Column("task_id", pa.string(), lambda call: call.route and call.route.task_id, is_derived=True),
@@ -161,7 +162,8 @@ def _read_parts(store: Store, columns: list[str] | None) -> Iterator[pa.Table]:
     """Every part's table. Parts that replaced one that is gone are read as well, and then some calls come twice."""
     done: set[str] = set()
     forgotten = read_forgotten(store)
-    wanted = columns if columns is None or not forgotten else sorted({*columns, "client_id", "ts"})
+    # One that every part has: a table without columns has no rows either.
+    wanted = columns and sorted({*columns, "call_id", *(("client_id", "ts") if forgotten else ())})
     while True:
         is_complete = True
         for path in store.list(CALLS_FOLDER, ".parquet"):
@@ -175,7 +177,7 @@ def _read_parts(store: Store, columns: list[str] | None) -> Iterator[pa.Table]:
                     raise
                 is_complete = False
                 continue
-            yield table if columns is None else table.select(columns)
+            yield table if columns is None else _selected(table, columns)
         if is_complete:
             return
 
@@ -202,7 +204,7 @@ def read_new_columns(
             continue
         if path not in known:
             try:
-                table = without_forgotten(store.read_table(path, wanted), forgotten).select(columns)
+                table = _selected(without_forgotten(store.read_table(path, wanted), forgotten), columns)
                 tables.append(table.filter(pc.is_in(table["action"], value_set=pa.array(sorted(actions), pa.string()))))
             except StoreError:
                 if store.exists(path):
@@ -210,6 +212,13 @@ def read_new_columns(
                 continue
         paths.append(path)
     return pa.concat_tables(tables, promote_options="permissive"), paths
+
+
+def _selected(table: pa.Table, columns: list[str]) -> pa.Table:
+    """These columns; null where a part was written before there was one."""
+    for name in set(columns) - set(table.column_names):
+        table = table.append_column(CALL_SCHEMA.field(name), pa.nulls(table.num_rows, CALL_SCHEMA.field(name).type))
+    return table.select(columns)
 
 
 def read_call_ids(store: Store) -> set[str]:

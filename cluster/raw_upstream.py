@@ -51,7 +51,7 @@ class RawUpstream:
         Raises:
             ConfigError: the key's variable is unset and the address is not a loopback one.
         """
-        self._config = config
+        self.config = config
         self._authorization = authorization(config)
         self._errors = EndpointErrors(config.base_url, config.api_key_env)
         self._breaker = Breaker(config.breaker_failures, config.breaker_reset_s)
@@ -74,7 +74,7 @@ class RawUpstream:
         permit = self._breaker.begin()
         if permit is None:
             raise self._errors.left_alone(self._breaker.wait_s, has_asked=False)
-        address = f"{self._config.base_url.rstrip('/')}{path}" + (f"?{query}" if query else "")
+        address = f"{self.config.base_url.rstrip('/')}{path}" + (f"?{query}" if query else "")
         try:
             response = await self._send(yarl.URL(address, encoded=True), _kept(headers, _OF_THE_CLIENT), body, permit)
         finally:
@@ -96,7 +96,7 @@ class RawUpstream:
     async def _send(
         self, address: yarl.URL, headers: Headers, body: AsyncIterator[bytes], permit: Permit
     ) -> aiohttp.ClientResponse:
-        limit_s = self._config.timeout_s
+        limit_s = self.config.timeout_s
         # How long a body may take is the client's affair; the endpoint's time counts from its end.
         timeout = aiohttp.ClientTimeout(total=None, connect=limit_s, sock_connect=limit_s, sock_read=limit_s)
         if self._session is None:

@@ -70,6 +70,9 @@ class AgentCall(Record):
     usage: Usage = Usage()
     latency_ms: float | None = None
     cost_usd: float | None = None
+    cost_basis: Literal["reported", "estimated"] | None = None
+    """Whether all of `cost_usd` rests on token counts that LLMs reported, or some on an estimate by bytes
+    (serving/billing.py); None where it is not known or there is no cost."""
     served_by: ServedBy = "llm"
     route: RouteDecision | None = None
     status: int = 200

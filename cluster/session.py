@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.errors import ConfigError
@@ -66,6 +66,22 @@ def let_ingress_listen_again() -> None:
         return await start(app, options, **{**others, "enable_so_reuseport": True})
 
     replica.start_asgi_http_server = start_reusing
+
+
+def on_replica_stop(tell: Callable[[], None]) -> None:
+    """Have `tell` called, in whatever thread, when Serve begins to stop the replica that this process is; maybe twice.
+
+    Serve 2.60 tells a replica of its end only once no call is in flight, and kills it if that takes too long.
+    """
+    from ray.serve._private import replica
+
+    stop = replica.Replica.perform_graceful_shutdown
+
+    async def stop_and_tell(self: Any) -> None:
+        tell()
+        await stop(self)
+
+    replica.Replica.perform_graceful_shutdown = stop_and_tell
 
 
 def check_alone(what: str) -> None:

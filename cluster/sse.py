@@ -22,38 +22,47 @@ _DONE = b"[DONE]"
 class SseReader:
     """Bytes of a stream, cut anywhere -> the JSON objects of its events."""
 
-    def __init__(self, max_bytes: int = MAX_STREAM_BYTES) -> None:
+    def __init__(self) -> None:
         self.is_done = False
         """Whether `[DONE]` has come."""
         self.num_bad = 0
-        """Events that were no JSON object, and 1 for a stream longer than `max_bytes`, whose rest is ignored."""
-        self._rest = b""
+        """Events that were no JSON object, and 1 for a stream longer than MAX_STREAM_BYTES, whose rest is ignored."""
+        self._begun: list[bytes] = []
+        """A line whose end has not come, as it came."""
         self._data: list[bytes] = []
-        self._num_left = max_bytes
+        self._num_left = MAX_STREAM_BYTES
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more than MAX_STREAM_BYTES have come; nothing is read or kept from then on."""
+        return self._num_left < 0
 
     def feed(self, piece: bytes) -> list[dict[str, Any]]:
         """Objects completed by this piece."""
-        if self._num_left < 0:
+        if self.is_full:
             return []
         self._num_left -= len(piece)
-        if self._num_left < 0:
+        if self.is_full:
             self.num_bad += 1
+            self._begun, self._data = [], []
             return []
-        if not (self._rest or self._data) and (events := _whole_events(piece)):
+        if not (self._begun or self._data) and (events := _whole_events(piece)):
             return [one for event in events for one in self._read_event(event)]
-        text = self._rest + piece
+        if self._begun and b"\n" not in piece and b"\r" not in piece and not self._begun[-1].endswith(b"\r"):
+            # Joined once its end is here, so that a line in a thousand pieces is not copied a thousand times.
+            self._begun.append(piece)
+            return []
+        text = b"".join([*self._begun, piece])
         # A carriage return at the end may be half of a line end.
         held = text[-1:] if text.endswith(b"\r") else b""
         *lines, rest = _LINE_END.split(text[: len(text) - len(held)])
-        self._rest = rest + held
+        self._begun = [rest + held] if rest or held else []
         return [event for line in lines for event in self._read_line(line)]
 
     def end(self) -> list[dict[str, Any]]:
         """What the stream ended with, where its last event lacks only the line ends; an event cut short gives nothing."""
-        if self._num_left < 0:
-            return []
-        events = list(self._read_line(self._rest.rstrip(b"\r")))
-        data, self._data, self._rest = b"\n".join(self._data), [], b""
+        events = list(self._read_line(b"".join(self._begun).rstrip(b"\r")))
+        data, self._data, self._begun = b"\n".join(self._data), [], []
         num_bad = self.num_bad
         events += self._read_event(data) if data else []
         self.num_bad = num_bad

@@ -57,10 +57,9 @@ METRICS: dict[str, MetricSpec] = {
         "counter", "LLM calls that failed, by endpoint number", ("endpoint",)
     ),
     "understudy_llm_spend_usd_total": MetricSpec(
-        "counter", "US dollars of LLM tokens, by endpoint number", ("endpoint",)
-    ),
-    "understudy_llm_unpriced_total": MetricSpec(
-        "counter", "LLM answers of unknown cost, which reported no token counts, by endpoint number", ("endpoint",)
+        "counter",
+        "US dollars of LLM tokens, by endpoint number and whether the LLM reported the tokens or they are estimated",
+        ("endpoint", "basis"),
     ),
     "understudy_requests_failed_total": MetricSpec(
         "counter", "Requests answered with an error, by status", ("status",)

@@ -64,7 +64,8 @@ class LLMNodeConfig(Config):
     """Price of a million completion tokens in US dollars."""
     max_usd_per_day: float | None = Field(default=None, gt=0)
     """What its tokens may cost in a day (UTC); then it is left alone until midnight. Counted by each gateway replica for
-    itself, from what calls reported when they ended: those in flight, and all after a restart, come on top."""
+    itself, as calls report it or else by an estimate, when they end: those in flight, and all after a restart, come on
+    top."""
 
     @model_validator(mode="after")
     def _check_price(self) -> LLMNodeConfig:

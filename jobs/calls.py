@@ -100,7 +100,8 @@ def count_calls(store: Store, filters: Filters, by: By, limit: int) -> Answer:
 def price_calls(store: Store, filters: Filters, by: By, limit: int) -> Answer:
     """Calls, tokens, cost and latency of all and of each group, dearest first.
 
-    `unpriced` counts the calls whose cost nobody recorded; they are not in cost_usd.
+    `unpriced` counts the calls whose cost nobody recorded; they are not in cost_usd. `of_it_estimated` is the cost of
+    calls some of whose tokens no LLM reported.
 
     Raises:
         InputError: a filter that means nothing.
@@ -112,6 +113,7 @@ def price_calls(store: Store, filters: Filters, by: By, limit: int) -> Answer:
             coalesce(sum(prompt_tokens), 0)::HUGEINT AS tokens_in,
             coalesce(sum(completion_tokens), 0)::HUGEINT AS tokens_out,
             coalesce(sum(cost_usd), 0) AS cost_usd,
+            coalesce(sum(cost_usd) FILTER (cost_basis = 'estimated'), 0) AS of_it_estimated,
             count(*) FILTER (cost_usd IS NULL) AS unpriced,
             round(quantile_cont(latency_ms, 0.5), 1) AS p50_ms,
             round(quantile_cont(latency_ms, 0.95), 1) AS p95_ms

@@ -86,12 +86,12 @@ def build_api(core: GatewayCore) -> FastAPI:
 
 def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> None:
     async def deny(_: Request, error: Denied) -> Response:
-        core.meter.count("understudy_requests_failed_total", status=str(error.status))
+        core.count_failure(error.status)
         headers = {**retry_headers(error.status, None), **error.headers}
         return JSONResponse(error.body, error.status, headers=headers)
 
     async def fail(_: Request, error: UpstreamError) -> Response:
-        core.meter.count("understudy_requests_failed_total", status=str(error.status))
+        core.count_failure(error.status)
         body = error.body or error_body(error.message, kind="upstream_error")
         return JSONResponse(body, error.status, headers=retry_headers(error.status, error.retry_after_s))
 
@@ -122,6 +122,7 @@ def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> 
 def _lifespan_of(core: GatewayCore) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        core.drain.attach()
         core.capture.start()
         core.feedback.backlog.start()
         # So that a ready gateway serves the release; what fails here is tried again and logged by the loop.
@@ -130,6 +131,7 @@ def _lifespan_of(core: GatewayCore) -> Any:
         try:
             yield
         finally:
+            core.drain.close()
             polling.cancel()
             await asyncio.gather(polling, return_exceptions=True)
             await core.auditor.close()

@@ -25,7 +25,7 @@ from cluster.faces import FacesConfig
 from cluster.prices import PriceConfig
 from cluster.raw_upstream import RawUpstream
 from cluster.records import Release
-from cluster.session import let_ingress_listen_again
+from cluster.session import let_ingress_listen_again, on_replica_stop
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
 from cluster.upstream import Upstream, UpstreamConfig
@@ -154,11 +154,12 @@ class Gateway:
             pseudonyms=pseudonyms,
             api_keys=_api_keys(config),
             prices=config.prices,
-            passthrough=PassThrough(raw, config.gateway.passthrough, meter),
+            passthrough=PassThrough(raw, config.gateway.passthrough, meter, fallback.spending),
             feedback=FeedbackBox(store, pseudonyms, meter),
             faces=config.faces,
             meter=meter,
         )
+        on_replica_stop(self._core.drain.begin)
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_api(self._core)

@@ -88,22 +88,21 @@ class Auditor:
         # Nobody reads along, so the answer is wanted in one piece.
         body = {key: value for key, value in audit.request.items() if key not in ("stream", "stream_options")}
         try:
-            reply, endpoint = await self._fallback.chat(body)
+            reply, endpoint = await self._fallback.chat(body, audit.lost)
         except UpstreamError:
             return self._miss("failed")
         if reply.status >= 400:
             return self._miss("refused")
+        cost = self._fallback.spending.charge_answer(endpoint, audit.request, reply.body)
         captured = audit.captured(
-            self._pseudonyms, response=reply.body, endpoint=endpoint, served_by="llm", status=200, error=None
+            self._pseudonyms, response=reply.body, llm_cost=cost, served_by="llm", status=200, error=None
         )
         message = captured.message
         if message is None:
             self._capture.put(captured)
-            self._fallback.charge(endpoint, captured.usage)
             return self._miss("no answer")
         agrees = grade(answer, message, kind, audit.request).agrees
         self._capture.put(captured.model_copy(update={"route": with_verdict(audit.decision, agrees)}))
-        self._fallback.charge(endpoint, captured.usage)
         self._meter.count(
             "understudy_audits_total", task_id=audit.decision.task_id or "", agrees="true" if agrees else "false"
         )

@@ -1,7 +1,8 @@
 """What a call gets that no LLM answers, where the recipe allows it: its specialist's valid answer below the threshold.
 
 The specialist is asked again, because an answer that was going to be rejected may have been given up before its end. What
-it says is marked, in the response header and in the captured call, and counts for no certificate.
+it says is marked, in the response header and in the captured call, and counts for no certificate; but for a specialist
+that gave no answer the first time (it failed or was late) and now gives one above its threshold: that one is kept as ever.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from cluster.prompts import PromptFormat
 from cluster.records import RouteDecision, Specialist
 from cluster.servable import ask_engine
 from cluster.telemetry import log_event
+from serving import policy
 from serving.pending import PendingCall
 
 
@@ -40,8 +42,17 @@ async def asked_again(
     return answer if invalid is None else None
 
 
-def degraded_decision(decision: RouteDecision, answer: EngineAnswer) -> RouteDecision:
-    """The decision to serve it all the same."""
+def stand_in_decision(decision: RouteDecision, answer: EngineAnswer, specialist: Specialist) -> RouteDecision:
+    """The decision to serve a valid answer: as any other where it is above the threshold after all, else degraded.
+
+    Args:
+        decision: what came of asking the first time. Where the specialist answered and was not kept, a second try does not
+            count: the gate speaks of one.
+    """
+    if decision.action == "fall_back":
+        judged = policy.decide_after(answer, specialist, None, release=decision.release or "")
+        if judged.action == "accept":
+            return judged
     update = {"action": "degrade", "reason": "no LLM answers", "confidence": answer.confidence}
     return decision.model_copy(update=update)
 

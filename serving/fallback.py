@@ -2,15 +2,17 @@
 
 An LLM is an endpoint over HTTP (cluster/upstream.py) or a model on this cluster (serving/cluster_llm.py). One that
 raises UpstreamError passes the call on to the next; only before anything of an answer was given out, so bytes of two
-models never mix. Each answer comes with the config of the LLM that gave it, because prices differ. Retries and circuit
-breaking are the LLM's own; what a day's answers cost is counted here.
+models never mix. Each answer comes with the config of the LLM that gave it, because prices differ; who takes it counts
+what it cost (`spending`). Retries and circuit breaking are the LLM's own. An LLM that is left before it answers has read
+the request, which is counted here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, Protocol
 
@@ -18,11 +20,9 @@ from pydantic import Discriminator, Tag
 from typing_extensions import TypeAliasType
 
 from cluster.errors import UpstreamError
-from cluster.prices import tokens_cost_usd
-from cluster.records import Usage
-from cluster.spend import DailySpend
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig, UpstreamConfig, UpstreamReply, UpstreamStream
+from serving.billing import Bill, Spending, spent_error, was_at_work
 from serving.cluster_llm import ClusterLLMConfig
 from serving.openai_wire import error_body
 from serving.policy import MODEL_PREFIX
@@ -66,7 +66,8 @@ class FallbackLLM:
         assert llms, "a fallback needs an LLM"
         self._llms = list(llms)
         self._meter = meter or Meter()
-        self._spends = [DailySpend(llm.config.max_usd_per_day) for llm in llms]
+        self.spending = Spending([llm.config for llm in llms], self._meter)
+        """What their answers cost."""
 
     @property
     def has_own_model(self) -> bool:
@@ -78,8 +79,11 @@ class FallbackLLM:
         """Of the LLMs, in the order in which they are asked."""
         return tuple(llm.config for llm in self._llms)
 
-    async def chat(self, body: dict[str, Any]) -> tuple[UpstreamReply, LLMNodeConfig]:
+    async def chat(self, body: dict[str, Any], bill: Bill | None = None) -> tuple[UpstreamReply, LLMNodeConfig]:
         """Ask for a whole answer.
+
+        Args:
+            bill: gets what LLMs cost that were left before they answered.
 
         Raises:
             UpstreamError: none gave one; the last one's error.
@@ -87,14 +91,20 @@ class FallbackLLM:
         able = await self._able(body)
         for number, llm in able:
             try:
-                return await llm.chat(body), llm.config
+                with self._read_by(llm, body, bill):
+                    return await llm.chat(body), llm.config
             except UpstreamError as error:
                 self._pass_on(number, error, is_last=number == able[-1][0])
         raise AssertionError("the last one answers or raises")
 
     @contextlib.asynccontextmanager
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[tuple[UpstreamStream, LLMNodeConfig]]:
+    async def stream(
+        self, body: dict[str, Any], bill: Bill | None = None
+    ) -> AsyncIterator[tuple[UpstreamStream, LLMNodeConfig]]:
         """Start a streamed answer; its first content is here when the block is entered.
+
+        Args:
+            bill: gets what LLMs cost that were left before they answered.
 
         Raises:
             UpstreamError: none gave any content; the last one's error.
@@ -103,7 +113,8 @@ class FallbackLLM:
         for number, llm in able:
             async with contextlib.AsyncExitStack() as stack:
                 try:
-                    stream = await stack.enter_async_context(llm.stream(body))
+                    with self._read_by(llm, body, bill):
+                        stream = await stack.enter_async_context(llm.stream(body))
                 except UpstreamError as error:
                     self._pass_on(number, error, is_last=number == able[-1][0])
                     continue
@@ -123,26 +134,21 @@ class FallbackLLM:
                 self._pass_on(number, error, is_last=number == len(self._llms) - 1)
         raise AssertionError("the last one answers or raises")
 
-    def charge(self, endpoint: LLMNodeConfig, usage: Usage) -> None:
-        """Count what an answer of one of the LLMs cost.
-
-        Args:
-            endpoint: the config that came with the answer.
-        """
-        prices = endpoint.prompt_usd_per_million, endpoint.completion_usd_per_million
-        if not any(prices):
-            return
-        number = next(number for number, llm in enumerate(self._llms) if llm.config is endpoint)
-        usd = tokens_cost_usd(usage, prompt_usd_per_million=prices[0], completion_usd_per_million=prices[1])
-        if usd is None:
-            self._meter.count("understudy_llm_unpriced_total", endpoint=str(number))
-            return
-        self._spends[number].add(usd)
-        self._meter.count("understudy_llm_spend_usd_total", usd, endpoint=str(number))
-
     async def close(self) -> None:
         for llm in self._llms:
             await llm.close()
+
+    @contextlib.contextmanager
+    def _read_by(self, llm: LLM, body: dict[str, Any], bill: Bill | None) -> Iterator[None]:
+        """Count the request as read where the LLM does not answer in time or is left: it was at work, and is paid."""
+        try:
+            yield
+        except (UpstreamError, asyncio.CancelledError) as error:
+            if was_at_work(error):
+                cost = self.spending.charge_answer(llm.config, body, None)
+                if bill is not None:
+                    bill.add(cost)
+            raise
 
     async def _able(self, body: dict[str, Any]) -> list[tuple[int, LLM]]:
         """The LLMs that can be asked, with their numbers: no LLM knows a specialist's name, only one with its own model.
@@ -156,12 +162,10 @@ class FallbackLLM:
             able = [(number, llm) for number, llm in able if llm.config.own_model]
             if not able:
                 raise await self._unknown(model)
-        affordable = [(number, llm) for number, llm in able if self._spends[number].wait_s == 0]
-        if not affordable:
-            message = "upstream: every LLM has spent its max_usd_per_day here; try again tomorrow (UTC) or raise it"
-            body = error_body(message, kind="insufficient_quota", code="insufficient_quota")
-            raise UpstreamError(message, 429, body, min(self._spends[number].wait_s for number, _ in able))
-        return affordable
+        waits = [self.spending.wait_s(llm.config) for _, llm in able]
+        if all(waits):
+            raise spent_error(min(waits))
+        return [one for one, wait_s in zip(able, waits, strict=True) if not wait_s]
 
     async def _unknown(self, model: str) -> UpstreamError:
         try:

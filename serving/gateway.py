@@ -23,7 +23,7 @@ from cluster.access import ApiKeys, Identity, Pseudonyms
 from cluster.engine import Engine, EngineAnswer
 from cluster.errors import InputError, StoreError, UpstreamError
 from cluster.faces import FACES_HEADER, FacesConfig, Facing, faces_before
-from cluster.prices import PriceConfig, seconds_cost_usd, tokens_cost_usd
+from cluster.prices import PriceConfig, seconds_cost_usd
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
 from cluster.route_model import RouteGuess
@@ -35,12 +35,13 @@ from serving.admission import Admission
 from serving.audit import Auditor
 from serving.capture import Capture
 from serving.decisions import RecentDecisions
-from serving.degraded import asked_again, degraded_decision, may_stand_in
+from serving.degraded import asked_again, may_stand_in, stand_in_decision
+from serving.draining import Drain
 from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway_config import GatewayConfig
 from serving.hedging import race
-from serving.limits import fit_budget, late_error, read_limits, reading_usage
+from serving.limits import fit_budget, read_limits, within
 from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
 from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, with_code
 from serving.overload import retry_headers
@@ -78,7 +79,7 @@ class GatewayCore:
         self.config, self.capture, self.fallback, self.table = config, capture, fallback, table
         self.auditor, self.prices, self.faces = auditor, prices, faces
         self.passthrough, self.feedback = passthrough, feedback
-        self.admission = Admission(config.auth, api_keys)
+        self.drain, self.admission = Drain(config.drain_timeout_s), Admission(config.auth, api_keys)
         self.meter, self.decisions = meter or Meter(), RecentDecisions()
         self._engines, self.pseudonyms = engines, pseudonyms
         self._num_asking = 0
@@ -118,7 +119,8 @@ class GatewayCore:
         call.is_reference = not (task_id or is_for_llm) and self.auditor.is_drawn(call.call_id)
         try:
             try:
-                found = await self._find_answer(call, snapshot, task_id, is_for_llm)
+                finding = self._find_answer(call, snapshot, task_id, is_for_llm)
+                found = await within(finding, limits.deadline_at, self.drain)
             except UpstreamError as error:
                 return await self._fail(call, error)
             if isinstance(found, EngineAnswer):
@@ -160,8 +162,10 @@ class GatewayCore:
         try:
             await self.capture.keep(captured)
         except StoreError:
+            # Counted by whoever tells the client of it, whatever the call's own end was.
             message = "The gateway cannot record this call, and records every call before it answers; try again later"
             raise Denied(503, message, "server_error", "capture_failed", headers=call.response_headers()) from None
+        self.count_failure(status)
         if call.shadowed and served_by == "llm" and status == 200 and captured.message is not None:
             self.shadows.start(call, captured.message, call.shadowed)
 
@@ -176,25 +180,27 @@ class GatewayCore:
     ) -> None:
         """Capture and count, without waiting, a call whose client never saw its end."""
         self.capture.put(self._end(call, response=response, endpoint=endpoint, status=status, error=error))
+        self.count_failure(status)
+
+    def count_failure(self, status: int) -> None:
+        """Count a request that ends with this status, if it is an error."""
+        if status >= 400:
+            self.meter.count("understudy_requests_failed_total", status=str(status))
 
     async def _find_answer(
         self, call: PendingCall, snapshot: Snapshot, task_id: str | None, is_for_llm: bool
     ) -> EngineAnswer | WholeAnswer | BegunAnswer:
-        """A specialist's accepted answer, or the LLM's, before the deadline; the decision is left in `call`.
+        """A specialist's accepted answer, or the LLM's; the decision is left in `call`.
 
         Raises:
-            UpstreamError: there is none; 504 where the time is over, 400 where the LLM's could cost too much.
+            UpstreamError: there is none; 400 where the LLM's could cost too much.
         """
-        try:
-            async with asyncio.timeout_at(call.limits.deadline_at):
-                if is_for_llm:
-                    return await self._ask_llm(call)
-                asking = self._ask_specialist(call, snapshot, task_id)
-                if self.config.hedge_after_s is None:
-                    return await asking or await self._ask_llm(call)
-                return await self._hedge(call, asking, self.config.hedge_after_s)
-        except TimeoutError:
-            raise late_error() from None
+        if is_for_llm:
+            return await self._ask_llm(call)
+        asking = self._ask_specialist(call, snapshot, task_id)
+        if self.config.hedge_after_s is None:
+            return await asking or await self._ask_llm(call)
+        return await self._hedge(call, asking, self.config.hedge_after_s)
 
     async def _hedge(
         self, call: PendingCall, asking: Coroutine[Any, Any, EngineAnswer | None], after_s: float
@@ -205,12 +211,10 @@ class GatewayCore:
             lambda: self._ask_llm(call),
             after_s=after_s,
             is_good=lambda answer: answer.is_good,
-            discard=lambda answer: answer.close(),
+            discard=lambda answer: self._give_back(call, answer),
         )
         if ended.was_hedged:
             self.meter.count("understudy_hedges_total", winner="llm" if ended.first is None else "specialist")
-        if ended.has_lost_work:
-            self._charge_lost(call)
         if ended.first is not None:
             return ended.first
         assert ended.second is not None
@@ -218,13 +222,12 @@ class GatewayCore:
             call.decision = call.decision.model_copy(update={"reason": "slower than the LLM"})
         return ended.second
 
-    def _charge_lost(self, call: PendingCall) -> None:
-        """Count what the LLM that was left had read. It does not say; taken for the first that is asked."""
-        endpoint, usage = self.fallback.configs[0], reading_usage(call.request)
-        self.fallback.charge(endpoint, usage)
-        prices = endpoint.prompt_usd_per_million, endpoint.completion_usd_per_million
-        cost = tokens_cost_usd(usage, prompt_usd_per_million=prices[0], completion_usd_per_million=prices[1])
-        call.lost_cost_usd = cost or 0.0
+    async def _give_back(self, call: PendingCall, answer: WholeAnswer | BegunAnswer) -> None:
+        """Count and close an LLM's answer that came too late; a refusal is not paid."""
+        if answer.is_good:
+            body = answer.body if isinstance(answer, WholeAnswer) else None
+            call.lost.add(self.fallback.spending.charge_answer(answer.endpoint, call.request, body))
+        await answer.close()
 
     async def _ask_specialist(self, call: PendingCall, snapshot: Snapshot, task_id: str | None) -> EngineAnswer | None:
         """The accepted answer, or None for the LLM; the decision is left in `call`. `task_id` is what the client named."""
@@ -334,7 +337,7 @@ class GatewayCore:
     async def _ask_llm(self, call: PendingCall) -> WholeAnswer | BegunAnswer:
         """Raises UpstreamError where no LLM answers, or the longest answer could cost more than the call may."""
         left_usd = call.limits.budget_usd - call.specialist_cost_usd
-        return await ask_llm(self.fallback, fit_budget(call.request, left_usd, self.fallback.configs))
+        return await ask_llm(self.fallback, fit_budget(call.request, left_usd, self.fallback.configs), call.lost)
 
     async def _pass_on(self, call: PendingCall, answer: WholeAnswer) -> Response:
         status, raw, body, endpoint = answer
@@ -357,7 +360,7 @@ class GatewayCore:
         """The specialist's answer, whatever its confidence, to a call that no LLM answers; None where it has none."""
         specialist = call.specialist
         left_s = call.limits.deadline_at - asyncio.get_running_loop().time()
-        if specialist is None or not may_stand_in(error) or left_s <= 0:
+        if specialist is None or not may_stand_in(error) or left_s <= 0 or self.drain.is_over:
             return None
         timeout_s = min(self.config.specialist_timeout_s, left_s)
         begin = time.perf_counter()
@@ -368,7 +371,8 @@ class GatewayCore:
             self._note_specialist(call, specialist, time.perf_counter() - begin)
             self._num_asking -= 1
         if answer is not None:
-            call.decision, call.is_reference = degraded_decision(call.decision, answer), False
+            call.decision = stand_in_decision(call.decision, answer, specialist)
+            call.is_reference = call.is_reference and call.decision.action == "accept"
         return answer
 
     def _end(
@@ -382,18 +386,15 @@ class GatewayCore:
         error: str | None,
     ) -> AgentCall:
         """The call as it is stored; counted."""
+        cost = endpoint and self.fallback.spending.charge_answer(endpoint, call.request, response)
         captured = call.captured(
-            self.pseudonyms, response=response, endpoint=endpoint, served_by=served_by, status=status, error=error
+            self.pseudonyms, response=response, llm_cost=cost, served_by=served_by, status=status, error=error
         )
         call.is_finished = True
-        if endpoint is not None:
-            self.fallback.charge(endpoint, captured.usage)
         self.decisions.note(captured)
         action = call.decision.action
         self.meter.count("understudy_calls_total", action=action, task_id=call.decision.task_id or "")
         self.meter.observe("understudy_call_latency_ms", captured.latency_ms or 0.0, action=action)
         if captured.faces_person:
             self.meter.count("understudy_calls_facing_person_total", action=action)
-        if status >= 400:
-            self.meter.count("understudy_requests_failed_total", status=str(status))
         return captured

@@ -18,7 +18,8 @@ class GatewayConfig(ScaleConfig):
     max_ongoing: int = Field(default=1_000, ge=1)
     """Requests in flight at each replica at most; further ones are answered 503 with Retry-After."""
     drain_timeout_s: float = Field(default=60.0, ge=0)
-    """How long calls in flight may take to finish when the endpoint is told to stop, in seconds."""
+    """How long calls in flight may take to finish when the endpoint is told to stop, in seconds; then they are ended with an
+    error and captured so."""
     degraded: Literal["fail", "specialist"] = "fail"
     """What a call gets that no LLM answers: the LLM's error, or what its specialist says below its threshold, if that is
     valid, with the header x-understudy-degraded."""

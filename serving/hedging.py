@@ -21,8 +21,6 @@ class Race(NamedTuple, Generic[FirstT, SecondT]):
     second: SecondT | None
     was_hedged: bool
     """Whether the second was asked while the first had not yet answered."""
-    has_lost_work: bool
-    """Whether the second, which did not win, had worked on a good answer: it had neither failed nor refused."""
 
 
 async def race(
@@ -56,14 +54,11 @@ async def race(
                 # The second has no good answer; the first may still have one.
                 await asyncio.wait([leading])
         if leading.done() and (answer := leading.result()) is not None:
-            has_failed = following is None or (
-                following.done() and not (_has_result(following) and is_good(following.result()))
-            )
-            return Race(answer, None, was_hedged, not has_failed)
+            return Race(answer, None, was_hedged)
         following = following or asyncio.ensure_future(second())
         result = await following
         is_kept = True
-        return Race(None, result, was_hedged, False)
+        return Race(None, result, was_hedged)
     finally:
         # Both are told before anything is awaited: a second cancellation must not leave one at work.
         leading.cancel()

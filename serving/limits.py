@@ -4,33 +4,34 @@ The recipe sets both (gateway.deadline_s, gateway.budget_usd); a client can only
 x-deadline-s and x-budget-usd. Money is held back before it is spent: an LLM is asked only if the most that its answer
 can cost is within the budget. Knows nothing of specialists; times are those of the event loop's clock.
 
-The most that an answer can cost is an estimate: a prompt token for every three bytes of messages and tools (English has
-about four to a token, and Chinese characters have three bytes), at the dearest upstream's prices. A failed attempt, which
-providers do not bill, counts nothing.
+The most that an answer can cost is an estimate of its prompt (serving/billing.py) at the dearest upstream's prices. A
+failed attempt, which providers do not bill, counts nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from cluster.errors import UpstreamError
 from cluster.prices import tokens_cost_usd
 from cluster.records import Usage
 from cluster.upstream import LLMNodeConfig
+from serving.billing import num_prompt_tokens
+from serving.draining import Drain
 from serving.openai_wire import Denied, error_body
 
 DEADLINE_HEADER, BUDGET_HEADER = "x-deadline-s", "x-budget-usd"
 SPECIALIST_SHARE = 0.5
 """Of the time that is left, what a specialist may take at most, so that the LLM has the rest."""
-_BYTES_PER_TOKEN = 3
 UNLIMITED_TOKENS = 4096
 """Longest answer to a request that has a budget and sets no limit itself, in tokens. Every current model gives so many;
 one that is asked for more than it gives refuses the request."""
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
+
+ResultT = TypeVar("ResultT")
 
 
 class Limits(NamedTuple):
@@ -83,7 +84,7 @@ def fit_budget(request: dict[str, Any], budget_usd: float, llms: Iterable[LLMNod
     if math.isinf(budget_usd):
         return request
     prices = [(llm.prompt_usd_per_million, llm.completion_usd_per_million) for llm in llms]
-    num_prompt = _num_prompt_tokens(request)
+    num_prompt = num_prompt_tokens(request)
     asked = [request[name] for name in _TOKEN_LIMITS if type(request.get(name)) is int]
     num_choices = request["n"] if type(request.get("n")) is int and request["n"] > 0 else 1
     affordable = min(_affordable_tokens(num_prompt, budget_usd, *price) / num_choices for price in prices)
@@ -97,11 +98,6 @@ def fit_budget(request: dict[str, Any], budget_usd: float, llms: Iterable[LLMNod
     )
 
 
-def reading_usage(request: Mapping[str, Any]) -> Usage:
-    """What an LLM has used of tokens that began to answer and was left; an estimate, as above, and a lower one."""
-    return Usage(prompt_tokens=_num_prompt_tokens(request), completion_tokens=0)
-
-
 def late_error() -> UpstreamError:
     """The error of a call whose time is over."""
     message = (
@@ -111,41 +107,64 @@ def late_error() -> UpstreamError:
     return UpstreamError(message, 504, error_body(message, kind="timeout_error", code="deadline_exceeded"))
 
 
-async def until(chunks: AsyncIterator[bytes], deadline_at: float) -> AsyncIterator[bytes]:
-    """The pieces of a stream as they come, up to the deadline. One timer for the stream; a piece costs nothing more.
+async def within(working: Coroutine[Any, Any, ResultT], deadline_at: float, drain: Drain) -> ResultT:
+    """What `working` gives before the deadline and the gateway's end; cancelled then.
 
     Raises:
-        UpstreamError: 504, the deadline passed before the stream's end.
+        UpstreamError: 504, the deadline passed; 503, the drain time did.
+    """
+    cut: UpstreamError | None = None
+
+    def stop(error: UpstreamError) -> None:
+        nonlocal cut
+        cut = error
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with asyncio.timeout_at(deadline_at) as limit:
+            with drain.watch(stop):
+                return await working
+    except TimeoutError:
+        raise cut or late_error() from None
+
+
+async def until(chunks: AsyncIterator[bytes], deadline_at: float, drain: Drain) -> AsyncIterator[bytes]:
+    """The pieces of a stream as they come, up to the deadline or the gateway's end. One timer for the stream; a piece costs
+    nothing more.
+
+    Raises:
+        UpstreamError: 504, the deadline passed before the stream's end; 503, the drain time did.
     """
     task = asyncio.current_task()
     assert task is not None
-    is_waiting, is_late = False, False
+    is_waiting, error = False, None
 
-    def expire() -> None:
-        nonlocal is_late
-        is_late = True
-        # Between two pieces the task is its reader's, who must not be cancelled.
-        if is_waiting:
+    def stop(reason: UpstreamError) -> None:
+        nonlocal error
+        # Between two pieces the task is its reader's, who must not be cancelled; nor is one cancelled twice.
+        if error is None and is_waiting:
             task.cancel()
+        error = error or reason
 
-    timer = asyncio.get_running_loop().call_at(deadline_at, expire)
+    timer = asyncio.get_running_loop().call_at(deadline_at, lambda: stop(late_error()))
     try:
-        while not is_late:
-            is_waiting = True
-            try:
-                piece = await anext(chunks, None)
-            except asyncio.CancelledError:
-                if is_late and task.uncancel() == 0:
-                    break
-                raise
-            finally:
-                is_waiting = False
-            if piece is None:
-                return
-            yield piece
+        with drain.watch(stop):
+            while error is None:
+                is_waiting = True
+                try:
+                    piece = await anext(chunks, None)
+                except asyncio.CancelledError:
+                    if error is not None and task.uncancel() == 0:
+                        break
+                    raise
+                finally:
+                    is_waiting = False
+                if piece is None:
+                    return
+                yield piece
     finally:
         timer.cancel()
-    raise late_error()
+    raise error
 
 
 def _number(text: str | None) -> float | None:
@@ -161,11 +180,6 @@ def _number(text: str | None) -> float | None:
 
 def _malformed(header: str, allowed: str) -> Denied:
     return Denied(400, f"{header}: allowed are {allowed}", code="invalid_header", param=header)
-
-
-def _num_prompt_tokens(request: Mapping[str, Any]) -> int:
-    read = {name: request[name] for name in ("messages", "tools", "functions", "response_format") if request.get(name)}
-    return math.ceil(len(json.dumps(read, ensure_ascii=False).encode(errors="surrogatepass")) / _BYTES_PER_TOKEN)
 
 
 def _affordable_tokens(num_prompt: int, budget_usd: float, prompt_price: float, completion_price: float) -> float:

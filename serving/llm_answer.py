@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cluster.sse import parse_object
 from cluster.upstream import LLMNodeConfig, UpstreamStream
+from serving.billing import Bill
 from serving.fallback import FallbackLLM
 from serving.relay import EVENT_STREAM
 
@@ -41,17 +42,20 @@ class BegunAnswer(NamedTuple):
         await self.stack.aclose()
 
 
-async def ask_llm(fallback: FallbackLLM, request: dict[str, Any]) -> WholeAnswer | BegunAnswer:
+async def ask_llm(fallback: FallbackLLM, request: dict[str, Any], bill: Bill) -> WholeAnswer | BegunAnswer:
     """Ask for an answer as the request wants it, streamed or not.
+
+    Args:
+        bill: gets what LLMs cost that were left before they answered.
 
     Raises:
         UpstreamError: none of the LLMs gave one.
     """
     if not request.get("stream"):
-        reply, endpoint = await fallback.chat(request)
+        reply, endpoint = await fallback.chat(request, bill)
         return WholeAnswer(reply.status, reply.raw, reply.body, endpoint)
     async with contextlib.AsyncExitStack() as stack:
-        stream, endpoint = await stack.enter_async_context(fallback.stream(request))
+        stream, endpoint = await stack.enter_async_context(fallback.stream(request, bill))
         if stream.status == 200 and stream.content_type == EVENT_STREAM:
             return BegunAnswer(stream, endpoint, stack.pop_all())
         raw = b"".join([piece async for piece in stream.chunks])

@@ -11,14 +11,13 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.access import Pseudonyms
 from cluster.faces import Facing
-from cluster.prices import tokens_cost_usd
-from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usage
-from cluster.upstream import LLMNodeConfig
+from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist
+from serving.billing import Bill, Cost
 from serving.limits import Limits
 from serving.openai_wire import usage_of
 
@@ -44,8 +43,8 @@ class PendingCall:
     specialist: Specialist | None = None
     """Who was asked first."""
     specialist_cost_usd: float = 0.0
-    lost_cost_usd: float = 0.0
-    """Of an LLM that was asked as well and came too late: what reading the request cost."""
+    lost: Bill = field(default_factory=Bill)
+    """Of LLMs that were asked and whose answer the client does not get."""
     is_reference: bool = False
     is_watched: bool = False
     """Audited where a specialist's answer is kept, because the specialist is new; not of the reference stream by that."""
@@ -63,7 +62,7 @@ class PendingCall:
             begin=time.perf_counter(),
             decision=self.decision.model_copy(update={"action": "audit", "reason": "reference stream"}),
             specialist_cost_usd=0.0,
-            lost_cost_usd=0.0,
+            lost=Bill(),
             audit_of=self.call_id,
             is_finished=False,
         )
@@ -75,6 +74,7 @@ class PendingCall:
             call_id=uuid.uuid4().hex,
             begin=time.perf_counter(),
             decision=decision,
+            lost=Bill(),
             is_reference=False,
             audit_of=self.call_id,
             is_finished=False,
@@ -89,7 +89,7 @@ class PendingCall:
         pseudonyms: Pseudonyms,
         *,
         response: dict[str, Any] | None,
-        endpoint: LLMNodeConfig | None,
+        llm_cost: Cost | None,
         served_by: ServedBy,
         status: int,
         error: str | None,
@@ -97,9 +97,9 @@ class PendingCall:
         """The call as it is stored, ended now.
 
         Args:
-            endpoint: whose answer `response` is; None where no LLM answered.
+            llm_cost: of `response`, where an LLM gave it; None where none answered.
         """
-        usage = usage_of(response)
+        cost = self._cost(llm_cost, served_by)
         call = AgentCall(
             call_id=self.call_id,
             ts=self.ts,
@@ -109,9 +109,10 @@ class PendingCall:
             step=self._step(),
             request=self.request,
             response=response,
-            usage=usage,
+            usage=usage_of(response),
             latency_ms=(time.perf_counter() - self.begin) * 1e3,
-            cost_usd=self._cost_usd(usage, endpoint, served_by),
+            cost_usd=cost and cost.usd,
+            cost_basis=cost and ("estimated" if cost.is_estimated else "reported"),
             served_by=served_by,
             route=self.decision,
             status=status,
@@ -160,18 +161,11 @@ class PendingCall:
             return int(given)
         return sum(message.get("role") == "assistant" for message in self.request["messages"])
 
-    def _cost_usd(self, usage: Usage, endpoint: LLMNodeConfig | None, served_by: ServedBy) -> float | None:
-        """Tokens of the LLM plus time of a specialist, kept or not; None where the LLM did not report its tokens."""
-        if served_by == "specialist":
-            return self.specialist_cost_usd + self.lost_cost_usd
-        if endpoint is None:
+    def _cost(self, llm_cost: Cost | None, served_by: ServedBy) -> Cost | None:
+        """Tokens of LLMs plus time of a specialist, kept or not; None where no LLM was at work and none was to answer."""
+        if llm_cost is None and served_by == "llm" and not self.lost.cost.usd:
             return None
-        cost = tokens_cost_usd(
-            usage,
-            prompt_usd_per_million=endpoint.prompt_usd_per_million,
-            completion_usd_per_million=endpoint.completion_usd_per_million,
-        )
-        return None if cost is None else cost + self.specialist_cost_usd
+        return Cost(self.specialist_cost_usd).plus(self.lost.cost).plus(llm_cost or Cost())
 
 
 def agent_of(headers: Mapping[str, str]) -> str:

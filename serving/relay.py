@@ -16,7 +16,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import UpstreamError
-from cluster.sse import SseReader
+from cluster.sse import MAX_STREAM_BYTES, SseReader
 from cluster.upstream import LLMNodeConfig, UpstreamStream
 from serving.limits import until
 from serving.openai_wire import Denied, error_body, error_code, sse_event
@@ -58,8 +58,10 @@ class LLMRelay(StreamingResponse):
     async def _pieces(self, stream: UpstreamStream) -> AsyncIterator[bytes]:
         held: list[bytes] = []
         try:
-            async for piece in until(stream.chunks, self._call.limits.deadline_at):
+            async for piece in until(stream.chunks, self._call.limits.deadline_at, self._core.drain):
                 self._read(self._reader.feed(piece))
+                if self._reader.is_full:
+                    raise _too_long()
                 if not (self._reader.is_done or self._parts.is_finished):
                     yield piece
                     continue
@@ -83,7 +85,7 @@ class LLMRelay(StreamingResponse):
                 return
             yield b"".join(held) + await self._broken_off(error)
         except Denied as denied:
-            yield _error_event(denied.body)
+            yield self._denied(denied)
 
     def _read(self, chunks: list[dict[str, Any]]) -> None:
         for chunk in chunks:
@@ -110,14 +112,24 @@ class LLMRelay(StreamingResponse):
         try:
             await self._finish(error.status, f"the LLM broke off its answer{f': {code}' if code else ''}")
         except Denied as denied:
-            return _error_event(denied.body)
+            return self._denied(denied)
         return _error_event(body)
+
+    def _denied(self, denied: Denied) -> bytes:
+        """The event that says so; counted, as the HTTP side counts what it denies."""
+        self._core.count_failure(denied.status)
+        return _error_event(denied.body)
 
     async def _finish(self, status: int, error: str | None) -> None:
         """Raises Denied where the call cannot be kept."""
         await self._core.finish(
             self._call, response=self._parts.body(), endpoint=self._endpoint, status=status, error=error
         )
+
+
+def _too_long() -> UpstreamError:
+    message = f"The LLM's stream is longer than {MAX_STREAM_BYTES} bytes; ask for a shorter answer"
+    return UpstreamError(message, 502, error_body(message, kind="upstream_error", code="upstream_error"))
 
 
 def _error_event(body: dict[str, Any]) -> bytes:

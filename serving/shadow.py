@@ -100,7 +100,7 @@ class Shadows:
         body = message and completion_body(message, call_id=shadow.call_id, model=model, created=created, usage=usage)
         self._capture.put(
             shadow.captured(
-                self._pseudonyms, response=body, endpoint=None, served_by="specialist", status=200, error=None
+                self._pseudonyms, response=body, llm_cost=None, served_by="specialist", status=200, error=None
             )
         )
         outcome = {True: "true", False: "false", None: "not kept"}[decision.agrees]

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -52,6 +52,9 @@ class SpecialistConfig(ScaleConfig):
     """Memory for keys and values; CPU only (a GPU engine takes its share of device memory)."""
     num_threads: int = Field(default=1, ge=1)
     """OpenMP threads of a CPU engine."""
+    request_router: Literal["default", "adapter"] = "default"
+    """How a gateway chooses among several replicas: as Ray Serve does, or one that has the adapter and knows the prompt's
+    beginning, unless it is much busier than another (serving/replica_choice.py)."""
     min_replicas: int = Field(default=1, ge=0)
     """Replicas kept when idle. With 0 the LLM answers while none is up, and the first such call starts one."""
 
@@ -88,6 +91,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
             "max_ongoing_requests": 4 * config.max_num_seqs,
             # One gateway's queue; beyond it the LLM answers at once instead of after the timeout.
             "max_queued_requests": 4 * config.max_num_seqs,
+            **router_options(config),
         },
         runtime_env={"env_vars": environment},
         log_engine_metrics=False,
@@ -98,6 +102,17 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
         override_serve_options={"name": name},
         bind_kwargs={"store_uri": store_uri, "base": base, "config": config},
     )
+
+
+def router_options(config: SpecialistConfig) -> dict[str, Any]:
+    """Ray Serve's request_router_config, where it is not its default."""
+    if config.request_router == "default":
+        return {}
+    router = {
+        "request_router_class": "serving.replica_router.AdapterRouter",
+        "request_router_kwargs": {"max_adapters": config.max_adapters},
+    }
+    return {"request_router_config": router}
 
 
 def deployment_name(base: str) -> str:

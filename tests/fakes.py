@@ -215,8 +215,13 @@ class FakeLLM:
         await response.prepare(http_request)
         await response.write(_event({"role": "assistant", "content": LLM_TEXT[:4]}, None))
         if self.fate == "hang":
-            await asyncio.sleep(5)
+            await asyncio.Event().wait()
         await self.may_go_on.wait()
+        if self.fate.startswith("endless"):
+            is_line = self.fate == "endless line"
+            await response.write(b"data: " if is_line else _event({}, "stop"))
+            while True:
+                await response.write(b"x" * 2**15 if is_line else b": ping\n\n" * 2**12)
         if self.fate in _LAST_WORDS:
             await response.write(_LAST_WORDS[self.fate])
             return response
@@ -263,6 +268,7 @@ async def gateway(
     llm_timeout_s: float = 120.0,
     faces: FacesConfig = DEFAULT_FACES,
     is_cluster_only: bool = False,
+    max_usd_per_day: float | None = None,
     **config: Any,
 ) -> AsyncIterator[Running]:
     store, engine, llm = Store(str(tmp_path / "store")), FakeEngine(), FakeLLM()
@@ -275,6 +281,7 @@ async def gateway(
             completion_usd_per_million=2.0,
             model=llm_model,
             timeout_s=llm_timeout_s,
+            max_usd_per_day=max_usd_per_day,
         )
     ]
     if dead_first:
@@ -297,7 +304,7 @@ async def gateway(
         pseudonyms=pseudonyms,
         api_keys=keys,
         prices=prices,
-        passthrough=PassThrough(raw, settings.passthrough, meter),
+        passthrough=PassThrough(raw, settings.passthrough, meter, fallback.spending),
         feedback=FeedbackBox(store, pseudonyms, meter),
         faces=faces,
         meter=meter,

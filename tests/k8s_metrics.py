@@ -16,7 +16,12 @@ RAY = pathlib.Path(ray.__file__).parent
 RAY_SOURCES = ("serve/_private/*.py", "dashboard/modules/reporter/reporter_agent.py")
 RAY_LABELS = frozenset({"deployment", "instance", "GpuIndex"})
 """Of Ray's own metrics, as far as they are used here; `instance` is Prometheus's."""
-VALUES = {"action": set(get_args(Action)), "agrees": {"true", "false"}, "deployment": {"gateway"}}
+VALUES = {
+    "action": set(get_args(Action)),
+    "agrees": {"true", "false"},
+    "basis": {"reported", "estimated"},
+    "deployment": {"gateway"},
+}
 """Labels whose values stand in the code."""
 _WORDS = ("and", "or", "unless")
 _SELECTOR = re.compile(r"(?<!\w)([A-Za-z_:][\w:]*)\s*(?:\{([^}]*)\})?")

@@ -268,13 +268,13 @@ def _run_upstream() -> None:
 
 
 def _run_gateway(store: str, llm: str, mode: Mode) -> None:
-    from serving.app import Gateway, ServeArgs
+    from jobs.bench.core_gateway import lone_gateway
 
     durability = "async" if mode == "off" else mode
     capture = {"durability": durability, "flush_interval_s": FLUSH_INTERVAL_S, "fold_interval_s": FLUSH_INTERVAL_S}
     upstream = [{"base_url": f"{llm}/v1"}]
     args = {"store": store, "upstream": upstream, "gateway": {"auth": "open"}, "capture": capture}
-    gateway = Gateway(ServeArgs.model_validate(args).model_dump(mode="json"), {}, {})
+    gateway = lone_gateway(args)
     if mode == "off":
         gateway._core.capture.keep = _keep_nothing
     _serve(gateway.__serve_build_asgi_app__())

@@ -27,9 +27,13 @@ def core_command(store: str, llm: str, profile: str = "", **args: Any) -> list[s
     return module("jobs.bench.core_gateway", *words)
 
 
+def lone_gateway(args: dict[str, Any]) -> Gateway:
+    """The gateway alone: no engine, no model on a cluster, no steward."""
+    return Gateway(ServeArgs.model_validate(args).model_dump(mode="json"), {}, {}, None)
+
+
 def main(words: str, profile: str | None = None) -> None:
-    args = ServeArgs.model_validate(json.loads(words))
-    app = Gateway(args.model_dump(mode="json"), {}, {}).__serve_build_asgi_app__()
+    app = lone_gateway(json.loads(words)).__serve_build_asgi_app__()
     profiler = cProfile.Profile(time.thread_time)
     signal.signal(signal.SIGUSR1, lambda *_: profiler.enable())
     # uvicorn sends itself the signal again once it has ended in order.

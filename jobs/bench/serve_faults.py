@@ -219,12 +219,12 @@ async def _try_engine_killed(client: _Client, num: int) -> list[Trial]:
 
 
 async def _until_engine_is_back(client: _Client, number: int) -> None:
-    for _ in range(300):
+    for _ in range(900):
         reply = await client.ask(task_request("good", 2 * number + 1))
         if reply.headers.get("x-understudy-route") == "accept":
             return
         await asyncio.sleep(0.2)
-    raise RuntimeError("the engine's replica did not come back in a minute")
+    raise RuntimeError("the engine's replica did not come back in three minutes")
 
 
 async def _try_missing_routes(client: _Client, store: Store, num: int) -> list[Trial]:

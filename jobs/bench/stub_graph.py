@@ -54,7 +54,12 @@ class StubEngine:
             self._resident.popitem(last=False)
 
     async def answer(
-        self, adapter: str | None, prompt_format: PromptFormat, request: dict[str, Any], max_answer_tokens: int
+        self,
+        adapter: str | None,
+        prompt_format: PromptFormat,
+        request: dict[str, Any],
+        max_answer_tokens: int,
+        stop_below: float = 0.0,
     ) -> EngineAnswer:
         assert adapter is not None
         self._num_asked += 1

@@ -1,5 +1,5 @@
 """`understudy serve` as a process of its own: answers at the base_url it prints, and SIGTERM cuts no stream
-and loses no captured call."""
+that ends within the drain time and loses no captured call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.integration
 ROOT = pathlib.Path(__file__).parents[2]
 MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 START_TIMEOUT_S, STOP_TIMEOUT_S = 120.0, 60.0
-_HOLD_S = 5.0
+_HOLD_S, _DRAIN_S = 5.0, 8.0
 
 
 def test_serve_answers_until_it_is_told_to_stop_and_then_finishes_and_flushes(tmp_path: pathlib.Path) -> None:
@@ -39,7 +39,7 @@ def test_serve_answers_until_it_is_told_to_stop_and_then_finishes_and_flushes(tm
     with _running_llm() as (llm, url, loop):
         # An hour between writes: whatever is stored was written because of the signal.
         words = [f"store={store.uri}", f"upstream.0.base_url={url}", f"serve.http.port={_free_port()}"]
-        words.append("capture.flush_interval_s=3600.0")
+        words += ["capture.flush_interval_s=3600.0", f"gateway.drain_timeout_s={_DRAIN_S}"]
         with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
             process = subprocess.Popen(
                 [sys.executable, "-m", "jobs", "serve", *words], stdout=out, stderr=err, cwd=ROOT, env=_environment()
@@ -53,16 +53,22 @@ def test_serve_answers_until_it_is_told_to_stop_and_then_finishes_and_flushes(tm
                 loop.call_soon_threadsafe(llm.may_go_on.clear)
                 stream = client.chat.completions.create(model="llm-1", messages=MESSAGES, stream=True)
                 said = next(stream).choices[0].delta.content
+                loop.call_soon_threadsafe(setattr, llm, "fate", "hang")
+                endless = client.chat.completions.create(model="llm-1", messages=MESSAGES, stream=True)
+                assert next(endless).choices[0].delta.content
+                loop.call_soon_threadsafe(setattr, llm, "fate", "finish")
                 process.send_signal(signal.SIGTERM)
                 # What waits for nobody is gone by then: the stream would be cut.
                 time.sleep(_HOLD_S)
                 loop.call_soon_threadsafe(llm.may_go_on.set)
                 said += "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
                 assert said == LLM_TEXT
+                with pytest.raises(openai.APIError, match="This gateway stops"):
+                    list(endless)
             assert process.wait(STOP_TIMEOUT_S) == 0, (tmp_path / "err").read_text()
             calls = read_calls(store)
             assert reply.headers["x-understudy-call-id"] in {call.call_id for call in calls}
-            assert [call.status for call in calls if call.request.get("stream")] == [200]
+            assert [call.status for call in calls if call.request.get("stream")] == [200, 503]
         finally:
             process.kill()
             process.wait(STOP_TIMEOUT_S)

@@ -2,10 +2,12 @@
 
 import time
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cluster import calls as calls_module
 from cluster.calls import (
     CALL_SCHEMA,
     CONTENT_COLUMNS,
@@ -38,6 +40,17 @@ def make_call(index: int = 0, **fields) -> AgentCall:
         "response": {"model": "big-2", "choices": [{"message": {"role": "assistant", "content": "yes"}}]},
     }
     return AgentCall(**{**values, **fields})
+
+
+def test_parts_that_were_written_before_a_column_existed_read_as_having_none_there(tmp_path, monkeypatch):
+    store = Store(str(tmp_path / "store"))
+    with monkeypatch.context() as older:
+        older.setattr(calls_module, "_COLUMNS", tuple(one for one in calls_module._COLUMNS if one.name != "cost_basis"))
+        older.setattr(calls_module, "CALL_SCHEMA", pa.schema([one for one in CALL_SCHEMA if one.name != "cost_basis"]))
+        write_calls(store, [make_call(0, cost_usd=0.5)])
+    write_calls(store, [make_call(1, cost_usd=0.5, cost_basis="estimated")])
+    assert sorted(read_call_columns(store, ["cost_basis"])["cost_basis"].to_pylist(), key=str) == [None, "estimated"]
+    assert [call.cost_basis for call in read_calls(store)] == [None, "estimated"]
 
 
 @pytest.mark.parametrize(

@@ -19,5 +19,5 @@ def test_what_costs_nothing_is_counted_and_not_exported(monkeypatch) -> None:
     counter, meter = Counter(), Meter(export=True)
     monkeypatch.setattr(meter, "_metric", lambda name: counter)
     for usd in (0.0, 0.25, 0.0):
-        meter.count("understudy_llm_spend_usd_total", usd, endpoint="0")
+        meter.count("understudy_llm_spend_usd_total", usd, endpoint="0", basis="reported")
     assert meter.total("understudy_llm_spend_usd_total") == counter.total == 0.25

@@ -10,6 +10,10 @@ import sys
 import pytest
 
 from cluster.errors import ConfigError
+from cluster.faces import FacesConfig, Facing
+from cluster.prompts import PromptFormat
+from cluster.servable import ask_engine
+from jobs.bench.core_gateway import lone_gateway
 from jobs.bench.fake_llm import answer_text
 from jobs.bench.gateway_profile import shares_by_package
 from jobs.bench.graph_tax import compare
@@ -20,7 +24,8 @@ from jobs.bench.rollout import adapter_of, request_of, what_is_mixed
 from jobs.bench.serve import bench_serve, gather_numbers
 from jobs.bench.serve_faults import Trial, is_captured_once, summarize_trials, wrong_of_upstream
 from jobs.bench.soak import SHAPES, shape_bodies, summarize_looks
-from jobs.bench.stub_graph import stub_confidence, stub_text
+from jobs.bench.stage import make_stage, task_request
+from jobs.bench.stub_graph import StubEngine, stub_confidence, stub_text
 
 PROMISED = {
     *("cpu_ms", "requests_per_s", "vs_litellm", "vs_floor", "graph_tax", "mixed_vs_one_adapter", "replica_efficiency"),
@@ -137,6 +142,21 @@ def test_the_time_of_c_functions_is_their_callers():
         ("~", 0, "<built-in loads>"): (4, 4, 5.0, 5.0, {ours: (3, 3, 4.0, 4.0), theirs: (1, 1, 1.0, 1.0)}),
     }
     assert shares_by_package(stats) == {"serving": 0.75, "aiohttp": 0.25}
+
+
+def test_the_benchmarks_own_gateway_and_engine_are_what_the_product_asks_for(tmp_path):
+    address, _ = make_stage(tmp_path / "stage")
+    app = lone_gateway({"store": address, "upstream": [{"base_url": "http://127.0.0.1:9/v1"}]})
+    assert callable(app.__serve_build_asgi_app__())
+    request, prompt_format = (
+        task_request("good", 1),
+        PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=9),
+    )
+    asking = ask_engine(
+        StubEngine(1), "adapters/t50-good", prompt_format, request, 16, Facing(FacesConfig(), False), stop_below=0.5
+    )
+    answer, invalid = asyncio.run(asking)
+    assert (answer.text, invalid) == (stub_text("adapters/t50-good", 1), None)
 
 
 def test_requests_have_the_sizes_that_are_said():

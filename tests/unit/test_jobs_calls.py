@@ -45,7 +45,7 @@ def store(tmp_path) -> Store:
     write_calls(
         store,
         [
-            make_call(0, usage=usage, cost_usd=0.5, latency_ms=100.0, **ann),
+            make_call(0, usage=usage, cost_usd=0.5, cost_basis="estimated", latency_ms=100.0, **ann),
             make_call(1, usage=usage, cost_usd=0.25, latency_ms=300.0),
             make_call(2, agent="till", status=500, error="timeout", response=None, served_by="specialist"),
             make_call(3, agent="till", faces_person=True, ts=DAY + 2 * 86400, route=None),
@@ -64,11 +64,20 @@ def test_counts_tell_agents_people_and_failures_apart_and_leave_audits_out(store
 
 def test_costs_add_up_and_say_what_has_no_price(store):
     answer = price_calls(store, Filters(), "agent", 9)
-    assert answer.head[1:] == ["calls", "tokens_in", "tokens_out", "cost_usd", "unpriced", "p50_ms", "p95_ms"]
+    assert answer.head[1:] == [
+        "calls",
+        "tokens_in",
+        "tokens_out",
+        "cost_usd",
+        "of_it_estimated",
+        "unpriced",
+        "p50_ms",
+        "p95_ms",
+    ]
     assert answer.rows == [
-        ("all", 4, 20, 4, 0.75, 2, 200.0, 290.0),
-        ("desk", 2, 20, 4, 0.75, 0, 200.0, 290.0),
-        ("till", 2, 0, 0, 0.0, 2, None, None),
+        ("all", 4, 20, 4, 0.75, 0.5, 2, 200.0, 290.0),
+        ("desk", 2, 20, 4, 0.75, 0.5, 0, 200.0, 290.0),
+        ("till", 2, 0, 0, 0.0, 0, 2, None, None),
     ]
 
 

@@ -20,6 +20,7 @@ from cluster.feedback import read_feedback
 from cluster.raw_upstream import RawUpstream
 from cluster.upstream import UpstreamConfig
 from serving.admission import RateLimiter
+from serving.billing import Spending
 from serving.passthrough import MAX_BODY_BYTES, PassThrough
 
 KEY_ENV = "UNDERSTUDY_TEST_UPSTREAM_KEY"
@@ -69,8 +70,9 @@ async def endpoint(run: Running, **config: Any) -> AsyncIterator[Endpoint]:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     base_url = f"http://127.0.0.1:{runner.addresses[0][1]}/deep/v1"
     raw = RawUpstream(UpstreamConfig(base_url=base_url, api_key_env=KEY_ENV, **config))
+    spending = Spending([raw.config], run.core.meter)
     await run.core.passthrough.close()
-    run.core.passthrough = PassThrough(raw, run.core.passthrough.paths, run.core.meter)
+    run.core.passthrough = PassThrough(raw, run.core.passthrough.paths, run.core.meter, spending)
     try:
         yield found
     finally:
@@ -339,6 +341,47 @@ def test_a_reply_that_breaks_off_breaks_off_at_the_client_too(tmp_path: pathlib.
             upstream.is_cut = True
             with pytest.raises(ConnectionError, match="broke off"):
                 await run.http.post(EMBEDDINGS, content=b"x")
+
+    asyncio.run(scenario())
+
+
+def test_what_passes_through_is_paid_and_a_days_limit_holds_for_it(tmp_path: pathlib.Path) -> None:
+    prices = {"prompt_usd_per_million": 1.0, "completion_usd_per_million": 2.0, "max_usd_per_day": 0.001}
+
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run, endpoint(run, **prices) as upstream:
+            spent = run.core.meter.counts
+
+            async def ask() -> int:
+                return (await run.http.post(EMBEDDINGS, content=b"x" * 300)).status_code
+
+            upstream.body = b'{"usage": {"prompt_tokens": 50, "total_tokens": 50}}'
+            assert await ask() == 200
+            assert spent["understudy_llm_spend_usd_total", "0", "reported"] == pytest.approx(50e-6)
+            upstream.status = 500
+            assert await ask() == 500
+            assert run.core.meter.total("understudy_llm_spend_usd_total") == pytest.approx(50e-6)
+            upstream.status, upstream.body = 200, b"{".ljust(600)
+            statuses = [await ask() for _ in range(4)]
+            assert statuses == [200, 200, 429, 429], "500 millionths of a dollar each, reported by nobody"
+            assert spent["understudy_passthrough_total", EMBEDDINGS, "429"] == 2
+            refused = await run.http.post(EMBEDDINGS, content=b"x")
+            assert refused.json()["error"]["code"] == "insufficient_quota" and int(refused.headers["retry-after"]) >= 1
+
+    asyncio.run(scenario())
+
+
+def test_a_reply_that_is_cut_or_left_is_paid_as_far_as_it_came(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        prices = {"prompt_usd_per_million": 1.0, "completion_usd_per_million": 2.0}
+        async with gateway(tmp_path) as run, endpoint(run, timeout_s=0.3, **prices) as upstream:
+            upstream.is_cut = True
+            with pytest.raises(ConnectionError):
+                await run.http.post(EMBEDDINGS, content=b"x" * 30)
+            assert run.core.meter.total("understudy_llm_spend_usd_total") == pytest.approx(10e-6 + 2 * 2e-6)
+            upstream.is_silent = True
+            assert (await run.http.post(EMBEDDINGS, content=b"x" * 30)).status_code == 504
+            assert run.core.meter.total("understudy_llm_spend_usd_total") == pytest.approx(20e-6 + 2 * 2e-6)
 
     asyncio.run(scenario())
 

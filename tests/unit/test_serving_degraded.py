@@ -81,3 +81,33 @@ def test_a_call_that_no_specialist_was_asked_has_none_to_stand_in(tmp_path: path
             assert reply.status_code == 500 and run.engine.num_asked == 0
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("first", "confidence", "route"),
+    [("fails", 0.99, "accept"), ("fails", 0.2, "degrade"), ("unsure", 0.99, "degrade")],
+)
+def test_a_stand_in_above_its_threshold_is_no_stand_in(
+    tmp_path: pathlib.Path, first: str, confidence: float, route: str
+) -> None:
+    """One that was only late or broken the first time is kept as ever; a second try at the threshold does not count."""
+
+    async def scenario() -> None:
+        async with gateway(tmp_path, degraded="specialist") as run:
+
+            async def answer() -> EngineAnswer:
+                if run.engine.num_asked > 1:
+                    return engine_answer("refund", confidence)
+                if first == "fails":
+                    raise EngineError("dead")
+                return engine_answer("refund", 0.2)
+
+            run.engine.answer_with, run.llm.status = answer, 503
+            reply = await run.ask()
+            assert reply.status_code == 200 and run.engine.num_asked == 2
+            assert reply.headers["x-understudy-route"] == route
+            assert ("x-understudy-degraded" in reply.headers) == (route == "degrade")
+            (call,) = await run.captured()
+            assert call.route is not None and (call.route.action, call.route.confidence) == (route, confidence)
+
+    asyncio.run(scenario())

@@ -28,6 +28,7 @@ from scripted_llm import (
 from cluster.errors import UpstreamError
 from cluster.records import Usage
 from cluster.telemetry import Meter
+from serving.billing import Bill
 from serving.fallback import FallbackLLM
 
 PRICED = {"prompt_usd_per_million": 1.0, "completion_usd_per_million": 2.0}
@@ -136,15 +137,13 @@ def test_an_llm_that_has_spent_its_day_is_left_out_and_the_last_one_says_until_w
     async def main() -> None:
         async with two(*scripts, **PRICED, max_usd_per_day=0.001) as (fallback, meter):
             _, first = await fallback.chat(BODY)
-            fallback.charge(first, Usage(prompt_tokens=600, completion_tokens=200))
-            assert meter.counts["understudy_llm_spend_usd_total", "0"] == pytest.approx(0.001)
+            fallback.spending.charge_answer(first, BODY, {"usage": {"prompt_tokens": 600, "completion_tokens": 200}})
+            assert meter.counts["understudy_llm_spend_usd_total", "0", "reported"] == pytest.approx(0.001)
             _, second = await fallback.chat(BODY)
             assert second is fallback._llms[1].config
-            fallback.charge(second, Usage(prompt_tokens=10**9, completion_tokens=0))
             only = FallbackLLM(fallback._llms[:1])
-            only.charge(first, Usage(prompt_tokens=None, completion_tokens=None))
             await only.chat(BODY)
-            only.charge(first, Usage(prompt_tokens=10**6, completion_tokens=0))
+            only.spending.charge(first, Usage(prompt_tokens=10**6, completion_tokens=0), is_estimated=False)
             with pytest.raises(UpstreamError, match="max_usd_per_day") as caught:
                 await only.chat(BODY)
             assert caught.value.status == 429 and 0 < (caught.value.retry_after_s or 0) <= 86_400
@@ -153,12 +152,38 @@ def test_an_llm_that_has_spent_its_day_is_left_out_and_the_last_one_says_until_w
     asyncio.run(main())
 
 
-def test_answers_of_unknown_cost_are_counted_apart() -> None:
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("is_left", [False, True], ids=["in time", "left"])
+def test_an_llm_that_is_left_at_work_has_read_the_request_and_one_that_fails_has_not(
+    is_stream: bool, is_left: bool
+) -> None:
+    """Ten prompts of 30 KB reach a day's limit of ten cents although no answer ever came."""
+    body = {**BODY, "messages": [{"role": "user", "content": "x" * 30_000}]}
+
+    async def ask(fallback: FallbackLLM, bill: Bill) -> None:
+        if not is_stream:
+            await fallback.chat(body, bill)
+            return
+        async with fallback.stream({**body, "stream": True}, bill):
+            raise AssertionError("nothing was said")
+
     async def main() -> None:
-        async with two(Script(whole()), Script(whole()), **PRICED) as (fallback, meter):
-            _, endpoint = await fallback.chat(BODY)
-            fallback.charge(endpoint, Usage())
-            assert meter.counts["understudy_llm_unpriced_total", "0"] == 1
-            assert meter.total("understudy_llm_spend_usd_total") == 0
+        slow, failing = Script(silent), Script(whole(500))
+        async with two(slow, failing, **PRICED, max_usd_per_day=0.1, breaker_failures=1_000) as (fallback, meter):
+            bill = Bill()
+            for number in range(10):
+                assert fallback.spending.wait_s(fallback.configs[0]) == 0
+                asking = asyncio.create_task(ask(fallback, bill))
+                while is_left and len(slow.bodies) == number:
+                    await asyncio.sleep(0.001)
+                if is_left:
+                    asking.cancel()
+                await asyncio.wait({asking})
+            assert fallback.spending.wait_s(fallback.configs[0]) > 0
+            assert bill.cost.is_estimated and bill.cost.usd == pytest.approx(0.1, rel=0.02)
+            assert meter.counts["understudy_llm_spend_usd_total", "0", "estimated"] == pytest.approx(bill.cost.usd)
+            assert meter.total("understudy_llm_spend_usd_total") == pytest.approx(bill.cost.usd), (
+                "a failure costs nothing"
+            )
 
     asyncio.run(main())

@@ -66,37 +66,30 @@ def test_one_good_answer_wins_and_nothing_is_left_over(first: Side, second: Side
     assert (ended.first is None) != (ended.second is None)
     assert (ended.first, ended.second) in [("specialist", None), (None, "llm"), (None, "refusal")]
     if ended.second is not None:
-        assert not discarded and (result is None or ended.was_hedged) and not ended.has_lost_work
+        assert not discarded and (result is None or ended.was_hedged)
         assert result is None or ended.second == "llm", "a refusal wins over nothing alone"
     elif second.state == "done" and not isinstance(second_result, Exception):
         assert discarded == [second_result], "an answer that came too late is given back"
     else:
         assert not discarded and second.state in ("idle", "cancelled", "done")
-    if ended.first is not None:
-        # One that fails or refuses in the turn in which it is cancelled may be taken for one that worked.
-        assert _failed(second) or ended.has_lost_work == (second.state in ("cancelled", "done"))
     if after_s:
         assert not ended.was_hedged, "a quick first is alone"
 
 
-def _failed(side: Side) -> bool:
-    return side.state == "done" and side.result != "llm"
-
-
 def test_a_slow_first_is_cancelled_and_a_slow_second_too() -> None:
     slow, quick = Side(10**9, "specialist"), Side(0, "llm")
-    assert _race(slow, quick, 0.0)[0] == Race(None, "llm", True, False)
+    assert _race(slow, quick, 0.0)[0] == Race(None, "llm", True)
     assert slow.state == "cancelled"
     slow, quick = Side(10**9, "llm"), Side(3, "specialist")
-    assert _race(quick, slow, 0.0)[0] == Race("specialist", None, True, True)
+    assert _race(quick, slow, 0.0)[0] == Race("specialist", None, True)
     assert slow.state == "cancelled"
 
 
 def test_where_the_second_fails_the_first_is_waited_for() -> None:
     ended, _ = _race(Side(50, "specialist"), Side(0, ValueError("no LLM")), 0.0)
-    assert ended == Race("specialist", None, True, False)
-    ended, _ = _race(Side(50, "specialist"), Side(0, "refusal"), 0.0)
-    assert ended == Race("specialist", None, True, False), "what was refused is not paid"
+    assert ended == Race("specialist", None, True)
+    ended, discarded = _race(Side(50, "specialist"), Side(0, "refusal"), 0.0)
+    assert ended == Race("specialist", None, True) and discarded == ["refusal"]
 
 
 def test_who_leaves_ends_both() -> None:

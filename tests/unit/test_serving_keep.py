@@ -133,6 +133,7 @@ def test_a_call_that_cannot_be_kept_is_not_answered(tmp_path: pathlib.Path, extr
                 error = reply.json()
                 assert reply.status_code == 503 and "refund" not in reply.text and LLM_TEXT not in reply.text
             assert error["error"]["code"] == "capture_failed" and len(keep.kept) == 1
+            assert _failures(run) == {"503": 1}
             assert run.core.meter.total("understudy_calls_total") == 1
 
     asyncio.run(scenario())
@@ -147,8 +148,28 @@ def test_a_cut_stream_that_cannot_be_kept_says_that(tmp_path: pathlib.Path) -> N
             reply = await run.ask(stream=True)
             assert SseReader().feed(reply.content)[-1]["error"]["code"] == "capture_failed"
             assert [call.status for call in keep.kept] == [502]
+            assert _failures(run) == {"503": 1}
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_broken", [True, False])
+def test_a_call_that_fails_is_counted_once_by_what_its_client_is_told(tmp_path: pathlib.Path, is_broken: bool) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            run.llm.status = 500
+            keep = SlowKeep(run, is_broken=is_broken)
+            keep.may_keep.set()
+            reply = await run.ask(n=2)
+            assert reply.status_code == (503 if is_broken else 500) and [call.status for call in keep.kept] == [500]
+            assert _failures(run) == {str(reply.status_code): 1}
+
+    asyncio.run(scenario())
+
+
+def _failures(run: Running) -> dict[str, float]:
+    counts = run.core.meter.counts
+    return {tags[0]: number for (name, *tags), number in counts.items() if name == "understudy_requests_failed_total"}
 
 
 @pytest.mark.parametrize("is_specialist", [True, False])
@@ -183,7 +204,7 @@ def test_a_fault_of_the_gateways_own_is_an_openai_error_and_its_call_is_kept(tmp
     async def scenario() -> None:
         async with gateway(tmp_path) as run:
 
-            async def fail(_: Any) -> None:
+            async def fail(*_: Any) -> None:
                 raise ZeroDivisionError("SECRET")
 
             run.core.fallback.chat = fail  # type: ignore[method-assign]
@@ -194,6 +215,27 @@ def test_a_fault_of_the_gateways_own_is_an_openai_error_and_its_call_is_kept(tmp
             ) and "SECRET" not in reply.text
             (call,) = await run.captured()
             assert (call.status, call.error) == (500, "internal error: ZeroDivisionError")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("fate", ["endless line", "endless end"])
+def test_an_endless_stream_is_broken_off_and_captured(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, fate: str
+) -> None:
+    """Neither a line without an end nor what follows the answer's end is gathered beyond the limit."""
+    monkeypatch.setattr("cluster.sse.MAX_STREAM_BYTES", 2**20)
+
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            run.llm.fate = fate
+            reply = await run.ask(stream=True, n=1, user="u", logprobs=True)
+            assert len(reply.content) < 2 * 2**20 and SseReader().feed(reply.content[-400:])[-1]["error"]
+            (call,) = await run.captured()
+            assert (call.status, call.error) == (502, "the LLM broke off its answer: upstream_error")
+            assert call.message is not None and call.message["content"] == LLM_TEXT[:4]
+            while not run.llm.num_left:
+                await asyncio.sleep(0.01)
 
     asyncio.run(scenario())
 

@@ -17,7 +17,8 @@ from cluster.errors import UpstreamError
 from cluster.prices import tokens_cost_usd
 from cluster.records import Usage
 from cluster.upstream import UpstreamConfig
-from serving.limits import UNLIMITED_TOKENS, fit_budget, late_error, read_limits, reading_usage, until
+from serving.draining import Drain
+from serving.limits import UNLIMITED_TOKENS, fit_budget, late_error, read_limits, until
 from serving.openai_wire import Denied
 
 
@@ -100,8 +101,6 @@ def test_without_a_budget_the_request_is_sent_as_it_is() -> None:
 def test_the_error_names_what_would_fit() -> None:
     with pytest.raises(UpstreamError, match="max_completion_tokens up to 49"):
         fit_budget({"messages": [], "max_tokens": 1000}, 50e-6, [_llm(0.0, 1.0), _llm(1.0, 1.0)])
-    read = reading_usage({"messages": [{"role": "user", "content": "x" * 3000}]}).prompt_tokens
-    assert read is not None and 1000 <= read <= 1020, "a token for every three bytes"
 
 
 async def _pieces(*pieces: bytes, hangs: bool = False) -> AsyncIterator[bytes]:
@@ -113,7 +112,9 @@ async def _pieces(*pieces: bytes, hangs: bool = False) -> AsyncIterator[bytes]:
 
 def test_a_stream_within_its_time_passes_whole() -> None:
     async def scenario() -> list[bytes]:
-        return [piece async for piece in until(_pieces(b"a", b"", b"c"), asyncio.get_running_loop().time() + 60)]
+        return [
+            piece async for piece in until(_pieces(b"a", b"", b"c"), asyncio.get_running_loop().time() + 60, Drain(0.0))
+        ]
 
     assert asyncio.run(scenario()) == [b"a", b"", b"c"]
 
@@ -122,7 +123,7 @@ def test_a_stream_that_outlasts_its_time_ends_with_504_and_its_reader_goes_on() 
     async def scenario() -> list[bytes]:
         seen: list[bytes] = []
         with pytest.raises(UpstreamError) as caught:
-            async for piece in until(_pieces(b"a", hangs=True), asyncio.get_running_loop().time() + 0.01):
+            async for piece in until(_pieces(b"a", hangs=True), asyncio.get_running_loop().time() + 0.01, Drain(0.0)):
                 seen.append(piece)
         assert caught.value.status == 504 and caught.value.body == late_error().body
         task = asyncio.current_task()
@@ -136,7 +137,7 @@ def test_a_stream_that_outlasts_its_time_ends_with_504_and_its_reader_goes_on() 
 def test_a_reader_that_is_slow_at_the_deadline_is_not_cancelled() -> None:
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
-        stream = until(_pieces(b"a", b"b"), loop.time() + 0.01)
+        stream = until(_pieces(b"a", b"b"), loop.time() + 0.01, Drain(0.0))
         assert await anext(stream) == b"a"
         await asyncio.sleep(0.05)
         with pytest.raises(UpstreamError):
@@ -148,7 +149,7 @@ def test_a_reader_that_is_slow_at_the_deadline_is_not_cancelled() -> None:
 def test_a_reader_that_is_cancelled_stays_cancelled() -> None:
     async def scenario() -> None:
         async def read() -> None:
-            async for _ in until(_pieces(b"a", hangs=True), asyncio.get_running_loop().time() + 60):
+            async for _ in until(_pieces(b"a", hangs=True), asyncio.get_running_loop().time() + 60, Drain(0.0)):
                 has_begun.set()
 
         has_begun = asyncio.Event()

@@ -19,6 +19,7 @@ from serving.specialist import (
     engine_environment,
     fingerprint_facts,
     fingerprint_of,
+    router_options,
 )
 
 CONFIG = SpecialistConfig()
@@ -56,9 +57,23 @@ def test_a_fingerprint_names_the_device_as_it_is_and_how_the_engine_runs() -> No
     assert fingerprint_facts("base", CONFIG, "cpu") != facts
 
 
-@pytest.mark.parametrize("change", [{"max_adapters": 9}, {"max_num_seqs": 4}, {"max_replicas": 2}])
+@pytest.mark.parametrize(
+    "change", [{"max_adapters": 9}, {"max_num_seqs": 4}, {"max_replicas": 2}, {"request_router": "adapter"}]
+)
 def test_what_changes_no_answer_keeps_the_fingerprint(change: dict[str, object]) -> None:
     assert fingerprint_of("base", CONFIG) == fingerprint_of("base", CONFIG.model_copy(update=change))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_recipe_s_choice_of_router_is_a_class_that_serve_finds_and_the_default_is_serve_s() -> None:
+    assert router_options(CONFIG) == {}
+    (router,) = router_options(CONFIG.model_copy(update={"request_router": "adapter", "max_adapters": 3})).values()
+    from ray.serve.config import RequestRouterConfig
+    from ray.serve.request_router import RequestRouter
+
+    made = RequestRouterConfig(**router)
+    assert issubclass(made.get_request_router_class(), RequestRouter)
+    assert made.request_router_kwargs == {"max_adapters": 3}
 
 
 def test_without_an_engine_there_is_no_fingerprint(installed: dict[str, str]) -> None:
