@@ -100,8 +100,8 @@ def check_alone(what: str) -> None:
 def prepare_environment() -> None:
     """Set what Ray reads when it is imported: for its Train, and for a cluster on this machine where none is joined."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # A checkpoint counts once the controller has asked for it: what was written since is trained again after a kill.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Workers wait at a checkpoint until the controller has asked for it (training/loop.py).
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     for name, value in _LOCAL_ENVIRONMENT.items() if not joins_cluster() else ():
         os.environ.setdefault(name, value)
 

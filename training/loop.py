@@ -15,7 +15,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.averaging import MovingAverage
 from training.batches import Rows
@@ -38,7 +38,12 @@ from training.speed import Speed, peak_memory_bytes, time_collectives
 from training.stopping import best_point, is_patience_over
 from training.watching import Nobody, Watcher, open_watcher
 
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+
 _NUM_CURVE_POINTS = 20
+_COMMIT_TIMEOUT_S = 10.0
+"""After which a run goes on all the same: a controller that does not answer is not helped by workers that wait."""
 
 
 class _Run(NamedTuple):
@@ -261,7 +266,6 @@ def _grade(run: _Run, held_out: Rows) -> dict[str, float]:
 
 def _report(run: _Run, metrics: dict[str, Any], step: int, curve: list[dict[str, Any]], losses: list[float]) -> None:
     """Report with a checkpoint that holds all that a resumed run needs to be the undisturbed one."""
-    import ray.train
     from ray.train import Checkpoint
 
     metrics = {**metrics, **run.speed.read(), "peak_memory_bytes": peak_memory_bytes()}
@@ -276,7 +280,20 @@ def _report(run: _Run, metrics: dict[str, Any], step: int, curve: list[dict[str,
                 (local / "metrics.json").write_text(json.dumps(metrics))
         num_bytes = sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
         with naming_a_full_disk(pathlib.Path(run.settings["progress_path"]).parent, num_bytes):
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+            report_durably(metrics, Checkpoint.from_directory(folder))
+
+
+def report_durably(metrics: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """Report, and wait until a run that is killed from here on would go on from this checkpoint.
+
+    Every worker must call it; one of them may have no checkpoint. Ray's controller takes note of a checkpoint when it asks
+    next, at most RAY_TRAIN_HEALTH_CHECK_INTERVAL_S later; a kill before that would cost an interval more.
+    """
+    import ray.train
+    from ray.train import CheckpointConsistencyMode
+
+    ray.train.report(metrics, checkpoint=checkpoint)
+    ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, timeout_s=_COMMIT_TIMEOUT_S)
 
 
 def _save_model(run: _Run, folder: pathlib.Path) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from training.engine import avoid_builds, zero_options
+from training.loop import report_durably
 from training.methods import load_base
 from training.multi_lora import Graded, MultiLora, join_batches
 from training.multi_member import Member, load_members, save_members
@@ -53,7 +54,7 @@ def multi_loop(settings: dict[str, Any]) -> None:
     def report(metrics: dict[str, Any], folder: pathlib.Path) -> None:
         # Every worker has the same state; Ray merges what they report, and one of them is enough.
         is_first = context.get_world_rank() == 0
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if is_first else None)
+        report_durably(metrics, Checkpoint.from_directory(folder) if is_first else None)
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
