@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cluster.access import Role
 from cluster.errors import ConfigError, InputError, UnderstudyError
-from jobs import bench_verb, calls_verb, catalog, ingest_verb, plan_verb, release_verb, tasks, upkeep_verb
+from jobs import bench_verb, calls_verb, catalog, ingest_verb, plan_verb, refine_verb, release_verb, tasks, upkeep_verb
 
 if TYPE_CHECKING:
     from cluster.store import Store
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--report", type=pathlib.Path, help="write the page with pictures here too")
     convert.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
     convert.set_defaults(run=_convert)
+    refine_verb.add_verb(verbs, stages)
     plan_verb.add_verb(verbs, words, stages)
     parts = ("store", "upstream", "gateway", "capture", "audit", "faces", "specialists", "steward", "prices", "serve")
     parts += ("limits",)

@@ -15,7 +15,7 @@ from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
 from jobs.recipe import Recipe
 from training.evaluation import Candidate, Evaluation, evaluate_all, validation_agreement
-from training.gate import minimum_calls, release_delta
+from training.gate import Outcome, minimum_calls, release_delta
 from training.ledger import CalibrationLedger, share_of_round
 
 EngineOf = Callable[[str], contextlib.AbstractContextManager[Engine]]
@@ -84,8 +84,13 @@ def validate_candidates(
     engine: Engine,
     num_candidates: int,
     say: Callable[[str], None],
+    on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
 ) -> list[Evaluation]:
-    """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too."""
+    """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too.
+
+    Args:
+        on_calibrated: called with a task and what its calibration calls were answered, where they were asked.
+    """
     splits = {c.task.task_id: {s: by_split[s][c.task.task_id] for s in HELD_OUT} for c in candidates}
 
     def save(candidate: Candidate, found: Evaluation) -> None:
@@ -99,5 +104,6 @@ def validate_candidates(
     with tqdm(desc="validate", unit="answer", disable=None) as bar:
         limit = recipe.gateway.max_temperature
         options = {"max_temperature": limit, "faces": recipe.faces, "on_answer": bar.update, "on_done": save}
+        options["on_calibrated"] = on_calibrated
         asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)
         return asyncio.run(asked)
