@@ -5,14 +5,15 @@ refinements; curation and discovery (S2, S3) run again, and discovery writes not
 is recent is told from the newest stored call, not from a clock.
 
 The route model stays what it is while the tasks do: a gate's promise is about the calls that it was certified on. It is
-fitted anew where tasks were born, split, merged or changed their template, and then each task whose calls that moves is
-trained again; where one of those cannot be, it stays, and new tasks wait.
+fitted anew where tasks were born, split or merged, or have calls that it sends nowhere, and then each task whose calls
+that moves is trained again; where one of those cannot be, it stays, and new tasks wait.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from cluster import registry
@@ -23,10 +24,9 @@ from cluster.store import Store
 from jobs.convert import find_narrowness
 from jobs.paraphrase import paraphrase_of
 from jobs.recipe import Recipe, work_folder
-from jobs.refine_facts import Known, facts_of, read_known
+from jobs.refine_facts import SECONDS_PER_DAY, Known, facts_of, read_known
 from training.curate import curate
 from training.discover import ROUTE_MODEL_FOLDER, TASKS_FOLDER, Discovery, discover, load_previous
-from training.identity import TaskEvent
 from training.ledger import CalibrationLedger
 from training.merging import num_calls
 from training.refine import Plan, RefineConfig, TaskPlan, decide
@@ -37,7 +37,9 @@ from training.trace_checks import Checked, check_traces
 
 _REFITTING = ("birth", "split", "merge", "drift")
 """Events after which the served route model no longer knows the tasks."""
-_SECONDS_PER_DAY = 86_400.0
+_MAX_UNROUTED = 0.05
+"""Share of a task's calls that the served route model sends nowhere, as those of an edited template, above which it is
+fitted anew."""
 
 
 class Routing(NamedTuple):
@@ -48,6 +50,8 @@ class Routing(NamedTuple):
     """example_id -> task_id."""
     moved: dict[str, float]
     """task_id -> share of its calls that the served route model sends elsewhere, or sent to it from elsewhere."""
+    unrouted: Mapping[str, float] = MappingProxyType({})
+    """task_id -> share of its calls that the served route model sends to no task."""
 
 
 class Material(NamedTuple):
@@ -60,7 +64,7 @@ class Material(NamedTuple):
     """Validation as it may be learned from."""
     discovery: Discovery
     variants: dict[str, str]
-    """example_id of train -> its call site's template, tools and response format."""
+    """example_id -> its call site's template, tools and response format."""
 
 
 def make_plan(recipe: Recipe, store: Store, say: Callable[[str], None] = print) -> Plan:
@@ -79,7 +83,7 @@ def make_plan(recipe: Recipe, store: Store, say: Callable[[str], None] = print) 
         f"refine: {snapshot.counts.num_calls} calls, release {release[0][:12]}, {len(material.discovery.events)} events"
     )
     ledger = CalibrationLedger(store)
-    is_wanted, why = _is_refit_wanted(material.discovery.events, release[1], material.discovery)
+    is_wanted, why = _is_refit_wanted(material, release[1], routing_of(store, material, release[1], is_refit=True))
     decided = _decide(recipe, store, material, release[1], known, ledger, is_refit=is_wanted)
     if is_wanted and (moved := _cannot_move(decided, recipe.refine, release[1])):
         why = f"not fitted anew ({why}): it would send {', '.join(moved)} other calls, which cannot be trained now"
@@ -93,7 +97,7 @@ def make_plan(recipe: Recipe, store: Store, say: Callable[[str], None] = print) 
         route_model=folder if is_wanted else release[1].route_model,
         is_refit=is_wanted,
         refit_reason=why,
-        since_ts=known.newest_ts - recipe.refine.recent_days * _SECONDS_PER_DAY,
+        since_ts=known.newest_ts - recipe.refine.recent_days * SECONDS_PER_DAY,
         delta=_delta_left(recipe, release[1], decided),
         config=recipe.refine,
         events=material.discovery.events,
@@ -123,7 +127,9 @@ def load_material(recipe: Recipe, store: Store, snapshot: Snapshot) -> Material:
         raise InputError(f"store {store.uri}: no calls to learn from; capture or `understudy ingest PATH...` first")
     discovery = discover(served, recipe.discover, load_previous(store))
     sites = discovery.grouping.sites
-    variants = {example.example_id: sites.site_of(example.request).variant for example in served["train"]}
+    variants = {
+        example.example_id: sites.site_of(example.request).variant for own in served.values() for example in own
+    }
     redacted = load_split(store, snapshot.id, "validation", as_served=False)
     return Material(snapshot, served, redacted, discovery, variants)
 
@@ -136,7 +142,11 @@ def routing_of(store: Store, material: Material, release: Release, *, is_refit: 
     discovery = material.discovery
     if is_refit:
         tasks = {task.task_id: task for task in discovery.tasks}
-        return Routing(tasks, discovery.assignment, _moved(everything, before, discovery.assignment))
+        unrouted = {
+            task_id: num_calls([one for one in own if before[one.example_id] is None]) / num_calls(own)
+            for task_id, own in group_by_task(everything, discovery.assignment).items()
+        }
+        return Routing(tasks, discovery.assignment, _moved(everything, before, discovery.assignment), unrouted)
     return Routing(_count_tasks(store, discovery, material.served, before), before, {})
 
 
@@ -146,13 +156,20 @@ def check_task(plan_since_ts: float, config: RefineConfig, material: Material, k
     return check_traces(train, task.kind, known.times, material.variants, plan_since_ts, config.min_new_examples)
 
 
-def _is_refit_wanted(events: tuple[TaskEvent, ...], release: Release, discovery: Discovery) -> tuple[bool, str]:
-    found = sorted({event.kind for event in events if event.kind in _REFITTING})
+def in_use(examples: Sequence[Example], material: Material, checked: Checked) -> list[Example]:
+    """Held-out examples without those of templates that are no longer asked: the gate is about the calls to come."""
+    return [example for example in examples if material.variants[example.example_id] not in checked.outdated]
+
+
+def _is_refit_wanted(material: Material, release: Release, refitted: Routing) -> tuple[bool, str]:
+    found = sorted({event.kind for event in material.discovery.events if event.kind in _REFITTING})
     if found:
         return True, f"tasks changed: {', '.join(found)}"
     known = release.specialists.keys() | release.refused.keys()
-    if unknown := sorted(task.task_id for task in discovery.tasks if task.task_id not in known):
+    if unknown := sorted(refitted.tasks.keys() - known):
         return True, f"the served release does not know {', '.join(unknown)}"
+    if lost := sorted(task for task, share in refitted.unrouted.items() if share > _MAX_UNROUTED):
+        return True, f"the served one sends {refitted.unrouted[lost[0]]:.0%} of the calls of {lost[0]} nowhere"
     return False, "the tasks are those of the served release"
 
 
@@ -208,7 +225,7 @@ def _decide(
 ) -> list[TaskPlan]:
     routing = routing_of(store, material, release, is_refit=is_refit)
     config = recipe.refine
-    since = known.newest_ts - config.recent_days * _SECONDS_PER_DAY
+    since = known.newest_ts - config.recent_days * SECONDS_PER_DAY
     by_task: dict[str, Any] = {s: group_by_task(material.served[s], routing.assignment) for s in SPLITS}
     names = sorted({*routing.tasks, *release.specialists})
     # As if all of them were trained, and none of the served gates given up.
@@ -221,6 +238,7 @@ def _decide(
             spec = TaskSpec.model_validate(stored).model_copy(update={"num_calls": 0})
         checked = check_task(since, config, material, known, spec, routing)
         held = {split: by_task[split].get(task_id, []) for split in SPLITS}
+        held["calibration"] = in_use(held["calibration"], material, checked)
         blocked = find_narrowness(spec, recipe.discover.min_clients, material.snapshot.counts.num_clients)
         missing = [split for split in SPLITS if not held[split]]
         blocked = blocked or (f"no examples in {', '.join(missing)}" if missing else None)

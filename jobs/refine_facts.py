@@ -23,10 +23,11 @@ from serving.steward import DEMOTED, State, load_state
 from training.finetune import FinetuneConfig
 from training.ledger import CalibrationLedger
 from training.probe import at_rank
-from training.refine import REFINEMENTS_FOLDER, Decision, RefineConfig, TaskFacts
+from training.refine import REFINEMENTS_FOLDER, RETIRED, Decision, RefineConfig, TaskFacts
 from training.snapshot import read_rows
 from training.trace_checks import Checked
 
+SECONDS_PER_DAY = 86_400.0
 RESULT_SUFFIX = ".result.json"
 _COLUMNS = ["call_id", "ts", "client_id", "session_id", "task_id", "action", "route"]
 _SHAPE = ("method", "lora_rank", "lora_alpha", "lora_targets")
@@ -111,10 +112,10 @@ def read_results(store: Store) -> list[Result]:
 
 
 def specialist_of(store: Store, release: Release, task_id: str) -> Specialist | None:
-    """The specialist that serves a task, or that the steward withdrew from it."""
+    """The specialist that serves a task, or that served it until it was withdrawn or retired."""
     current = release.specialists.get(task_id)
-    is_withdrawn = release.refused.get(task_id, "").startswith(DEMOTED)
-    while current is None and is_withdrawn and release.previous is not None:
+    is_past = release.refused.get(task_id, "").startswith((DEMOTED, RETIRED))
+    while current is None and is_past and release.previous is not None:
         release = registry.load_release(store, release.previous)
         current = release.specialists.get(task_id)
     return current
@@ -165,14 +166,15 @@ def facts_of(
     calibration = held["calibration"]
     one = specialist_of(store, release, task.task_id)
     asked = known.asked.get(task.task_id, [])
-    ids = {call.call_id for call in asked if call.ts >= since_ts}
-    examples = [example for split in held.values() for example in split]
-    ids |= {name for e in examples for name in e.source_call_ids if known.times.get(name, e.ts) >= since_ts}
+    every = {call.call_id for call in asked}
+    every |= {name for split in held.values() for example in split for name in example.source_call_ids}
+    ids = {name for name in every if known.times.get(name, 0.0) >= since_ts}
     spent_ids = [example.example_id for example in calibration]
     facts: dict[str, Any] = {
         "kind": task.kind,
         "num_calls": task.num_calls,
         "num_recent": len(ids),
+        "num_expected": _expected([known.times.get(name, since_ts) for name in every - ids], since_ts, recipe.refine),
         "refused": release.refused.get(task.task_id),
         "quarantined": checked.counts,
         "num_repeated": checked.num_repeated,
@@ -205,7 +207,7 @@ def _specialist_facts(
     facts: dict[str, Any] = {
         "specialist": one.name,
         "stage": release.stage_of(task_id) if task_id in release.specialists else None,
-        "is_withdrawn": task_id not in release.specialists,
+        "is_withdrawn": release.refused.get(task_id, "").startswith(DEMOTED),
         "coverage": one.gate.coverage,
         "has_forgotten_client": store.exists(f"{RETRAIN_FOLDER}/{one.name}.json"),
         "base_has_forgotten_client": one.base in known.forgotten_bases,
@@ -252,6 +254,13 @@ def _other_shape(recipe: Recipe, store: Store, adapter: str) -> str | None:
     now = training_for(recipe, store, adapter).model_dump(mode="json")
     changed = [f"finetune.{name} was {before[name]}, is {now[name]}" for name in _SHAPE if before[name] != now[name]]
     return "; ".join(changed) or None
+
+
+def _expected(earlier: Sequence[float], since_ts: float, config: RefineConfig) -> float:
+    """Calls that were to come in the recent days, as often as these came from the first of them until then."""
+    days = (since_ts - min(earlier, default=since_ts)) / SECONDS_PER_DAY
+    # A task that began a moment ago tells nothing of how often it comes.
+    return len(earlier) * config.recent_days / max(days, config.recent_days)
 
 
 def _scores(rows: Mapping[str, dict[str, Any]], feedback: Sequence[Feedback]) -> dict[str, float]:

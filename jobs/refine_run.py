@@ -29,7 +29,7 @@ from jobs.adapters import Start
 from jobs.convert import make_specialist
 from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
-from jobs.refine import Material, Routing, check_task, load_material, routing_of
+from jobs.refine import Material, Routing, check_task, in_use, load_material, routing_of
 from jobs.refine_facts import (
     RESULT_SUFFIX,
     Known,
@@ -47,7 +47,7 @@ from training.discover import save_discovery
 from training.evaluation import Candidate, Evaluation, ask_calibration
 from training.gate import Outcome as Answer
 from training.ledger import CalibrationLedger
-from training.refine import Plan, TaskPlan, num_replayed, sessions_needed
+from training.refine import RETIRED, Plan, TaskPlan, num_replayed, sessions_needed
 from training.regression import compare
 from training.selection import group_by_task
 from training.snapshot import load_snapshot
@@ -137,8 +137,9 @@ def _prepare(recipe: Recipe, store: Store, plan: Plan, say: Callable[[str], None
     routing = routing_of(store, material, release, is_refit=plan.is_refit)
     known = read_known(store, plan.config)
     by_split = {split: group_by_task(material.served[split], routing.assignment) for split in SPLITS}
-    redacted = group_by_task(material.redacted, routing.assignment)
     _quarantine(store, plan, material, routing, known, by_split)
+    asked = {one.example_id for split in by_split["validation"].values() for one in split}
+    redacted = group_by_task([one for one in material.redacted if one.example_id in asked], routing.assignment)
     spent = CalibrationLedger(store).spent_by(plan.spent)
     needed = sessions_needed(gate.epsilon, plan.delta / max(1, len(plan.trained())), 0)
     for task in plan.trained():
@@ -160,12 +161,15 @@ def _quarantine(
     known: Known,
     by_split: dict[Split, dict[str, list[Example]]],
 ) -> None:
-    """Take out of train what must not be learned, with a row for each in quarantine/."""
+    """Take out of train what must not be learned, with a row for each in quarantine/; and out of all splits what is no
+    longer asked."""
     rows = []
     for task in plan.trained():
         spec = _spec(routing, task)
         checked = check_task(plan.since_ts, plan.config, material, known, spec, routing)
         by_split["train"][task.task_id] = checked.kept
+        for split in ("validation", "calibration", "test"):
+            by_split[split][task.task_id] = in_use(by_split[split].get(task.task_id, []), material, checked)
         rows += [
             QuarantineRow(source=f"examples/{plan.snapshot}", line=None, reason=reason, detail=f"example {example_id}")
             for example_id, reason in checked.quarantined.items()
@@ -314,7 +318,7 @@ def _release(
         name, new, reason = task.task_id, None, task.reason
         if task.decision == "retire" and name in specialists:
             del specialists[name]
-            refused[name] = f"retired: {reason}"
+            refused[name] = f"{RETIRED}{reason}"
         elif task in plan.trained():
             reason = failures.get(name) or _failure(evaluations[name][1])
             if reason is None:

@@ -25,9 +25,13 @@ from training.ledger import share_of_round
 
 REFINEMENTS_FOLDER = "refinements"
 Decision = Literal["keep", "retrain", "reselect", "retire", "new"]
+RETIRED = "retired: "
+"""What the reason begins with where a task is refused because it was dying."""
 TRAINED: tuple[Decision, ...] = ("retrain", "reselect", "new")
 _MIN_REPEATED = 20
 """Repeated calls below which contradictions say nothing of a task."""
+_MIN_EXPECTED = 5.0
+"""Calls that must have been missed before a task is dying: chance misses as many once in 150 times."""
 _SURE = 0.998
 """Level of the intervals that shares are compared by: many tasks are looked at, often."""
 
@@ -69,6 +73,8 @@ class TaskFacts(Record):
     num_calls: int
     num_recent: int
     """Calls in the last `recent_days`."""
+    num_expected: float = 0.0
+    """So many were to come in these days, as often as they came before."""
     specialist: str | None = None
     """The one that serves it, or that served it until it was withdrawn."""
     stage: Stage | None = None
@@ -206,8 +212,9 @@ def decide(facts: TaskFacts, config: RefineConfig, epsilon: float, delta: float)
     if facts.specialist is None:
         return (*_decide_new(facts, config, epsilon, delta), False)
     if facts.num_recent == 0:
-        days = f"no call in the last {config.recent_days:g} days of {facts.num_calls} in all"
-        return ("retire" if facts.stage else "keep"), f"dying: {days}", False
+        days = f"no call in the last {config.recent_days:g} days, {facts.num_expected:.0f} were to come"
+        is_dying = facts.num_expected >= _MIN_EXPECTED
+        return ("retire" if facts.stage and is_dying else "keep"), f"{'dying' if is_dying else 'rare'}: {days}", False
     reasons = reasons_to_train(facts, config)
     if not reasons:
         return "keep", "nothing speaks against it", False
@@ -238,6 +245,8 @@ def reasons_to_train(facts: TaskFacts, config: RefineConfig) -> list[str]:
     compared = f"{facts.num_disagreements:g} of {facts.num_compared:g} audited conversations differ"
     if facts.is_withdrawn:
         found.append(f"withdrawn: {compared}")
+    elif facts.stage is None:
+        found.append("its calls came back after it was retired")
     elif facts.e_value >= config.min_evidence:
         found.append(f"{compared}, evidence {facts.e_value:.3g}")
     if facts.has_forgotten_client or facts.base_has_forgotten_client:

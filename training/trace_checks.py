@@ -35,6 +35,9 @@ class Checked(NamedTuple):
     num_contradicted: int
     """Of these, calls that are answered otherwise than most calls of their request, at mixed times."""
 
+    outdated: frozenset[str] = frozenset()
+    """Variants of call sites that are out of use."""
+
     @property
     def counts(self) -> dict[str, int]:
         """Reason -> examples."""
@@ -89,11 +92,13 @@ def check_traces(
         quarantined |= {example.example_id: reason for one in wrong for example in one.examples}
     recent = {one.example_id for one in examples if _last(one, times) >= since_ts}
     in_use = Counter(variants[name] for name in recent)
+    outdated: frozenset[str] = frozenset()
     if in_use and max(in_use.values()) >= min_recent:
-        outdated = (one.example_id for one in examples if variants[one.example_id] not in in_use)
-        quarantined = {**dict.fromkeys(outdated, OUTDATED), **quarantined}
+        outdated = frozenset(variants[one.example_id] for one in examples) - in_use.keys()
+        old = (one.example_id for one in examples if variants[one.example_id] in outdated)
+        quarantined = {**dict.fromkeys(old, OUTDATED), **quarantined}
     kept = [one for one in examples if one.example_id not in quarantined]
-    return Checked(kept, dict(sorted(quarantined.items())), num_repeated, num_contradicted)
+    return Checked(kept, dict(sorted(quarantined.items())), num_repeated, num_contradicted, outdated)
 
 
 def _answers(group: Sequence[Example], kind: AnswerKind, times: Mapping[str, float]) -> list[_Answer]:

@@ -26,11 +26,12 @@ from training.discover import discover, save_discovery
 from training.refine import Plan
 from training.snapshot import load_split
 from training.splits import SPLITS
+from training.trace_checks import OUTDATED
 
 DAY = 86_400.0
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "frost", "grove", "hazel", "iris", "jade")
 SITES = {
-    "tone": "Give the tone of the word.",
+    "tone": "Give the tone of the word.\nAnswer in English, whatever the language is.\nNever explain the answer to the reader.",
     "size": "Say how large the thing is, as JSON.",
     "mood": "Name the mood as JSON.",
 }
@@ -132,11 +133,16 @@ def test_a_dying_task_is_retired_and_all_else_stays_what_it_was(served):
     result = run_plan(recipe, store, plan, say=lambda line: None)
     after = registry.load_release(store, result.release)
     assert after.specialists == {site["tone"]: before.specialists[site["tone"]]}
-    assert after.refused[site["size"]].startswith("retired: dying: no call in the last 7 days of 200 in all")
+    assert after.refused[site["size"]].startswith("retired: dying: no call in the last 7 days, 60 were to come")
     assert after.stage_of(site["tone"]) == "shadow" and after.route_model == before.route_model
     assert run_plan(recipe, store, plan, say=lambda line: None) == result
     registry.promote(store, result.release)
     assert _decisions(_plan(recipe, store)) == {site["tone"]: "keep", site["size"]: "keep"}
+
+    write_calls(store, [_call("size", number, day=40) for number in range(200, 400)])
+    write_calls(store, [_call("tone", number, day=40) for number in range(240, 400)])
+    back = next(one for one in _plan(recipe, store).tasks if one.task_id == site["size"])
+    assert (back.decision, back.is_warm, back.facts.stage) == ("retrain", True, None) and "came back" in back.reason
 
 
 def test_what_the_steward_withdrew_is_trained_again_from_its_last_weights_and_a_demotion_after_the_plan_stays(served):
@@ -166,13 +172,26 @@ def test_a_task_that_came_is_new_and_moves_nobody_else(served):
     assert plan.delta == pytest.approx(recipe.gate.delta - held)
 
 
-def test_another_template_trains_again_or_leaves_the_route_model_as_it_is(served, monkeypatch):
+def test_an_edited_template_is_learned_without_what_was_said_under_the_old_one_or_waits(served, monkeypatch):
     recipe, store, site = served
-    sites = {**SITES, "tone": SITES["tone"] + "\nAnswer in one word.\nNever explain anything."}
+    sites = {**SITES, "tone": SITES["tone"] + "\nBe brief."}
     monkeypatch.setattr(sys.modules[__name__], "SITES", sites)
-    write_calls(store, [_call("tone", number, day=1) for number in range(200, 212)])
-    few = _plan(recipe, store)
-    assert not few.is_refit or not any(one.facts.moved_share > 0.01 for one in few.tasks if one.decision == "keep")
+    write_calls(store, [_call(one, number, day=30) for one in ("tone", "size") for number in range(200, 230)])
+    assert not _plan(recipe, store).is_refit, "so few calls are no template yet"
+    write_calls(store, [_call(one, number, day=30) for one in ("tone", "size") for number in range(230, 400)])
+    plan = _plan(recipe, store)
+    (task,) = plan.trained()
+    assert plan.is_refit and f"50% of the calls of {site['tone']} nowhere" in plan.refit_reason
+    assert (task.task_id, task.decision, task.is_warm, task.facts.moved_share) == (site["tone"], "retrain", True, 0.5)
+    old = [one for one in load_split(store, plan.snapshot, "train", as_served=False) if one.ts < DAY]
+    assert task.facts.quarantined == {OUTDATED: sum("tone" in one.source_call_ids[0] for one in old)}
+    held = load_split(store, plan.snapshot, "calibration", as_served=True)
+    assert task.facts.num_sessions == sum("tone" in one.source_call_ids[0] and one.ts > DAY for one in held)
+
+    poor = recipe.model_copy(update={"refine": recipe.refine.model_copy(update={"min_new_examples": 150})})
+    waits = _plan(poor, store)
+    assert not waits.is_refit and f"it would send {site['tone']} other calls" in waits.refit_reason
+    assert waits.route_model == registry.current(store)[1].route_model and waits.trained() == []
 
 
 def test_a_forgotten_client_has_the_weights_that_saw_it_replaced_by_others(served):

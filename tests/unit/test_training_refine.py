@@ -114,7 +114,9 @@ def test_another_shape_is_trained_anew():
 
 
 def test_a_task_without_calls_is_retired_and_one_without_a_specialist_is_new_once_it_can_be_certified():
-    assert decided(num_recent=0)[0] == "retire" and decided(num_recent=0, stage=None, is_withdrawn=True)[0] == "keep"
+    gone = {"num_recent": 0, "num_expected": 5.0}
+    assert decided(**gone)[0] == "retire" and decided(**gone, stage=None, is_withdrawn=True)[0] == "keep"
+    assert decided(num_recent=0, num_expected=4.9)[0] == "keep", "so rare a task may come again"
     none = {"specialist": None, "stage": None, "coverage": None}
     needed = sessions_needed(EPSILON, DELTA, 0)
     assert decided(**none, num_fresh_sessions=needed)[0] == "new"

@@ -51,6 +51,7 @@ def test_a_template_that_no_recent_call_has_is_out_of_use_once_enough_have_anoth
     examples = [example(n, f"q{n}", "a", float(n)) for n in range(10)]
     variants = {f"ex-{n}": "old" if n < 6 else "new" for n in range(10)}
     found = check(examples, variants=variants, since_ts=6.0, min_recent=4)
+    assert found.outdated == {"old"}
     assert set(found.quarantined) == {f"ex-{n}" for n in range(6)} and set(found.quarantined.values()) == {OUTDATED}
     assert check(examples, variants=variants, since_ts=6.0, min_recent=5).quarantined == {}
     assert check(examples, variants=variants, since_ts=5.0, min_recent=4).quarantined == {}, "the old one is in use"
