@@ -52,8 +52,7 @@ from training.scratch import PretrainConfig
 
 _ROUNDING = 1e-9
 """Scores are fractions in binary: 0.9 - 0.02 must not exclude 0.88."""
-SCRATCH_ARM = "scratch base (has seen the tasks)"
-UNTRAINED_ARM = "untrained base"
+SCRATCH_ARM, UNTRAINED_ARM = "scratch base (has seen the tasks)", "untrained base"
 _MACHINE_SHARE = 1 / 3
 """Of the machine's memory, for bf16 weights: a fine-tune holds them in float32, twice that, beside its activations."""
 
