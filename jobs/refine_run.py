@@ -42,7 +42,7 @@ from jobs.refine_facts import (
     training_for,
 )
 from jobs.train import Onward, Trained, scope_of, train, train_onward
-from jobs.validate import EngineOf, save_agreements, validate_candidates, validation_engine
+from jobs.validate import EngineOf, ask_held_out, save_agreements, validation_engine
 from training.discover import save_discovery
 from training.evaluation import Candidate, Evaluation, ask_calibration
 from training.gate import Outcome as Answer
@@ -251,30 +251,32 @@ def _validate(work: _Work, candidates: list[Candidate], engine_of: EngineOf) -> 
     served = registry.load_release(work.store, registry.current_sha(work.store) or work.plan.release).specialists
     replaced = {task: one for task, one in work.old.items() if served.get(task) == one}
     waiting: dict[str, Specialist] = {}
+
+    async def ask(base: str, group: list[Candidate], engine: Engine) -> None:
+        stages = (work.recipe, work.store, group, work.by_split, engine, len(work.plan.trained()), work.say)
+        done = await ask_held_out(*stages, new.__setitem__) if group else []
+        found.update({one.task_id: (candidate, one) for candidate, one in zip(group, done, strict=True)})
+        waiting.update(
+            {one.task_id: replaced[one.task_id] for one in done if one.gate.is_open and one.task_id in replaced}
+        )
+        for task in [task for task, one in waiting.items() if one.base == base]:
+            found[task] = await _compare(work, engine, waiting.pop(task), *found[task], new[task])
+
     for base, group in sorted(bases.items()):
         with engine_of(base) as engine:
-            num = len(work.plan.trained())
-            calls = work.by_split
-            done = validate_candidates(work.recipe, work.store, group, calls, engine, num, work.say, new.__setitem__)
-            found |= {one.task_id: (candidate, one) for candidate, one in zip(group, done, strict=True)}
-            opened = {one.task_id for one in done if one.gate.is_open}
-            waiting |= {task: one for task, one in replaced.items() if task in opened}
-            for task in [task for task, one in waiting.items() if one.base == base]:
-                found[task] = _compare(work, engine, waiting.pop(task), *found[task], new[task])
+            asyncio.run(ask(base, group, engine))
     for base in sorted({one.base for one in waiting.values()}):
         with engine_of(base) as engine:
-            for task, one in waiting.items():
-                if one.base == base:
-                    found[task] = _compare(work, engine, one, *found[task], new[task])
+            asyncio.run(ask(base, [], engine))
     save_agreements(work.store, work.plan.snapshot, [evaluation for _, evaluation in found.values()])
     return found
 
 
-def _compare(
+async def _compare(
     work: _Work, engine: Engine, old: Specialist, candidate: Candidate, evaluation: Evaluation, new: list[Answer]
 ) -> tuple[Candidate, Evaluation]:
     """The evaluation with what the test against the served specialist says; as it was where this engine cannot serve that."""
-    if asyncio.run(engine.fingerprint()) != old.gate.fingerprint:
+    if await engine.fingerprint() != old.gate.fingerprint:
         work.say(f"regression {old.task_id}: {old.name} was certified on another engine, which serves it no more")
         return candidate, evaluation
     asked = Candidate(
@@ -287,7 +289,7 @@ def _compare(
     )
     calls = work.by_split["calibration"][old.task_id]
     limit = work.recipe.gateway.max_temperature
-    answers = asyncio.run(ask_calibration(asked, engine, calls, limit, work.recipe.faces))
+    answers = await ask_calibration(asked, engine, calls, limit, work.recipe.faces)
     config, threshold = work.plan.config, evaluation.gate.threshold
     assert threshold is not None and old.gate.threshold is not None, "only open gates are compared"
     found = compare(

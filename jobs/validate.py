@@ -84,9 +84,22 @@ def validate_candidates(
     engine: Engine,
     num_candidates: int,
     say: Callable[[str], None],
+) -> list[Evaluation]:
+    """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too."""
+    return asyncio.run(ask_held_out(recipe, store, candidates, by_split, engine, num_candidates, say))
+
+
+async def ask_held_out(
+    recipe: Recipe,
+    store: Store,
+    candidates: Sequence[Candidate],
+    by_split: dict[Split, dict[str, list[Example]]],
+    engine: Engine,
+    num_candidates: int,
+    say: Callable[[str], None],
     on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
 ) -> list[Evaluation]:
-    """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too.
+    """`validate_candidates` for whoever asks the same engine more: it belongs to one event loop.
 
     Args:
         on_calibrated: called with a task and what its calibration calls were answered, where they were asked.
@@ -105,5 +118,4 @@ def validate_candidates(
         limit = recipe.gateway.max_temperature
         options = {"max_temperature": limit, "faces": recipe.faces, "on_answer": bar.update, "on_done": save}
         options["on_calibrated"] = on_calibrated
-        asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)
-        return asyncio.run(asked)
+        return await evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)

@@ -37,6 +37,8 @@ from training.regression import Regression
 POPULATION = "calls of this task as served, one per session"
 SPECIALIST_ARM, GATED_ARM = "specialist", "specialist + gate"
 _MAX_HOPELESS_TEST = 30
+MAX_IN_FLIGHT = 256
+"""Questions to an engine at a time."""
 
 
 class Candidate(Record):
@@ -142,7 +144,7 @@ async def evaluate_all(
     *,
     max_temperature: float,
     faces: FacesConfig,
-    max_in_flight: int = 256,
+    max_in_flight: int = MAX_IN_FLIGHT,
     on_answer: Callable[[], None] = lambda: None,
     on_done: Callable[[Candidate, Evaluation], None] = lambda candidate, evaluation: None,
     on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
@@ -243,8 +245,13 @@ async def ask_calibration(
     certified by it."""
     await engine.load(candidate.adapter)
     calls = one_call_per_session(examples, seed=0)
-    asked = (ask(candidate, engine, candidate.adapter, call, max_temperature, faces) for call in calls)
-    return list(await asyncio.gather(*asked))
+    slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+
+    async def one(call: Example) -> Outcome:
+        async with slots:
+            return await ask(candidate, engine, candidate.adapter, call, max_temperature, faces)
+
+    return list(await asyncio.gather(*map(one, calls)))
 
 
 async def _extraction_of(candidate: Candidate, engine: Engine) -> Extraction | None:

@@ -4,9 +4,11 @@ Each round a candidate, a stand-in for a specialist (jobs/bench/gate_pools.py), 
 older ones as a refinement replays; of the new ones a growing share has a random answer. It is decided on as a refinement does it: grid and gate on fresh draws from
 the pool, then the test against what serves (training/regression.py); else what serves stays. train: only what is learned is
 noisy. traces: the answers that gate and test compare with are as noisy. What is true is known: the pool's own answers are
-clean. A regression is a round after which the share of the pool that is kept and wrong is larger by more than the margin than
-before it, or the share kept and right smaller, where the one before kept its promise. Beside it stands what happens to one who
-takes every candidate, at the threshold of the first.
+clean. A regression is a round after which what clients get is worse: the share of the pool that is kept and wrong is larger by
+more than the margin than before it (the LLM answers the rest). A fall is a round after which the share kept and right is
+smaller by more than that; with a noisy LLM it may be due, as a specialist that answers what the LLM should have said breaks a
+promise to say what the LLM says. Beside both stands what happens to one who takes every candidate, at the threshold of the
+first.
 """
 
 from __future__ import annotations
@@ -44,32 +46,35 @@ class Quality(NamedTuple):
     right: float
 
 
+class Worse(NamedTuple):
+    """Rounds of a chain."""
+
+    regressions: int
+    falls: int
+
+
 def measure_refine(
     sets: Sequence[LabelSet], say: Callable[[str], object], num_chains: int = NUM_CHAINS
 ) -> dict[str, Any]:
-    """Regressions over all sets, kinds of noise, chains of seven rounds and rounds after the first."""
-    regressions = unguarded = steps = released = 0
-    by_name: dict[str, Any] = {}
+    """Regressions and falls over all sets, kinds of noise, chains of seven rounds and rounds after the first."""
+    by_name: dict[str, dict[str, int]] = {}
     for one in sets:
         pools = fit_rounds(one)
         for kind in KINDS:
             chains = [run_chain(pools, kind, seed) for seed in range(num_chains)]
-            found = {
-                "regressions": sum(count_regressions(pools, chain) for chain in chains),
+            guarded = [count_worse(pools, chain) for chain in chains]
+            unguarded = [count_worse(pools, _take_all(chain)) for chain in chains]
+            by_name[f"{one.name}, {kind}"] = found = {
+                "regressions": sum(one.regressions for one in guarded),
+                "falls": sum(one.falls for one in guarded),
+                "steps": num_chains * (len(NOISE) - 1),
                 "released": sum(len(set(chain) - {None}) for chain in chains),
-                "unguarded": sum(count_regressions(pools, _take_all(chain)) for chain in chains),
+                "regressions_unguarded": sum(one.regressions for one in unguarded),
+                "falls_unguarded": sum(one.falls for one in unguarded),
             }
-            by_name[f"{one.name}, {kind}"] = found
-            regressions, unguarded = regressions + found["regressions"], unguarded + found["unguarded"]
-            released, steps = released + found["released"], steps + num_chains * (len(NOISE) - 1)
             say(f"refine {one.name}, {kind}: {found}")
-    return {
-        "refine_regressions": regressions,
-        "refine_steps": steps,
-        "refine_released": released,
-        "refine_regressions_unguarded": unguarded,
-        "refine_by_name": by_name,
-    }
+    totals = {f"refine_{key}": sum(found[key] for found in by_name.values()) for key in next(iter(by_name.values()))}
+    return {**totals, "refine_by_name": by_name}
 
 
 def fit_rounds(one: LabelSet) -> list[Pool]:
@@ -109,17 +114,17 @@ def run_chain(pools: Sequence[Pool], kind: str, seed: int) -> list[Serving | Non
     return chain
 
 
-def count_regressions(pools: Sequence[Pool], chain: Sequence[Serving | None]) -> int:
+def count_worse(pools: Sequence[Pool], chain: Sequence[Serving | None]) -> Worse:
     """Rounds after which what serves is truly worse than before by more than the margin."""
-    margin, num = RefineConfig().margin, 0
+    margin, regressions, falls = RefineConfig().margin, 0, 0
     for before, after in zip(chain, chain[1:], strict=False):
         if before is None or after is None:
             # A release that is never taken back has no round without a specialist after one with it.
             continue
         old, new = (quality_of(pools[one.round], one.threshold) for one in (before, after))
-        keeps_promise = old.wrong <= EPSILON * (old.wrong + old.right)
-        num += new.wrong > old.wrong + margin or (keeps_promise and new.right < old.right - margin)
-    return num
+        regressions += new.wrong > old.wrong + margin
+        falls += new.right < old.right - margin
+    return Worse(regressions, falls)
 
 
 def quality_of(pool: Pool, threshold: float) -> Quality:

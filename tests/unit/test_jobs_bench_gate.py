@@ -138,11 +138,11 @@ def test_what_refinement_lets_through_is_no_worse_and_a_worse_one_is_counted() -
     pools = _rounds(0.99, 0.985, 0.7, 0.6, 0.99, 0.5, 0.4)
     for kind in gate_refine.KINDS:
         chain = gate_refine.run_chain(pools, kind, seed=1)
-        assert chain[0] is not None and gate_refine.count_regressions(pools, chain) == 0
+        assert chain[0] is not None and gate_refine.count_worse(pools, chain) == (0, 0)
         assert {one.round for one in chain if one} <= {0, 1, 4}
     taken = [gate_refine.Serving(number, 0.5) for number in range(7)]
-    assert gate_refine.count_regressions(pools, taken) == 4
-    assert gate_refine.count_regressions(pools, [None, taken[0], taken[0], taken[1]]) == 0
+    assert gate_refine.count_worse(pools, taken) == (4, 4)
+    assert gate_refine.count_worse(pools, [None, taken[0], taken[0], taken[1]]) == (0, 0)
 
 
 def test_a_first_rejection_is_the_one_that_single_steps_find() -> None:
