@@ -23,7 +23,7 @@ from serving.steward import DEMOTED, State, load_state
 from training.finetune import FinetuneConfig
 from training.ledger import CalibrationLedger
 from training.probe import at_rank
-from training.refine import REFINEMENTS_FOLDER, RETIRED, Decision, RefineConfig, TaskFacts
+from training.refine import REFINEMENTS_FOLDER, RETIRED, TRAINED, Decision, RefineConfig, TaskFacts
 from training.snapshot import read_rows
 from training.trace_checks import Checked
 
@@ -43,6 +43,8 @@ class Outcome(Record):
     decision: Decision
     specialist: str | None
     """The one before."""
+    num_calls: int
+    """Of the task when the plan was made."""
     released: str | None
     """The new one; None where it was refused, or nothing was trained."""
     reason: str
@@ -186,8 +188,19 @@ def facts_of(
         ),
         "round": ledger.round_of("", spent_ids),
     }
+    own_name = one.name if one else None
+    tried = [
+        (found, result.release)
+        for result in known.results
+        if (found := result.outcomes.get(task.task_id)) and found.decision in TRAINED and found.specialist == own_name
+    ]
+    if tried:
+        last, made = max(tried, key=lambda pair: pair[0].num_calls)
+        facts["num_calls_trained"] = last.num_calls
+        facts["waiting"] = f"{last.released} in release {made[:12]}" if last.released else None
     if one is None:
         return TaskFacts(**facts)
+    facts["num_failed"] = sum(found.released is None for found, _ in tried)
     learned = learned_calls(store, one.adapter)
     is_learned = [not learned.isdisjoint(example.source_call_ids) for example in checked.kept]
     facts |= {"num_learned": sum(is_learned), "num_new": len(is_learned) - sum(is_learned)}
@@ -212,12 +225,6 @@ def _specialist_facts(
         "has_forgotten_client": store.exists(f"{RETRAIN_FOLDER}/{one.name}.json"),
         "base_has_forgotten_client": one.base in known.forgotten_bases,
         "other_shape": _other_shape(recipe, store, one.adapter),
-        "num_failed": sum(
-            found.decision in ("retrain", "reselect") and found.specialist == one.name and found.released is None
-            for result in known.results
-            for task, found in result.outcomes.items()
-            if task == task_id
-        ),
     }
     evidence = known.state.evidence.get(one.name)
     if evidence is not None:

@@ -335,6 +335,7 @@ def _release(
         outcomes[name] = Outcome(
             decision=task.decision,
             specialist=task.facts.specialist,
+            num_calls=task.facts.num_calls,
             released=new.name if new else None,
             reason=reason,
         )

@@ -32,6 +32,9 @@ _MIN_REPEATED = 20
 """Repeated calls below which contradictions say nothing of a task."""
 _MIN_EXPECTED = 5.0
 """Calls that must have been missed before a task is dying: chance misses as many once in 150 times."""
+_MIN_GROWTH = 0.1
+"""Share by which a task's calls must grow before what was trained and is not served is trained again: a nightly refinement
+would else do it every night."""
 _SURE = 0.998
 """Level of the intervals that shares are compared by: many tasks are looked at, often."""
 
@@ -109,6 +112,10 @@ class TaskFacts(Record):
     """Why the recipe's training cannot go on from its adapter's weights."""
     num_failed: int = 0
     """Refinements that retrained it in vain."""
+    num_calls_trained: int = 0
+    """Calls that the task had when a refinement last trained it without its being served since."""
+    waiting: str | None = None
+    """Specialist and release that it made then and that nobody serves; None where it was in vain."""
     moved_share: float = 0.0
     """Of its calls that the refitted route model adds or takes."""
     num_new: int = 0
@@ -303,6 +310,11 @@ def _hindrance(facts: TaskFacts, config: RefineConfig, epsilon: float, delta: fl
     """Why training would be in vain, whatever speaks for it."""
     if facts.blocked:
         return facts.blocked
+    before = facts.num_calls_trained
+    wanted = before + max(config.min_new_examples, math.ceil(_MIN_GROWTH * before))
+    if before and facts.num_calls < wanted:
+        made = f"{facts.waiting} waits to be served, made" if facts.waiting else "trained in vain"
+        return f"{made} at {before} calls, {facts.num_calls} now; tried again from {wanted}"
     if facts.num_repeated >= _MIN_REPEATED and facts.num_contradicted > config.max_contradicted * facts.num_repeated:
         return (
             f"the LLM contradicts itself in {facts.num_contradicted} of {facts.num_repeated} repeated calls, more than "

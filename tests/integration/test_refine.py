@@ -149,6 +149,8 @@ def test_a_store_is_refined_where_evidence_asks_for_it_and_nowhere_else(
     assert old.adapter in refinery.engine.asked
     _check_weights(store, old.adapter, new[bad].adapter)
 
+    waits = next(one for one in refinery.plan().tasks if one.task_id == bad)
+    assert waits.decision == "keep" and f"{new[bad].name} in release {result.release[:12]} waits" in waits.reason
     monkeypatch.setattr("jobs.refine_run._train", None)
     assert refinery.run(plan) == result, "a plan that was run is not run again"
 
@@ -169,6 +171,8 @@ def test_what_is_not_shown_to_be_as_good_stays_out(refinery: Refinery) -> None:
     result = refinery.run(edited)
     assert result.outcomes[task].released is None, refinery.said[-5:]
     assert result.release == registry.current_sha(store) and refinery.served() == before
+    again = next(one for one in refinery.plan().tasks if one.task_id == task)
+    assert again.decision == "keep" and "at 360 calls, 360 now; tried again from 396" in again.reason
 
     with pytest.raises(InputError, match="is not served and nothing that is was derived from it"):
         refinery.run(edited.model_copy(update={"release": "0" * 64}))

@@ -102,6 +102,8 @@ def test_where_another_training_on_the_same_base_would_be_in_vain_the_base_is_ch
         ({"num_repeated": 100, "num_contradicted": 21}, "contradicts itself in 21 of 100"),
         ({"num_fresh_sessions": 90, "num_sessions": 100}, "90 fresh calibration sessions and 100 in all"),
         ({"blocked": "too few clients"}, "too few clients"),
+        ({"num_failed": 1, "num_calls_trained": 910}, "in vain at 910 calls, 1000 now; tried again from 1001"),
+        ({"waiting": "a@1 in release 2", "num_calls_trained": 910}, "a@1 in release 2 waits to be served, made at 910"),
     ],
 )
 def test_what_training_could_not_mend_is_told_and_not_trained(changes, said):
