@@ -193,6 +193,8 @@ def facts_of(
         (found, result.release)
         for result in known.results
         if (found := result.outcomes.get(task.task_id)) and found.decision in TRAINED and found.specialist == own_name
+        # One that has seen a client who was forgotten since is not to be waited for.
+        if found.released is None or not _is_marked(store, found.released)
     ]
     if tried:
         last, made = max(tried, key=lambda pair: pair[0].num_calls)
@@ -222,7 +224,7 @@ def _specialist_facts(
         "stage": release.stage_of(task_id) if task_id in release.specialists else None,
         "is_withdrawn": release.refused.get(task_id, "").startswith(DEMOTED),
         "coverage": one.gate.coverage,
-        "has_forgotten_client": store.exists(f"{RETRAIN_FOLDER}/{one.name}.json"),
+        "has_forgotten_client": _is_marked(store, one.name),
         "base_has_forgotten_client": one.base in known.forgotten_bases,
         "other_shape": _other_shape(recipe, store, one.adapter),
     }
@@ -254,6 +256,11 @@ def _specialist_facts(
         "num_scored_llm": len(scored_llm),
         "num_bad_llm": sum(score < bad for score in scored_llm),
     }
+
+
+def _is_marked(store: Store, specialist: str) -> bool:
+    """Whether a specialist has seen a client that asked to be forgotten."""
+    return store.exists(f"{RETRAIN_FOLDER}/{specialist}.json")
 
 
 def _other_shape(recipe: Recipe, store: Store, adapter: str) -> str | None:
