@@ -172,6 +172,23 @@ def test_a_task_that_came_is_new_and_moves_nobody_else(served):
     assert plan.delta == pytest.approx(recipe.gate.delta - held)
 
 
+def test_a_run_that_was_cut_off_after_it_had_written_the_new_tasks_ends_as_it_would_have(served, monkeypatch):
+    recipe, store, site = served
+    write_calls(store, [_call("mood", number, day=1) for number in range(300)])
+    plan = _plan(recipe, store)
+    kept = [one.model_copy(update={"decision": "keep"}) for one in plan.tasks]
+    plan = plan.model_copy(update={"tasks": tuple(kept)})
+    assert plan.is_refit
+    with monkeypatch.context() as cut:
+        cut.setattr("jobs.refine_run.registry.publish_release", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(recipe, store, plan, say=lambda line: None)
+    assert len(store.read_json("tasks/identity.json")["tasks"]) == 3, "the new tasks stand already"
+    before = registry.current(store)[1]
+    after = registry.load_release(store, run_plan(recipe, store, plan, say=lambda line: None).release)
+    assert after.route_model == plan.route_model != before.route_model and after.specialists == before.specialists
+
+
 def test_an_edited_template_is_learned_without_what_was_said_under_the_old_one_or_waits(served, monkeypatch):
     recipe, store, site = served
     sites = {**SITES, "tone": SITES["tone"] + "\nBe brief."}
