@@ -181,7 +181,7 @@ def _plan_groups(
     loads, failed = {}, {}
     for task_id, plan in missing.items():
         try:
-            loads[task_id] = load_of(_adapter_task(recipe, plan, work, None), base_path)
+            loads[task_id] = load_of(_adapter_task(recipe, plan, work), base_path)
         except InputError as error:
             failed[task_id] = str(error)
 
@@ -199,7 +199,7 @@ def _plan_groups(
 
 
 def _adapter_task(
-    recipe: Recipe, plan: AdapterPlan, work: pathlib.Path, start_path: pathlib.Path | None
+    recipe: Recipe, plan: AdapterPlan, work: pathlib.Path, start_path: pathlib.Path | None = None
 ) -> AdapterTask:
     return AdapterTask(
         plan.task.task_id,
