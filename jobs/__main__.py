@@ -24,6 +24,7 @@ from jobs import (
     ingest_verb,
     keys_verb,
     plan_verb,
+    refine_verb,
     release_verb,
     sbom,
     submit,
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     tasks_verb.add_verb(verbs)
     release_verb.add_verb(verbs, words, _Verb)
     _add_changes(verbs, words)
+    refine_verb.add_verb(verbs, stages)
     upkeep_verb.add_verbs(verbs, words)
     bench_verb.add_verb(verbs)
     sbom.add_verb(verbs)

@@ -9,7 +9,8 @@ import pathlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from cluster.errors import ConfigError, InputError
@@ -37,6 +38,21 @@ _ANSWER_SLACK = 1.5
 """A specialist may answer half as long again as the longest train answer before it is cut."""
 
 
+class Start(Record):
+    """What a retrained adapter goes on from; part of its name and manifest."""
+
+    adapter: str
+    """Store path."""
+    sha256: str
+    """Of its files."""
+    num_new: int
+    """Train examples that the old adapter had not seen."""
+    num_replayed: int
+    """Train examples that it had."""
+    replay_share: float
+    """Asked share of replayed examples among all."""
+
+
 class AdapterPlan(Record):
     """Where one task's data and adapter are."""
 
@@ -47,6 +63,8 @@ class AdapterPlan(Record):
     mean_tokens: int
     """Of a row: every run takes the same number of steps, so this says which ones last longest."""
     has_validation: bool
+    start: Start | None = None
+    """None begins with an untrained adapter."""
 
     @property
     def adapter(self) -> str:
@@ -61,8 +79,13 @@ def plan_adapters(
     data: dict[str, TaskData],
     base: str,
     max_answer_tokens: int,
+    starts: Mapping[str, Start] = MappingProxyType({}),
 ) -> list[AdapterPlan]:
-    """Name every task's run, and write the datasets of those that are still to come."""
+    """Name every task's run, and write the datasets of those that are still to come.
+
+    Args:
+        starts: task_id -> what its adapter goes on from, where it does.
+    """
     plans = []
     for task in tasks:
         if task.task_id not in data:
@@ -74,6 +97,8 @@ def plan_adapters(
             recipe.finetune.model_dump(mode="json", exclude=_NOT_LEARNED),
             rows,
         ]
+        start = starts.get(task.task_id)
+        facts += [start.model_dump(mode="json")] if start else []
         run_id = content_hash(facts)[:12]
         longest = int(max(map(num_answer_tokens, rows)) * _ANSWER_SLACK)
         plan = AdapterPlan(
@@ -83,6 +108,7 @@ def plan_adapters(
             max_answer_tokens=min(longest, max_answer_tokens),
             mean_tokens=sum(len(row["input_ids"]) for row in rows) // len(rows),
             has_validation=bool(held_out),
+            start=start,
         )
         plans.append(plan)
         if not store.is_published(plan.adapter):
@@ -172,12 +198,15 @@ def _plan_groups(
     return {names[0]: [missing[name] for name in names] for names in groups}, failed
 
 
-def _adapter_task(recipe: Recipe, plan: AdapterPlan, work: pathlib.Path) -> AdapterTask:
+def _adapter_task(
+    recipe: Recipe, plan: AdapterPlan, work: pathlib.Path, start_path: pathlib.Path | None = None
+) -> AdapterTask:
     return AdapterTask(
         plan.task.task_id,
         recipe.finetune,
         work / plan.run_id / "train",
         work / plan.run_id / "validation" if plan.has_validation else None,
+        start_path,
     )
 
 
@@ -223,12 +252,15 @@ class _GroupTrainer:
         return trained
 
     def _fit(self, name: str, group: Sequence[AdapterPlan]) -> ManyTrained:
-        tasks = [_adapter_task(self._recipe, plan, self._work) for plan in group]
+        tasks = [_adapter_task(self._recipe, plan, self._work, self._start_of(plan)) for plan in group]
         if self._recipe.fleet.mode == "multi_lora":
             return finetune_many(name, tasks, label=f"{len(tasks)} tasks", **self._shared)
         (task,) = tasks
-        paths = {"train_path": task.train_path, "validation_path": task.validation_path}
+        paths = {"train_path": task.train_path, "validation_path": task.validation_path, "start_path": task.start_path}
         return ManyTrained({task.name: finetune(name, task.config, label=task.name, **paths, **self._shared)}, {})
+
+    def _start_of(self, plan: AdapterPlan) -> pathlib.Path | None:
+        return self._store.fetch(plan.start.adapter, self._work / "cache") if plan.start else None
 
 
 def _publish_adapter(
@@ -244,7 +276,9 @@ def _publish_adapter(
     used = plan_run(recipe.finetune)
     cost = training_cost(seconds, cpus=used.total_cpus, gpus=used.total_gpus, config=recipe.prices)
     config = recipe.finetune.model_dump(mode="json")
-    store.publish(plan.adapter, model, {**facts, "task_id": plan.task.task_id, "config": config, "cost": cost})
+    own = {"task_id": plan.task.task_id, "config": config, "cost": cost}
+    own |= {"start": plan.start.model_dump(mode="json")} if plan.start else {}
+    store.publish(plan.adapter, model, {**facts, **own})
 
 
 def _tell_fleet(report: FleetReport) -> str:

@@ -187,7 +187,7 @@ def _learnable(
     refused: dict[str, str] = {}
     needed = calls_to_certify(recipe, len(tasks))
     for task in tasks:
-        narrow = _find_narrowness(task, recipe.discover.min_clients, num_clients)
+        narrow = find_narrowness(task, recipe.discover.min_clients, num_clients)
         missing = [split for split in SPLITS if not by_split[split].get(task.task_id)]
         sessions = {example.session_id for example in by_split["calibration"].get(task.task_id, ())}
         if narrow:
@@ -202,7 +202,7 @@ def _learnable(
     return [task for task in tasks if task.task_id not in refused], refused
 
 
-def _find_narrowness(task: TaskSpec, min_clients: int, num_clients: int) -> str | None:
+def find_narrowness(task: TaskSpec, min_clients: int, num_clients: int) -> str | None:
     """Why a task comes from too few clients to be learned, or None.
 
     Args:
@@ -222,6 +222,21 @@ def _find_narrowness(task: TaskSpec, min_clients: int, num_clients: int) -> str 
     )
 
 
+def make_specialist(store: Store, candidate: Candidate, evaluation: Evaluation) -> Specialist:
+    """What a candidate becomes whose gate is open; its report is kept by its content."""
+    facts = {
+        "task_id": candidate.task.task_id,
+        "base": candidate.base,
+        "adapter": candidate.adapter,
+        "prompt_format": candidate.prompt_format.model_dump(mode="json"),
+        "gate": evaluation.gate.model_dump(mode="json"),
+        "report": save_evaluation(store, evaluation),
+        "max_answer_tokens": candidate.max_answer_tokens,
+    }
+    sha = content_hash([facts, store.manifest(candidate.adapter)["sha256"]])
+    return Specialist.model_validate({**facts, "sha": sha})
+
+
 def _release(
     store: Store,
     candidates: list[Candidate],
@@ -234,20 +249,10 @@ def _release(
     refused = dict(refused)
     for candidate, evaluation in zip(candidates, evaluations, strict=True):
         task_id = candidate.task.task_id
-        if not evaluation.gate.is_open:
+        if evaluation.gate.is_open:
+            specialists[task_id] = make_specialist(store, candidate, evaluation)
+        else:
             refused[task_id] = evaluation.gate.refused or "no threshold"
-            continue
-        facts = {
-            "task_id": task_id,
-            "base": candidate.base,
-            "adapter": candidate.adapter,
-            "prompt_format": candidate.prompt_format.model_dump(mode="json"),
-            "gate": evaluation.gate.model_dump(mode="json"),
-            "report": save_evaluation(store, evaluation),
-            "max_answer_tokens": candidate.max_answer_tokens,
-        }
-        sha = content_hash([facts, store.manifest(candidate.adapter)["sha256"]])
-        specialists[task_id] = Specialist.model_validate({**facts, "sha": sha})
     return Release(
         specialists=specialists, refused=refused, route_model=route_model, snapshot=snapshot, created_ts=time.time()
     )

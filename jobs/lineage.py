@@ -45,16 +45,17 @@ def find_seen(store: Store, call_ids: set[str]) -> Seen:
         counts, tasks[snapshot] = _examples_of(store, snapshot, call_ids)
         if counts:
             snapshots[snapshot] = counts
-    adapters = {
-        path
-        for path, meta in _trained(store, "adapters")
-        if meta.get("task_id") in tasks.get(meta.get("snapshot", ""), ())
-    }
+    made = _trained(store, "adapters")
+    made_from = {path: meta["snapshot"] for path, meta in made if "snapshot" in meta}
+    adapters = {path for path, meta in made if meta.get("task_id") in tasks.get(meta.get("snapshot", ""), ())}
+    adapters |= _started_from(made, adapters)
     bases = {path for path, meta in _trained(store, "bases") if tasks.get(meta.get("snapshot", ""))}
     releases, specialists = set(), set()
     for sha, release in _releases(store):
         for task_id, one in release.specialists.items():
-            is_taught = one.adapter in adapters or task_id in tasks.get(release.snapshot, ())
+            # A refinement keeps specialists of older snapshots: their own manifests say what they learned from.
+            own = made_from.get(one.adapter, release.snapshot)
+            is_taught = one.adapter in adapters or task_id in tasks.get(own, ())
             if is_taught or one.base in bases:
                 releases.add(sha)
                 specialists.add(one.name)
@@ -67,6 +68,15 @@ def find_seen(store: Store, call_ids: set[str]) -> Seen:
         releases=tuple(sorted(releases)),
         specialists=tuple(sorted(specialists)),
     )
+
+
+def _started_from(made: list[tuple[str, dict[str, Any]]], seen: set[str]) -> set[str]:
+    """Adapters whose training went on from the weights of one that had seen the calls, however far back."""
+    parents = {path: meta["start"]["adapter"] for path, meta in made if meta.get("start")}
+    found: set[str] = set()
+    while more := {path for path, parent in parents.items() if parent in seen | found} - found:
+        found |= more
+    return found
 
 
 def _snapshots(store: Store) -> list[str]:

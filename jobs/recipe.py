@@ -30,6 +30,7 @@ from training.fleet import FleetConfig
 from training.gate import GateConfig
 from training.methods import SERVABLE
 from training.multi_finetune import reason_against
+from training.refine import RefineConfig
 from training.scratch import PretrainConfig
 from training.selection import SelectConfig
 
@@ -64,6 +65,7 @@ class Recipe(Config):
     specialists: SpecialistConfig = SpecialistConfig()
     gateway: GatewayConfig = GatewayConfig()
     steward: StewardConfig = StewardConfig()
+    refine: RefineConfig = RefineConfig()
     serve: ServeConfig = ServeConfig()
     limits: LimitsConfig = LimitsConfig()
     prices: PriceConfig = PriceConfig()

@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from cluster.engine import rendering_version
 from cluster.records import Example, Split, TaskSpec
 from cluster.store import Store, content_hash
-from jobs.adapters import AdapterPlan, plan_adapters, train_adapters
+from jobs.adapters import AdapterPlan, Start, plan_adapters, train_adapters
 from jobs.recipe import Recipe
 from jobs.validate import calls_to_certify
 from training.bases import publish_loaded_base
 from training.bounding import describe_left_out, keep_fitting, refuse_lengths
 from training.canaries import Canary, as_examples, plan_canaries
 from training.candidates import Scope
-from training.catalog import load_catalog
-from training.dataset import TaskData, tokenise_tasks
+from training.catalog import ScratchModel, find_entry, load_catalog
+from training.dataset import TaskData, find_written, tokenise_tasks
 from training.evaluation import Candidate
 from training.probe import at_rank, model_memory_gib
 from training.scratch import pretrain, texts_of, train_tokenizer
-from training.selection import Selection, select_base
+from training.selection import SCRATCH_ARM, UNTRAINED_ARM, Selection, select_base
 
 _ANSWER_FRACTION = 4
 """An answer may take a quarter of the engine's window; prompts take the rest."""
@@ -66,10 +67,72 @@ def train(
     scope, canaries = _plant(recipe, scope)
     base, tokenizer, data = _prepare_base(recipe, store, work, snapshot, chosen, scope, refused, say)
     lap("base")
-    plans = plan_adapters(recipe, store, work, scope.tasks, data, base, _max_answer_tokens(recipe))
+    trained = _fine_tune(
+        recipe, store, work, snapshot, base, tokenizer, data, scope, canaries, chosen.arm, refused, say
+    )
+    lap("finetune")
+    return trained._replace(selection=chosen)
+
+
+class Onward(NamedTuple):
+    """How tasks that have a specialist are trained again on its base."""
+
+    base: str
+    """Store path."""
+    numbers: Mapping[str, int]
+    """task_id -> its task token in compact prompts."""
+    starts: Mapping[str, Start] = MappingProxyType({})
+    """task_id -> the adapter it goes on from; the others begin with an untrained one."""
+    left_out: Mapping[str, frozenset[str]] = MappingProxyType({})
+    """task_id -> train examples that it does not learn from this time; what they say of its prompts and answers counts."""
+
+
+def train_onward(
+    recipe: Recipe,
+    store: Store,
+    work: pathlib.Path,
+    snapshot: str,
+    scope: Scope,
+    onward: Onward,
+    refused: dict[str, str],
+    say: Callable[[str], None],
+) -> Trained:
+    """Fine-tune tasks on a base that is published already; S4 is not asked.
+
+    Args:
+        refused: task_id -> reason; tasks that cannot be learned are added.
+    """
+    from transformers import AutoTokenizer
+
+    name = store.manifest(onward.base)["base"]
+    is_scratch = isinstance(find_entry(name), ScratchModel)
+    scope, canaries = _plant(recipe, scope)
+    path = store.fetch(onward.base, work / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    data = _tokenise(recipe, scope, tokenizer, name, is_scratch, refused, onward)
+    arm = SCRATCH_ARM if is_scratch else UNTRAINED_ARM
+    own = (onward.base, tokenizer, data, scope, canaries, arm, refused, say)
+    return _fine_tune(recipe, store, work, snapshot, *own, starts=onward.starts)
+
+
+def _fine_tune(
+    recipe: Recipe,
+    store: Store,
+    work: pathlib.Path,
+    snapshot: str,
+    base: str,
+    tokenizer: Any,
+    data: dict[str, TaskData],
+    scope: Scope,
+    canaries: dict[str, tuple[Canary, ...]],
+    arm: str,
+    refused: dict[str, str],
+    say: Callable[[str], None],
+    starts: Mapping[str, Start] = MappingProxyType({}),
+) -> Trained:
+    plans = plan_adapters(recipe, store, work, scope.tasks, data, base, _max_answer_tokens(recipe), starts)
     losses, failed = train_adapters(recipe, store, work, snapshot, plans, base, tokenizer, say) if plans else ({}, {})
     refused |= {task_id: f"fine-tune failed: {reason}" for task_id, reason in failed.items()}
-    lap("finetune")
     found = ((task_id, describe_left_out(its)) for task_id, its in data.items() if task_id not in failed)
     left_out = {task_id: told for task_id, told in found if told}
     for task_id, counts in ((task_id, its.stored) for task_id, its in data.items() if its.stored):
@@ -78,8 +141,8 @@ def train(
     for task_id, told in left_out.items():
         say(f"fine-tune {task_id}: {told}")
     learned = [plan for plan in plans if plan.task.task_id not in failed]
-    candidates = [_candidate(plan, base, chosen.arm, canaries[plan.task.task_id], recipe) for plan in learned]
-    return Trained(base, chosen, candidates, losses, left_out)
+    candidates = [_candidate(plan, base, arm, canaries[plan.task.task_id], recipe) for plan in learned]
+    return Trained(base, None, candidates, losses, left_out)
 
 
 def _plant(recipe: Recipe, scope: Scope) -> tuple[Scope, dict[str, tuple[Canary, ...]]]:
@@ -120,21 +183,8 @@ def _prepare_base(
     """
     from transformers import AutoTokenizer
 
-    train, validation = scope.by_split["train"], scope.by_split["validation"]
-
     def tokenise(tokenizer: Any) -> dict[str, TaskData]:
-        limits = {"is_scratch": chosen.is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
-        limits["with_stored"] = recipe.finetune.distill.stored
-        tokenised = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
-        data = {task_id: keep_fitting(its, scope.max_model_tokens) for task_id, its in tokenised.items()}
-        num_needed = calls_to_certify(recipe, len(scope.tasks) + len(refused))
-        num_calibration = {task.task_id: task.num_examples.get("calibration", 0) for task in scope.tasks}
-        reasons = {
-            task_id: refuse_lengths(its, chosen.base, _max_answer_tokens(recipe), num_calibration[task_id], num_needed)
-            for task_id, its in data.items()
-        }
-        refused.update({task_id: reason for task_id, reason in reasons.items() if reason})
-        return {task_id: its for task_id, its in data.items() if not reasons[task_id]}
+        return _tokenise(recipe, scope, tokenizer, chosen.base, chosen.is_scratch, refused)
 
     if chosen.is_scratch:
         base = f"bases/{chosen.base}-{_base_key(recipe, chosen.base, scope)}"
@@ -144,6 +194,7 @@ def _prepare_base(
         tokenizer = AutoTokenizer.from_pretrained(store.fetch(base, work / "cache"), trust_remote_code=False)
         return base, tokenizer, tokenise(tokenizer)
     entry = load_catalog().get(chosen.base)
+    train = scope.by_split["train"]
     texts = [t for task in scope.tasks for t in texts_of(train[task.task_id], task.static_lines)]
     tokenizer = train_tokenizer(texts, entry.vocab_size)
     data = tokenise(tokenizer)
@@ -154,6 +205,40 @@ def _prepare_base(
     store.publish(base, model, {"base": chosen.base, "snapshot": snapshot, "metrics": metrics})
     shutil.rmtree(work / pathlib.Path(base).name)
     return base, tokenizer, data
+
+
+def _tokenise(
+    recipe: Recipe,
+    scope: Scope,
+    tokenizer: Any,
+    base_name: str,
+    is_scratch: bool,
+    refused: dict[str, str],
+    onward: Onward | None = None,
+) -> dict[str, TaskData]:
+    """Data of the tasks that fit the base, in its tokens; the reasons of the others are added to `refused`."""
+    train, validation = scope.by_split["train"], scope.by_split["validation"]
+    limits = {"is_scratch": is_scratch, "max_prompt_tokens": scope.max_prompt_tokens}
+    limits["with_stored"] = recipe.finetune.distill.stored
+    limits["numbers"] = onward.numbers if onward else {}
+    tokenised = tokenise_tasks(scope.tasks, train, validation, tokenizer, **limits)
+    data = {task_id: keep_fitting(its, scope.max_model_tokens) for task_id, its in tokenised.items()}
+    num_needed = calls_to_certify(recipe, len(scope.tasks) + len(refused))
+    num_calibration = {task.task_id: task.num_examples.get("calibration", 0) for task in scope.tasks}
+    reasons = {
+        task_id: refuse_lengths(its, base_name, _max_answer_tokens(recipe), num_calibration[task_id], num_needed)
+        for task_id, its in data.items()
+    }
+    # What of a task fits is told by all its examples, also where only some of them are learned.
+    for task_id, unlearned in (onward.left_out if onward else {}).items():
+        its = tokenised[task_id]
+        written = find_written(train[task_id], its.prompt_format, tokenizer)
+        rows = [row for row, one in zip(its.train, written, strict=True) if one.example_id not in unlearned]
+        learned = keep_fitting(its._replace(train=rows), scope.max_model_tokens).train
+        data[task_id] = data[task_id]._replace(train=learned)
+        reasons[task_id] = reasons[task_id] or (None if learned else "none of its new examples fits its base")
+    refused.update({task_id: reason for task_id, reason in reasons.items() if reason})
+    return {task_id: its for task_id, its in data.items() if not reasons[task_id]}
 
 
 def _base_key(recipe: Recipe, name: str, scope: Scope) -> str:

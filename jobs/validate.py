@@ -15,7 +15,7 @@ from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
 from jobs.recipe import Recipe
 from training.evaluation import Candidate, Evaluation, evaluate_all, validation_agreement
-from training.gate import minimum_calls, release_delta
+from training.gate import Outcome, minimum_calls, release_delta
 from training.ledger import CalibrationLedger, share_of_round
 
 EngineOf = Callable[[str], contextlib.AbstractContextManager[Engine]]
@@ -86,6 +86,24 @@ def validate_candidates(
     say: Callable[[str], None],
 ) -> list[Evaluation]:
     """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too."""
+    return asyncio.run(ask_held_out(recipe, store, candidates, by_split, engine, num_candidates, say))
+
+
+async def ask_held_out(
+    recipe: Recipe,
+    store: Store,
+    candidates: Sequence[Candidate],
+    by_split: dict[Split, dict[str, list[Example]]],
+    engine: Engine,
+    num_candidates: int,
+    say: Callable[[str], None],
+    on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
+) -> list[Evaluation]:
+    """`validate_candidates` for whoever asks the same engine more: it belongs to one event loop.
+
+    Args:
+        on_calibrated: called with a task and what its calibration calls were answered, where they were asked.
+    """
     splits = {c.task.task_id: {s: by_split[s][c.task.task_id] for s in HELD_OUT} for c in candidates}
 
     def save(candidate: Candidate, found: Evaluation) -> None:
@@ -99,5 +117,5 @@ def validate_candidates(
     with tqdm(desc="validate", unit="answer", disable=None) as bar:
         limit = recipe.gateway.max_temperature
         options = {"max_temperature": limit, "faces": recipe.faces, "on_answer": bar.update, "on_done": save}
-        asked = evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)
-        return asyncio.run(asked)
+        options["on_calibrated"] = on_calibrated
+        return await evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)

@@ -71,8 +71,8 @@ def parse_entrypoint(text: str, documents: list[Document]) -> Recipe:
             options = parser().parse_args(words)
     except SystemExit:
         raise ValueError(said.getvalue().strip().splitlines()[-1]) from None
-    if options.verb != "convert":
-        raise ValueError(f"{options.verb} is no conversion")
+    if options.verb not in ("convert", "refine"):
+        raise ValueError(f"{options.verb} is neither a conversion nor a refinement")
     with mounted(documents) as folder:
         recipe = load_recipe([word.replace("recipe=/etc/understudy", f"recipe={folder}") for word in options.words])
         plan_conversion(with_known_base(recipe))

@@ -69,15 +69,18 @@ def tokenise_tasks(
     is_scratch: bool,
     max_prompt_tokens: int,
     with_stored: bool = False,
+    numbers: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, TaskData]:
     """Every task's data in a base's tokens: compact prompts for a scratch base, the base's own chat for the others.
 
     Args:
         train, validation: task_id -> examples.
         with_stored: see `build_task_data`.
+        numbers: task_id -> the task token of a scratch base that stands for it already; the others are counted.
     """
     data = {}
-    for number, task in enumerate(tasks):
+    for place, task in enumerate(tasks):
+        number = numbers.get(task.task_id, place)
         prompt_format = PromptFormat(
             kind="compact" if is_scratch else "chat",
             answer_kind=task.kind,

@@ -32,10 +32,13 @@ from training.gate import (
     refused_gate,
 )
 from training.ledger import CalibrationLedger, share_of_round
+from training.regression import Regression
 
 POPULATION = "calls of this task as served, one per session"
 SPECIALIST_ARM, GATED_ARM = "specialist", "specialist + gate"
 _MAX_HOPELESS_TEST = 30
+MAX_IN_FLIGHT = 256
+"""Questions to an engine at a time."""
 
 
 class Candidate(Record):
@@ -77,6 +80,8 @@ class Evaluation(Record):
     """Coverage against disagreement on validation, by threshold."""
     extraction: Extraction | None = None
     """None where no secret was planted."""
+    regression: Regression | None = None
+    """Against the specialist it would replace; None where there was none, or where the gate refused it first."""
 
 
 class Gain(NamedTuple):
@@ -139,9 +144,10 @@ async def evaluate_all(
     *,
     max_temperature: float,
     faces: FacesConfig,
-    max_in_flight: int = 256,
+    max_in_flight: int = MAX_IN_FLIGHT,
     on_answer: Callable[[], None] = lambda: None,
     on_done: Callable[[Candidate, Evaluation], None] = lambda candidate, evaluation: None,
+    on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
 ) -> list[Evaluation]:
     """Grade, certify and report the candidates of one base, in their order.
 
@@ -152,7 +158,8 @@ async def evaluate_all(
         max_temperature: the gateway's; a call above it is escalated there, and counts as that here.
         faces: the gateway's rule for answers to a person; what it bars there counts as escalated here.
         max_in_flight: questions at a time over all candidates.
-        on_answer: called after each answer, on_done after each candidate.
+        on_answer: called after each answer, on_done after each candidate, on_calibrated with a task and what its
+            calibration calls were answered, where they were asked.
     """
     slots = asyncio.Semaphore(max_in_flight)
 
@@ -168,6 +175,7 @@ async def evaluate_all(
             faces,
             slots,
             on_answer,
+            on_calibrated,
         )
         on_done(candidate, found)
         return found
@@ -189,6 +197,7 @@ async def evaluate(
     faces: FacesConfig,
     slots: asyncio.Semaphore,
     on_answer: Callable[[], None] = lambda: None,
+    on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
 ) -> Evaluation:
     """Grade, certify and report one candidate, whose adapter is loaded; see `evaluate_all`."""
     fingerprint = await engine.fingerprint()
@@ -219,12 +228,30 @@ async def evaluate(
         gate = refused_gate(grid, num_calibration=len(calibration), **facts)
     else:
         ledger.spend(test_key, spent_ids)
-        gate = certify(grid, await ask_all(calibration, candidate.adapter), **facts)
+        outcomes = await ask_all(calibration, candidate.adapter)
+        on_calibrated(candidate.task.task_id, outcomes)
+        gate = certify(grid, outcomes, **facts)
     # Refused by validation alone: a sample of test tells how far off it is.
     test = splits["test"][:_MAX_HOPELESS_TEST] if isinstance(grid, str) else splits["test"]
     arms = await _test_arms(candidate, gate, test, ask_all)
     curve = tuple(coverage_curve(validation))
     return Evaluation(task_id=candidate.task.task_id, gate=gate, arms=arms, curve=curve, extraction=extraction)
+
+
+async def ask_calibration(
+    candidate: Candidate, engine: Engine, examples: list[Example], max_temperature: float, faces: FacesConfig
+) -> list[Outcome]:
+    """What a candidate says to the calls that a gate is certified on, in their order; spends none of them, as nothing is
+    certified by it."""
+    await engine.load(candidate.adapter)
+    calls = one_call_per_session(examples, seed=0)
+    slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+
+    async def one(call: Example) -> Outcome:
+        async with slots:
+            return await ask(candidate, engine, candidate.adapter, call, max_temperature, faces)
+
+    return list(await asyncio.gather(*map(one, calls)))
 
 
 async def _extraction_of(candidate: Candidate, engine: Engine) -> Extraction | None:

@@ -143,6 +143,7 @@ def finetune(
     storage: pathlib.Path,
     label: str | None = None,
     num_parallel: int = 1,
+    start_path: pathlib.Path | None = None,
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """Train and wait for the result. Continues from the last checkpoint where a run of this name began before.
 
@@ -150,6 +151,7 @@ def finetune(
         storage: folder for checkpoints; shared by all nodes of the cluster.
         label: what its progress bar is called; None takes `name`.
         num_parallel: runs like this one that share the cluster's memory.
+        start_path: PEFT folder of the adapter to go on from; None begins with an untrained one.
 
     Returns:
         (folder with what is served, last metrics; among them training.speed.SPEED_FACTS).
@@ -171,6 +173,7 @@ def finetune(
         "base_path": str(base_path),
         "train_path": str(train_path),
         "validation_path": str(validation_path) if validation_path else None,
+        "start_path": str(start_path) if start_path else None,
         "pad_token_id": pad_token_id,
         "num_threads": max(1, int(config.cpus_per_worker)),
         "progress_path": str(storage.resolve() / f"{name}.progress"),

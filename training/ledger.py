@@ -12,7 +12,7 @@ approach", Statistics in Medicine 13).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from cluster.store import Store, content_hash
@@ -45,6 +45,16 @@ class CalibrationLedger:
             return own["round"]
         wanted = set(example_ids)
         return sum(e["candidate"] != candidate and not wanted.isdisjoint(e["example_ids"]) for e in self._entries)
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Names of what was spent so far, sorted; `spent_by` takes some of them."""
+        return tuple(sorted(content_hash(entry)[:24] for entry in self._entries))
+
+    def spent_by(self, entries: Collection[str]) -> frozenset[str]:
+        """Ids of the calls that these entries spent."""
+        found = (entry for entry in self._entries if content_hash(entry)[:24] in entries)
+        return frozenset(example_id for entry in found for example_id in entry["example_ids"])
 
     def spend(self, candidate: str, example_ids: Sequence[str]) -> int:
         """Write down that `candidate` is tested on these calls now. Returns its round; repeating it changes nothing."""

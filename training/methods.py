@@ -55,7 +55,12 @@ def _return_freed_memory() -> None:
 
 
 def add_adapter(model: Any, settings: dict[str, Any], method: Method) -> Any:
-    """Put an untrained adapter on a base; its weights follow from torch's seed."""
+    """Put an adapter on a base: an untrained one whose weights follow from torch's seed, or where the settings have a
+    `start_path` a copy of the one in that PEFT folder.
+
+    Raises:
+        TrainingError: the folder holds no adapter of the same layers, rank and scale.
+    """
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -67,7 +72,31 @@ def add_adapter(model: Any, settings: dict[str, Any], method: Method) -> Any:
         use_rslora=method == "rslora",
         use_dora=method == "dora",
     )
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    if settings.get("start_path"):
+        _start_from(adapted, pathlib.Path(settings["start_path"]), lora)
+    return adapted
+
+
+def _start_from(model: Any, folder: pathlib.Path, lora: Any) -> None:
+    """Give an adapter the weights of another one."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(folder / "adapter_model.safetensors")
+        saved = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TrainingError(f"adapter {str(folder)!r} cannot be read: {type(error).__name__}: {error}") from None
+    scale = {"r": lora.r, "lora_alpha": lora.lora_alpha, "use_rslora": lora.use_rslora, "use_dora": lora.use_dora}
+    own = {name: tuple(weight.shape) for name, weight in get_peft_model_state_dict(model).items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if found != own or any(saved.get(name) != value for name, value in scale.items()):
+        raise TrainingError(
+            f"adapter {str(folder)!r}: other layers, rank or scale than this training's; it cannot start from it"
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def why_no_4bit(num_gpus: int) -> str | None:

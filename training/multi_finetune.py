@@ -50,6 +50,8 @@ class AdapterTask(NamedTuple):
     config: FinetuneConfig
     train_path: pathlib.Path
     validation_path: pathlib.Path | None
+    start_path: pathlib.Path | None = None
+    """PEFT folder of the adapter to go on from; None begins with an untrained one."""
 
 
 class ManyTrained(NamedTuple):
@@ -222,6 +224,7 @@ def adapter_settings(task: AdapterTask, pad_token_id: int) -> dict[str, Any]:
         "name": task.name,
         "train_path": str(task.train_path),
         "validation_path": str(task.validation_path) if task.validation_path else None,
+        "start_path": str(task.start_path) if task.start_path else None,
         "pad_token_id": pad_token_id,
         "max_tokens": task.config.batch_size * longest,
     }

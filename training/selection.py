@@ -52,7 +52,7 @@ from training.scratch import PretrainConfig
 
 _ROUNDING = 1e-9
 """Scores are fractions in binary: 0.9 - 0.02 must not exclude 0.88."""
-SCRATCH_ARM = "scratch base (has seen the tasks)"
+SCRATCH_ARM, UNTRAINED_ARM = "scratch base (has seen the tasks)", "untrained base"
 _MACHINE_SHARE = 1 / 3
 """Of the machine's memory, for bf16 weights: a fine-tune holds them in float32, twice that, beside its activations."""
 
@@ -219,7 +219,7 @@ def decide(config: SelectConfig, needs: Needs, candidates: Sequence[BaseCandidat
     return Selection(
         base=chosen.name,
         is_scratch=is_scratch,
-        arm=SCRATCH_ARM if is_scratch else "untrained base",
+        arm=SCRATCH_ARM if is_scratch else UNTRAINED_ARM,
         rule=f"after {config.probe_steps} steps: {choice.rule}",
         needs=needs,
         candidates=tuple(sorted(told, key=lambda one: config.candidates.index(one.name))),
@@ -299,7 +299,7 @@ def _fixed(name: str, needs: Needs, scope: Scope) -> Selection:
     return Selection(
         base=name,
         is_scratch=is_scratch,
-        arm=SCRATCH_ARM if is_scratch else "untrained base",
+        arm=SCRATCH_ARM if is_scratch else UNTRAINED_ARM,
         rule="select.base, because select.candidates is empty",
         needs=needs,
         candidates=(candidate,),

@@ -5,7 +5,8 @@ conversion does it (grid on a validation draw, thresholds tested on a calibratio
 promise where the pool's own risk at its threshold is above epsilon, which may happen with probability delta. coverage:
 the pool's share at or above the threshold, 0 where refused, beside the lowest threshold whose true risk is within
 epsilon (oracle) and, where tracer-llm is installed somewhere (jobs/bench/gate_tracer.py), TRACER's gate on the same
-draws. graders: jobs/bench/gate_graders.py. controls: tasks that nobody can do; each must be refused at every draw. drift: jobs/bench/gate_drift.py.
+draws. graders: jobs/bench/gate_graders.py. controls: tasks that nobody can do; each must be refused at every draw. drift: jobs/bench/gate_drift.py. refine:
+jobs/bench/gate_refine.py.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from jobs.bench.gate_pools import (
     shared_file,
     synthetic_pools,
 )
+from jobs.bench.gate_refine import measure_refine
 from jobs.bench.gate_tracer import find_tracer, measure_tracer
 from training.gate import GateConfig, certify, clopper_pearson_interval, plan_grid
 
@@ -115,8 +117,7 @@ def bench_gate(
         **measure_controls(sets, num_resamples, say),
         **measure_drift(_drifting(sets, stand_ins, pools), say),
         "graders": _measure_graders(say),
-        # Nothing yet decides by itself what to retrain.
-        "refine_regressions": None,
+        **measure_refine(sets, say),
     }
 
 

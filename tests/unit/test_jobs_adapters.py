@@ -9,9 +9,10 @@ from tiny_models import make_rows, save_tiny_base
 
 from cluster.prompts import PromptFormat
 from cluster.records import TaskSpec
-from jobs.adapters import AdapterPlan, _adapter_task, _plan_groups
+from cluster.store import Store
+from jobs.adapters import AdapterPlan, Start, _adapter_task, _plan_groups, plan_adapters
 from jobs.recipe import Recipe, load_recipe
-from training.dataset import save_dataset
+from training.dataset import TaskData, save_dataset
 from training.memory import shape_of
 from training.multi_finetune import load_of
 from training.multi_memory import plan_many
@@ -56,3 +57,19 @@ def test_tasks_share_a_run_as_far_as_memory_goes_and_one_that_fits_nowhere_is_to
     assert "what would fit: a device of" in failed["b"] and "finetune.batch_size=8" in failed["b"]
     alone, none = _plan_groups(recipe_of("fleet.mode=solo"), missing, base, tmp_path, places=1)
     assert list(alone) == list(missing) and not none
+
+
+def test_what_a_run_goes_on_from_is_part_of_its_name_and_of_no_other_task_s(tmp_path: pathlib.Path) -> None:
+    plans = {name: plan_of(name, tmp_path, 20, 9) for name in ("a", "bb")}
+    data = {name: TaskData(one.prompt_format, make_rows(9, seed=1, longest=20), [], 0) for name, one in plans.items()}
+    start = Start(adapter="adapters/a/1", sha256="0" * 64, num_new=6, num_replayed=3, replay_share=0.4)
+
+    def names(starts: dict[str, Start]) -> dict[str, str]:
+        tasks = [one.task for one in plans.values()]
+        found = plan_adapters(recipe_of(), Store(str(tmp_path / "store")), tmp_path, tasks, data, "bases/b", 9, starts)
+        assert {one.task.task_id: one.start for one in found if one.start} == starts
+        return {one.task.task_id: one.run_id for one in found}
+
+    cold, warm = names({}), names({"a": start})
+    other = names({"a": start.model_copy(update={"replay_share": 0.5})})
+    assert len({cold["a"], warm["a"], other["a"]}) == 3 and cold["bb"] == warm["bb"] == other["bb"]

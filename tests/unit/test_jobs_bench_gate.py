@@ -13,7 +13,7 @@ import pytest
 from cluster.errors import ConfigError, InputError
 from cluster.records import Gate
 from cluster.sequential import RiskTest
-from jobs.bench import gate, gate_drift, gate_pools, gate_tracer
+from jobs.bench import gate, gate_drift, gate_pools, gate_refine, gate_tracer
 from jobs.bench.gate_pools import Pool
 
 NOTHING = np.zeros(4, int)
@@ -111,6 +111,7 @@ def test_every_promised_number_is_there(tmp_path: pathlib.Path, monkeypatch: pyt
     monkeypatch.delenv(gate_tracer.PYTHON_ENV, raising=False)
     monkeypatch.setattr(gate, "EPSILONS", (0.1, 0.1))
     monkeypatch.setattr(gate, "measure_drift", lambda sets, say: gate_drift.measure_drift(sets, say, 2))
+    monkeypatch.setattr(gate, "measure_refine", lambda sets, say: gate_refine.measure_refine(sets, say, 2))
     said: list[str] = []
     found = gate.bench_gate([], [write_set(tmp_path / "desk.jsonl", begin=0, number=400)], said.append, num_resamples=3)
     assert set(found["violation_rate"]) == {"desk", "synthetic_steep", "synthetic_edge", "synthetic_dip"}
@@ -119,10 +120,29 @@ def test_every_promised_number_is_there(tmp_path: pathlib.Path, monkeypatch: pyt
     assert found["controls"] == 12 and found["controls_by_name"]["desk, labels shuffled"]["0.1"] == 1.0
     # Whether two of these short texts are alike can be learned; of real ones it cannot.
     assert 6 <= found["refused_controls"] <= 12
-    assert found["stable_streams"] == 2 and found["false_demotions"] <= 2 and found["refine_regressions"] is None
+    assert found["stable_streams"] == 2 and found["false_demotions"] <= 2
+    assert found["refine_regressions"] <= found["refine_steps"] == 2 * 2 * 6
     kinds = {"jump", "gradual", "recurring", "renamed_classes:desk", "noisy_teacher:desk", "new_template:desk"}
     assert set(found["detection_delay_calls"]) == kinds
     json.dumps(found)
+
+
+def _rounds(*shares: float) -> list[Pool]:
+    """Pools of 1,000 calls of which so large a share is answered rightly, surely so."""
+    confidences, classes = np.full(1_000, 0.9), np.arange(1_000) % 4
+    rights = [np.arange(1_000) < 1_000 * share for share in shares]
+    return [Pool("p", confidences, right, classes, np.where(right, classes, 9)) for right in rights]
+
+
+def test_what_refinement_lets_through_is_no_worse_and_a_worse_one_is_counted() -> None:
+    pools = _rounds(0.99, 0.985, 0.7, 0.6, 0.99, 0.5, 0.4)
+    for kind in gate_refine.KINDS:
+        chain = gate_refine.run_chain(pools, kind, seed=1)
+        assert chain[0] is not None and gate_refine.count_worse(pools, chain) == (0, 0)
+        assert {one.round for one in chain if one} <= {0, 1, 4}
+    taken = [gate_refine.Serving(number, 0.5) for number in range(7)]
+    assert gate_refine.count_worse(pools, taken) == (4, 4)
+    assert gate_refine.count_worse(pools, [None, taken[0], taken[0], taken[1]]) == (0, 0)
 
 
 def test_a_first_rejection_is_the_one_that_single_steps_find() -> None:

@@ -64,3 +64,12 @@ def test_trying_candidate_after_candidate_on_the_same_calls_keeps_the_promise_an
             broken[name] += any(opens(draw, delta * share) for draw, share in zip(draws, shares, strict=True))
     assert clopper_pearson_interval(broken["shared"], 500)[0] <= delta
     assert clopper_pearson_interval(broken["unshared"], 500)[0] > delta
+
+
+def test_what_was_spent_when_a_plan_was_made_is_told_apart_from_what_its_own_run_spends(tmp_path):
+    ledger = CalibrationLedger(Store(str(tmp_path)))
+    ledger.spend("a", IDS[:10])
+    before = ledger.entries
+    ledger.spend("b", IDS[5:15])
+    assert ledger.spent_by(before) == set(IDS[:10]) and ledger.spent_by(ledger.entries) == set(IDS[:15])
+    assert CalibrationLedger(Store(str(tmp_path))).entries == ledger.entries and ledger.spent_by(()) == set()

@@ -186,3 +186,25 @@ def test_recomputing_gives_freed_memory_back_to_the_kernel():
         return int(run.stdout)
 
     assert held_kib("keeping") - held_kib("returning") > 100 * 1024
+
+
+def test_an_adapter_goes_on_from_another_one_of_its_shape_and_from_no_other(base, tmp_path):
+    import torch
+    from peft import get_peft_model_state_dict
+
+    first = build_model(tiny_settings(base_path=str(base)))
+    for parameter in (p for p in first.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    first.save_pretrained(tmp_path / "first")
+    settings = {"base_path": str(base), "start_path": str(tmp_path / "first")}
+    second = build_model(tiny_settings(**settings))
+    weights, others = get_peft_model_state_dict(first), get_peft_model_state_dict(second)
+    assert all(torch.equal(weights[name], others[name]) for name in weights) and weights.keys() == others.keys()
+    assert {name for name, p in second.named_parameters() if p.requires_grad} == {
+        name for name, p in first.named_parameters() if p.requires_grad
+    }
+    for change in ({"lora_rank": 2}, {"lora_alpha": 4.0}, {"lora_targets": ["q_proj"]}, {"method": "rslora"}):
+        with pytest.raises(TrainingError, match="other layers, rank or scale"):
+            build_model(tiny_settings(**settings, **change))
+    with pytest.raises(TrainingError, match="cannot be read"):
+        build_model(tiny_settings(base_path=str(base), start_path=str(tmp_path / "nowhere")))
