@@ -42,6 +42,7 @@ MATRIX: dict[str, Needs | None] = {
     **{f"release {action}": Needs("admin") for action in ("rollback", "freeze", "unfreeze")},
     "promote": Needs("admin", (SHA,)),
     "rollback": Needs("admin"),
+    "refine": Needs("curator", ("--dry-run", BASE)),
     "compact": Needs("curator"),
     "forget": Needs("admin", ("--client", "ann")),
 }
@@ -50,6 +51,7 @@ MORE = {
     "calls --sql": ("calls", Needs("viewer", ("--sql", "SELECT 1"))),
     "tasks --examples": ("tasks", Needs("viewer", ("task", "--examples"))),
     "convert --promote": ("convert", Needs("admin", ("--promote", "--dry-run", BASE))),
+    "refine --stage": ("refine", Needs("admin", ("--stage", "shadow", "--dry-run", BASE))),
 }
 """What a flag or word of a verb needs beyond the verb. Examples of a task ask for a curator once the task is found."""
 TRIED = {verb: (verb, needs) for verb, needs in MATRIX.items() if needs} | MORE
