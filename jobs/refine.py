@@ -150,7 +150,14 @@ def routing_of(store: Store, material: Material, release: Release, *, is_refit: 
     return Routing(_count_tasks(store, discovery, material.served, before), before, {})
 
 
-def check_task(plan_since_ts: float, config: RefineConfig, material: Material, known: Known, task: TaskSpec, routing: Routing) -> Checked:  # fmt: skip
+def check_task(
+    plan_since_ts: float,
+    config: RefineConfig,
+    material: Material,
+    known: Known,
+    task: TaskSpec,
+    routing: Routing,
+) -> Checked:
     """The train examples of a task that may be learned, and why the others may not."""
     train = group_by_task(material.served["train"], routing.assignment).get(task.task_id, [])
     return check_traces(train, task.kind, known.times, material.variants, plan_since_ts, config.min_new_examples)

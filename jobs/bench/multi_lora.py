@@ -23,19 +23,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cluster.errors import InputError, TrainingError
+from jobs.bench.equality import measure_equality, train_alone, train_together
 from jobs.bench.selection import load_tasks
-from training.batches import Rows
 from training.catalog import ScratchModel, load_catalog
 from training.dataset import save_dataset, tokenise_tasks
-from training.engine import adam
 from training.finetune import FinetuneConfig, finetune
 from training.fleet import FleetRun, run_fleet
-from training.loop import rate_factor
-from training.methods import build_model
 from training.multi_finetune import AdapterTask, ManyTrained, adapter_settings, finetune_many
-from training.multi_loop import ManyRun
 from training.multi_plan import TaskLoad, plan_groups
-from training.objective import answer_loss
 from training.scratch import init_model, texts_of, train_tokenizer
 
 _BASES = {
@@ -61,8 +56,6 @@ _LOOP_TOKENS = {"2M": 3_000, "20M": 1_500}
 _TOKENS_PER_PASS = 4096
 _PARALLEL = 2
 _FALLS_BELOW = 2.0
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
-"""Absolute, in fp32; losses are between 0 and 10, weights of the order of 0.1."""
 
 
 class Material(NamedTuple):
@@ -80,48 +73,6 @@ class Material(NamedTuple):
             AdapterTask(name, _config(number, num_steps, batch_size), path, None)
             for number, (name, path) in enumerate(self.train_paths.items())
         ]
-
-
-class SwappedGradients(ManyRun):
-    """A wrong run: the first two adapters, of one shape, get each other's gradients."""
-
-    def _update(self, members: list[Any], losses: list[Any]) -> None:
-        first, second = (member.gradients for member in members[:2])
-        kept = first.clone()
-        first.copy_(second)
-        second.copy_(kept)
-        super()._update(members, losses)
-
-
-class SharedClip(ManyRun):
-    """A wrong run: gradients are clipped by one norm over all adapters."""
-
-    def _update(self, members: list[Any], losses: list[Any]) -> None:
-        norm = math.sqrt(sum(float(member.gradients.norm()) ** 2 for member in members))
-        for member in members:
-            member.gradients.mul_(min(1.0, 1.0 / norm))
-        super()._update(members, losses)
-
-
-def train_alone(settings: dict[str, Any]) -> tuple[list[float], Any]:
-    """A solo run's arithmetic without Ray and DeepSpeed: losses of all steps, and the PEFT model."""
-    import torch
-
-    torch.manual_seed(settings["seed"])
-    model = build_model(settings)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adam(parameters, settings["learning_rate"])
-    rows, losses = Rows(settings["train_path"], settings, 0, 1), []
-    for step in range(settings["num_steps"]):
-        rate = settings["learning_rate"] * rate_factor(step, settings["num_steps"], settings["warmup_steps"])
-        optimizer.param_groups[0]["lr"] = rate
-        loss = answer_loss(model, rows.batch(step), "cpu")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, model
 
 
 def measure_multi_lora(
@@ -146,7 +97,8 @@ def measure_multi_lora(
             material = _prepare(size, pathlib.Path(folder), quick)
             facts: dict[str, Any] = {}
             if "loops" in parts:
-                facts |= {"loop_only": _measure_loops(size, material, quick, say), **_measure_equality(material)}
+                facts["loop_only"] = _measure_loops(size, material, quick, say)
+                facts |= measure_equality(_settings(material, material.tasks(6)[:2]))
                 say(f"{size}: equal {facts['is_equal']}, wrong runs are seen {facts['negative_control_fails']}")
             if "runs" in parts:
                 steps = (2, 4) if quick else _STEPS[size]
@@ -224,7 +176,7 @@ def _clock_alone(settings: dict[str, Any]) -> float:
 
 def _clock_together(settings: dict[str, Any]) -> float:
     begin = time.process_time()
-    _train_together(settings, ManyRun)
+    train_together(settings)
     return time.process_time() - begin
 
 
@@ -239,14 +191,6 @@ def _settings(material: Material, tasks: Sequence[AdapterTask]) -> dict[str, Any
         "progress_path": str(material.base_path.parent / "progress"),
         "yield_path": str(material.base_path.parent / "yield"),
     }
-
-
-def _train_together(settings: dict[str, Any], kind: type[ManyRun]) -> ManyRun:
-    import torch
-
-    run = kind(settings, torch.device("cpu"), 0, 1)
-    run.train(lambda metrics, folder: None)
-    return run
 
 
 def _measure_runs(
@@ -338,33 +282,6 @@ def _draw_line(runs: dict[int, dict[str, Any]], material: Material) -> dict[str,
         "seconds_start_and_per_step": {way: [round(a, 1), round(b, 3)] for way, (a, b) in lines.items()},
         "falls_below_2_at_steps": round(steps) if math.isfinite(steps) else None,
         "falls_below_2_at_tokens_per_adapter": round(steps * tokens) if math.isfinite(steps) else None,
-    }
-
-
-def _measure_equality(material: Material) -> dict[str, Any]:
-    """The first two tasks in this process: rightly together, and mixed up in two ways."""
-    settings = _settings(material, material.tasks(6)[:2])
-    alone = [train_alone(one) for one in settings["adapters"]]
-    found = {}
-    for kind in (ManyRun, SwappedGradients, SharedClip):
-        run = _train_together(settings, kind)
-        losses, weights = [], []
-        for member, (solo_losses, model) in zip(run.members, alone, strict=True):
-            losses += [abs(p["loss"] - loss) for p, loss in zip(member.curve, solo_losses, strict=True)]
-            solo = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            for name, factors in member.factors.items():
-                for letter, own in (("A", factors.down), ("B", factors.up)):
-                    other = solo[f"base_model.model.{name}.lora_{letter}.default.weight"]
-                    weights.append(float((own - other).detach().abs().max()))
-        found[kind.__name__] = {"max_loss_diff": max(losses), "max_weight_diff": max(weights)}
-    fails = {
-        name: one["max_loss_diff"] > LOSS_TOLERANCE and one["max_weight_diff"] > WEIGHT_TOLERANCE
-        for name, one in found.items()
-    }
-    return {
-        "negative_control": found,
-        "is_equal": not fails.pop(ManyRun.__name__),
-        "negative_control_fails": all(fails.values()),
     }
 
 

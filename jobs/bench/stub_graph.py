@@ -61,6 +61,7 @@ class StubEngine:
         max_answer_tokens: int,
         stop_below: float = 0.0,
     ) -> EngineAnswer:
+        """The text that this adapter gives to the number in the request's mark; an adapter that is not resident is loaded."""
         assert adapter is not None
         self._num_asked += 1
         if adapter not in self._resident:

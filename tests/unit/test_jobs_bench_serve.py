@@ -144,6 +144,8 @@ def test_the_time_of_c_functions_is_their_callers():
     assert shares_by_package(stats) == {"serving": 0.75, "aiohttp": 0.25}
 
 
+# Ray Serve's own, at its import.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_benchmarks_own_gateway_and_engine_are_what_the_product_asks_for(tmp_path):
     address, _ = make_stage(tmp_path / "stage")
     app = lone_gateway({"store": address, "upstream": [{"base_url": "http://127.0.0.1:9/v1"}]})

@@ -192,7 +192,9 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(capsys: pytest.Ca
 
 
 INTERRUPTED = """
-import asyncio, sys
+import asyncio, signal, sys
+# A shell that runs the tests in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from test_jobs_submit import BASE, FakeJobs, run
 
 class Endless(FakeJobs):

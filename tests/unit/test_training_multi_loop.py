@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jobs.bench.multi_lora import LOSS_TOLERANCE, WEIGHT_TOLERANCE, SharedClip, SwappedGradients
+from jobs.bench.equality import LOSS_TOLERANCE, WEIGHT_TOLERANCE, SharedClip, SwappedGradients
 from training.batches import Rows
 from training.dataset import save_dataset
 from training.grading import grade_rows
