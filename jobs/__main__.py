@@ -204,7 +204,7 @@ def _convert(options: argparse.Namespace) -> int | None:
         if options.report:
             raise ConfigError("--report: with --address no file is written here; the report stands beside the release")
         return submit.submit("convert", options.words, flags, options)
-    _check_alone(options)
+    submit.check_flags(options)
     from cluster.access import require_role
     from cluster.registry import promote
     from cluster.store import Store
@@ -227,13 +227,6 @@ def _convert(options: argparse.Namespace) -> int | None:
     print(f"report: {_save_report(Store(recipe.store), conversion, options.report)}")
     print(f"{recipe.store}/releases/{conversion.release}.json", flush=True)
     return None
-
-
-def _check_alone(options: argparse.Namespace) -> None:
-    """Raises ConfigError where a flag is given that means something with --address alone."""
-    for flag, value in (("--no-wait", options.no_wait), ("--working-dir", options.working_dir)):
-        if value:
-            raise ConfigError(f"{flag}: needs --address; next: {flag} with --address http://HOST:8265, or leave it out")
 
 
 def _check_output(option: str, path: pathlib.Path | None) -> None:
@@ -271,7 +264,7 @@ def _save_report(store: Store, conversion: Conversion, copy: pathlib.Path | None
 def _serve(options: argparse.Namespace) -> int | None:
     if options.address:
         return _submit_serve(options)
-    _check_alone(options)
+    submit.check_flags(options)
     from jobs.plan import check_here, plan_serving, show_plan
     from jobs.recipe import load_recipe
     from jobs.serve import count_bases, name_upstream, resolve_upstream, serve, serve_config

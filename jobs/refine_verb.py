@@ -12,7 +12,8 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import InputError, ReleaseError
+from cluster.errors import ConfigError, InputError, ReleaseError
+from jobs import submit
 from jobs.tables import show_table
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def add_verb(verbs: Any, sections: tuple[str, ...]) -> None:
             "understudy refine plan recipe=local store=store",
             "understudy refine run refinements/2026-11-26-0123456789ab.json recipe=local store=store",
             "understudy refine recipe=local store=store --stage shadow",
+            "understudy refine --address http://127.0.0.1:8265 --working-dir . recipe=local store=/shared/store",
         ],
     )
     refine.add_argument(
@@ -50,10 +52,23 @@ def add_verb(verbs: Any, sections: tuple[str, ...]) -> None:
         choices=("shadow", "canary", "live"),
         help="serve the new release, its new specialists from this stage on; without it nothing that is served changes",
     )
+    submit.add_flags(refine)
     refine.set_defaults(run=_refine)
 
 
-def _refine(options: argparse.Namespace) -> None:
+def _refine(options: argparse.Namespace) -> int | None:
+    others = [word for word in options.words if "=" not in word]
+    action, path = _action(others)
+    words = [word for word in options.words if "=" in word]
+    if options.address:
+        if path and pathlib.Path(path).is_file():
+            raise ConfigError(
+                f"PLAN={path!r}: a file of this machine, and the job runs at {options.address}; allowed: a plan's name in the "
+                "store; next: copy it to refinements/ of the store"
+            )
+        flags = ["--json"] * options.json + (["--stage", options.stage] if options.stage else [])
+        return submit.submit("refine", words, [*others, *flags], options)
+    submit.check_flags(options)
     from cluster import registry
     from cluster.access import require_role
     from cluster.store import Store
@@ -61,8 +76,7 @@ def _refine(options: argparse.Namespace) -> None:
     from jobs.recipe import load_recipe
     from jobs.refine import make_plan
 
-    action, path = _action([word for word in options.words if "=" not in word])
-    recipe = load_recipe([word for word in options.words if "=" in word])
+    recipe = load_recipe(words)
     parts = plan_conversion(recipe)
     require_role(recipe.store, "admin" if options.stage else "curator")
     store = Store(recipe.store)

@@ -79,6 +79,13 @@ def add_flags(verb: Any) -> None:
     )
 
 
+def check_flags(options: argparse.Namespace) -> None:
+    """Raises ConfigError where a flag is given that means something with --address alone."""
+    for flag, value in (("--no-wait", options.no_wait), ("--working-dir", options.working_dir)):
+        if value:
+            raise ConfigError(f"{flag}: needs --address; next: {flag} with --address http://HOST:8265, or leave it out")
+
+
 def plan_submission(verb: str, words: list[str], flags: list[str], options: argparse.Namespace) -> Submission:
     """What `--address` would submit.
 

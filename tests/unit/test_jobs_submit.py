@@ -288,3 +288,29 @@ def test_an_address_that_is_none_or_answers_not_is_told(address: str, part: str,
     with pytest.raises(ConfigError, match=part) as told:
         connect_jobs(address)
     assert MARKER not in str(told.value) and "10.0.0.1" not in str(told.value)
+
+
+def test_a_refinement_is_submitted_with_its_action(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    refine = [
+        "refine",
+        "run",
+        "2026-11-26-0a.json",
+        "--stage",
+        "shadow",
+        "--json",
+        "--dry-run",
+        BASE,
+        "store=/shared/store",
+    ]
+    assert main([*refine, "--address", HERE]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    run = "run 2026-11-26-0a.json --json --stage shadow"
+    assert shown["entrypoint"] == f"python -m jobs refine {run} {BASE} store=/shared/store"
+    assert build_parser().parse_args(shlex.split(shown["entrypoint"])[3:]).stage == "shadow"
+    own = tmp_path / "plan.json"
+    own.write_text("{}")
+    assert main(["refine", "run", str(own), BASE, "store=/shared/store", "--address", HERE]) == 2
+    assert "a file of this machine" in capsys.readouterr().err
+    assert (
+        main(["refine", "--no-wait", BASE, "store=/shared/store"]) == 2 and "needs --address" in capsys.readouterr().err
+    )
