@@ -109,3 +109,35 @@ def measure_equality(settings: dict[str, Any]) -> dict[str, Any]:
         "is_equal": not fails.pop(ManyRun.__name__),
         "negative_control_fails": all(fails.values()),
     }
+
+
+def measure_growth(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """How far losses of a long run come from those of its solo runs, beside what rounding alone does.
+
+    Training at a high rate doubles a difference of the last digit again and again, so after hundreds of steps no tolerance
+    tells a wrong run from a right one. The measure is the same solo run with its batches summed from two parts.
+
+    Args:
+        settings: of a multi-LoRA run.
+
+    Returns:
+        {adapter: {learning_rate, multi_lora, solo_in_two_parts}}: the largest difference between means of
+        a twentieth of the steps.
+    """
+    together = train_together(settings)
+    found = {}
+    for member, one in zip(together.members, settings["adapters"], strict=True):
+        stride = max(1, one["num_steps"] // 20)
+        alone, in_parts = (_means(train_alone(one, parts)[0], stride) for parts in (1, 2))
+        # Its last point may be the mean of fewer steps, and has no counterpart.
+        many = [point["loss"] for point in member.curve]
+        found[member.name] = {
+            "learning_rate": one["learning_rate"],
+            "multi_lora": max(abs(a - b) for a, b in zip(many, alone, strict=False)),
+            "solo_in_two_parts": max(abs(a - b) for a, b in zip(in_parts, alone, strict=True)),
+        }
+    return found
+
+
+def _means(losses: list[float], stride: int) -> list[float]:
+    return [sum(losses[k : k + stride]) / stride for k in range(0, len(losses) - stride + 1, stride)]

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cluster.errors import InputError, TrainingError
-from jobs.bench.equality import measure_equality, train_alone, train_together
+from jobs.bench.equality import measure_equality, measure_growth, train_alone, train_together
 from jobs.bench.selection import load_tasks
 from training.catalog import ScratchModel, load_catalog
 from training.dataset import save_dataset, tokenise_tasks
@@ -99,6 +99,9 @@ def measure_multi_lora(
             if "loops" in parts:
                 facts["loop_only"] = _measure_loops(size, material, quick, say)
                 facts |= measure_equality(_settings(material, material.tasks(6)[:2]))
+                steps = 4 if quick else max(_STEPS[size])
+                facts["growth"] = measure_growth(_settings(material, material.tasks(steps)[-2:]))
+                say(f"{size}, differences after {steps} steps: {facts['growth']}")
                 say(f"{size}: equal {facts['is_equal']}, wrong runs are seen {facts['negative_control_fails']}")
             if "runs" in parts:
                 steps = (2, 4) if quick else _STEPS[size]

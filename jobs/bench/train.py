@@ -122,6 +122,7 @@ def gather_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
             "ratio_to_parallel": {size: one["ratio_to_parallel"] for size, one in many.items()},
             "loop_only": {size: one["loop_only"] for size, one in many.items()},
             "max_loss_diff": max(run["max_loss_diff"] for run in compared),
+            "loss_diff_growth": {size: one["growth"] for size, one in many.items()},
             "max_weight_diff": max(run["max_weight_diff"] for run in compared),
             "negative_control_fails": all(one["negative_control_fails"] for one in many.values()),
         }

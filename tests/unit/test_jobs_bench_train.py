@@ -13,7 +13,7 @@ PROMISED = {
 
 
 def size(*, fails: bool, runs: dict) -> dict:
-    return {"loop_only": {4: 1.0}, "negative_control_fails": fails, "ratio_to_parallel": {}, "runs": runs}
+    return {"loop_only": {4: 1.0}, "growth": {}, "negative_control_fails": fails, "ratio_to_parallel": {}, "runs": runs}
 
 
 def run(loss: float, weight: float, **per_hour: float) -> dict:
