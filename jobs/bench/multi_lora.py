@@ -94,13 +94,13 @@ def measure_multi_lora(
     found = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            material = _prepare(size, pathlib.Path(folder), quick)
+            material = prepare(_entry_of(size), pathlib.Path(folder), 2 if quick else 8)
             facts: dict[str, Any] = {}
             if "loops" in parts:
                 facts["loop_only"] = _measure_loops(size, material, quick, say)
-                facts |= measure_equality(_settings(material, material.tasks(6)[:2]))
+                facts |= measure_equality(run_settings(material, material.tasks(6)[:2]))
                 steps = 4 if quick else max(_STEPS[size])
-                facts["growth"] = measure_growth(_settings(material, material.tasks(steps)[-2:]))
+                facts["growth"] = measure_growth(run_settings(material, material.tasks(steps)[-2:]))
                 say(f"{size}, differences after {steps} steps: {facts['growth']}")
                 say(f"{size}: equal {facts['is_equal']}, wrong runs are seen {facts['negative_control_fails']}")
             if "runs" in parts:
@@ -111,11 +111,20 @@ def measure_multi_lora(
     return found
 
 
-def _prepare(size: str, folder: pathlib.Path, quick: bool) -> Material:
-    tasks = load_tasks(num_domains=_NUM_DOMAINS)[: 2 if quick else None]
+def _entry_of(size: str) -> ScratchModel:
     shape = _BASES[size]
     entry = shape if isinstance(shape, ScratchModel) else load_catalog().get(shape)
     assert isinstance(entry, ScratchModel)
+    return entry
+
+
+def prepare(entry: ScratchModel, folder: pathlib.Path, num_tasks: int = 8) -> Material:
+    """Write an untrained base of this shape, and the shared data's first tasks in its tokens.
+
+    Raises:
+        InputError: the shared data is not there.
+    """
+    tasks = load_tasks(num_domains=_NUM_DOMAINS)[:num_tasks]
     tokenizer = train_tokenizer(
         (text for task in tasks for text in texts_of(task.train, task.spec.static_lines)), entry.vocab_size
     )
@@ -157,7 +166,7 @@ def _measure_loops(size: str, material: Material, quick: bool, say: Callable[[st
         mean = sum(material.mean_tokens.values()) / len(material.mean_tokens)
         num_steps = 2 if quick else max(3, round(_LOOP_TOKENS[size] / (batch_size * mean)))
         # What one step takes is taken off, and with it the building of models.
-        first, last = (_settings(material, material.tasks(n, batch_size)) for n in (1, 1 + num_steps))
+        first, last = (run_settings(material, material.tasks(n, batch_size)) for n in (1, 1 + num_steps))
         solo, together = (way(last) - way(first) for way in (_clock_alone, _clock_together))
         tokens = batch_size * num_steps * sum(material.mean_tokens.values())
         found[batch_size] = {
@@ -183,7 +192,8 @@ def _clock_together(settings: dict[str, Any]) -> float:
     return time.process_time() - begin
 
 
-def _settings(material: Material, tasks: Sequence[AdapterTask]) -> dict[str, Any]:
+def run_settings(material: Material, tasks: Sequence[AdapterTask]) -> dict[str, Any]:
+    """Those of a multi-LoRA run of these tasks on a CPU; under `adapters` those of each solo run."""
     base = {"base_path": str(material.base_path), "method": "lora"}
     return {
         **base,
