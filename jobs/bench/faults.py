@@ -4,7 +4,10 @@ A local Ray cluster of three nodes on this machine: a head without CPUs, and two
 node leaves another to go on at. Each trial trains the same small run, kills one thing by SIGKILL at a random step, and
 compares every point of its curve with the undisturbed run's. A killed driver is started again, as a user would.
 
-    python -m jobs.bench.faults [--trials N]
+One run more has two workers and may go on with one (finetune.min_workers): it loses a node and ends as the undisturbed run
+of two workers does, within what rounding does to sums over two.
+
+    python -m jobs.bench.faults [--trials N] [--json PATH]
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from training.finetune import FinetuneConfig, finetune
 
 KINDS = ("worker", "node", "driver")
 CONFIG = FinetuneConfig(num_steps=36, batch_size=192, warmup_steps=2, checkpoint_every=6, max_failures=2, seed=7)
+ELASTIC = CONFIG.model_copy(update={"num_workers": 2, "min_workers": 1, "batch_size": CONFIG.batch_size // 2})
+"""Steps of the same examples, shared by two workers."""
+_ELASTIC_STEP = 15
 _NUM_ROWS, _ROW_TOKENS, _NUM_PROMPT = 2400, 32, 20
 _POLL_S = 0.02
 _TRIAL_TIMEOUT_S = 240
@@ -51,7 +57,8 @@ def measure_faults(say: Callable[[str], object], trials: int = 20, seed: int = 0
     """Kill things, each kind in turn.
 
     Returns:
-        {kill_trials, kill_recovered, kill_max_loss_diff, kill_max_steps_repeated, checkpoint_every, trials: [...]}.
+        {kill_trials, kill_recovered, kill_max_loss_diff, kill_max_steps_repeated, checkpoint_every, trials: [...],
+        elastic: the trial of the run of two workers, None where it did not recover}.
 
     Raises:
         TrainingError: the undisturbed run failed.
@@ -70,6 +77,7 @@ def measure_faults(say: Callable[[str], object], trials: int = 20, seed: int = 0
                 continue
             say(f"fault {number} {trial}")
             found.append(trial)
+        elastic = bench.shrink(say)
     return {
         "kill_trials": trials,
         "kill_recovered": len(found),
@@ -77,6 +85,7 @@ def measure_faults(say: Callable[[str], object], trials: int = 20, seed: int = 0
         "kill_max_steps_repeated": max((trial.steps_repeated for trial in found), default=None),
         "checkpoint_every": CONFIG.checkpoint_every,
         "trials": [trial._asdict() for trial in found],
+        "elastic": elastic and elastic._asdict(),
     }
 
 
@@ -131,11 +140,28 @@ class _Bench:
         self._folder, self._machines = folder, machines
         make_run(folder)
 
-    def train(self, name: str) -> dict[str, Any]:
-        return train_run(self._folder, name)
+    def train(self, name: str, config: FinetuneConfig = CONFIG) -> dict[str, Any]:
+        return train_run(self._folder, name, config)
 
-    def kill(self, kind: str, name: str, at_step: int, undisturbed: list[dict[str, Any]]) -> Trial:
+    def shrink(self, say: Callable[[str], object]) -> Trial | None:
+        """A run of two workers that loses the node of one of them, and goes on with the other."""
+        self._machines.replace_missing()
+        undisturbed = self.train("undisturbed-two", ELASTIC)["curve"]
+        try:
+            trial = self.kill("node", "elastic", _ELASTIC_STEP, undisturbed, ELASTIC)
+        except (TrainingError, ValueError) as error:
+            say(f"elastic: not recovered: {error}")
+            return None
+        say(f"elastic {trial}")
+        return trial
+
+    def kill(
+        self, kind: str, name: str, at_step: int, undisturbed: list[dict[str, Any]], config: FinetuneConfig = CONFIG
+    ) -> Trial:
         """One trial.
+
+        Args:
+            config: of the run; a driver's is CONFIG.
 
         Raises:
             TrainingError: the run did not end, or nothing was killed.
@@ -148,7 +174,7 @@ class _Bench:
         else:
             killer = threading.Thread(target=self._kill_worker, args=(kind, at_step, watch), daemon=True)
             killer.start()
-            metrics = self.train(name)
+            metrics = self.train(name, config)
             killer.join(10)
         watch.stop()
         if watch.step_at_kill is None:
@@ -235,11 +261,11 @@ def make_run(folder: pathlib.Path) -> None:
     save_dataset(rows, folder / "rows")
 
 
-def train_run(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """The one run of the benchmark, from its last checkpoint where it began before. Returns its last metrics."""
+def train_run(folder: pathlib.Path, name: str, config: FinetuneConfig = CONFIG) -> dict[str, Any]:
+    """A run of the benchmark, from its last checkpoint where it began before. Returns its last metrics."""
     return finetune(
         name,
-        CONFIG,
+        config,
         base_path=folder / "base",
         train_path=folder / "rows",
         validation_path=None,
@@ -252,6 +278,7 @@ def main() -> int:
     """Run by hand; `--run` is one driver of a trial."""
     parser = argparse.ArgumentParser(prog="python -m jobs.bench.faults")
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -261,7 +288,10 @@ def main() -> int:
         connect()
         print(json.dumps(train_run(options.folder, options.run)))
         return 0
-    print(json.dumps(measure_faults(lambda line: print(line, file=sys.stderr), options.trials), indent=1))
+    text = json.dumps(measure_faults(lambda line: print(line, file=sys.stderr), options.trials), indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
     return 0
 
 

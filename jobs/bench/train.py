@@ -134,4 +134,6 @@ def gather_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
         numbers |= found.get(name, {})
     if faults := found.get("faults"):
         numbers |= {key: value for key, value in faults.items() if key.startswith("kill_")}
+        elastic = faults["elastic"]
+        numbers["elastic_loss_diff"] = elastic and elastic["max_loss_diff"]
     return numbers

@@ -34,7 +34,13 @@ def test_every_promised_number_comes_from_its_part():
             "memory": {"memory_prediction_error": 0.1},
             "scaling": {"scaling": {"1": {}}, "zero_memory": {}},
             "makespan": {"fleet_over_bound": {"4": 1.1}},
-            "faults": {"kill_trials": 20, "kill_recovered": 19, "kill_max_loss_diff": 0.0, "trials": []},
+            "faults": {
+                "kill_trials": 20,
+                "kill_recovered": 19,
+                "kill_max_loss_diff": 0.0,
+                "trials": [],
+                "elastic": None,
+            },
         }
     )
     assert found.keys() >= PROMISED
