@@ -7,7 +7,7 @@ compares every point of its curve with the undisturbed run's. A killed driver is
 One run more has two workers and may go on with one (finetune.min_workers): it loses a node and ends as the undisturbed run
 of two workers does, within what rounding does to sums over two.
 
-    python -m jobs.bench.faults [--trials N] [--json PATH]
+    python -m jobs.bench.faults [--trials N] [--kinds KIND ...] [--json PATH]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cluster.errors import TrainingError
@@ -53,8 +53,10 @@ class Trial(NamedTuple):
     seconds: float
 
 
-def measure_faults(say: Callable[[str], object], trials: int = 20, seed: int = 0) -> dict[str, Any]:
-    """Kill things, each kind in turn.
+def measure_faults(
+    say: Callable[[str], object], trials: int = 20, seed: int = 0, kinds: Sequence[str] = KINDS
+) -> dict[str, Any]:
+    """Kill things, each of these kinds in turn.
 
     Returns:
         {kill_trials, kill_recovered, kill_max_loss_diff, kill_max_steps_repeated, checkpoint_every, trials: [...],
@@ -69,7 +71,7 @@ def measure_faults(say: Callable[[str], object], trials: int = 20, seed: int = 0
         undisturbed = bench.train("undisturbed")["curve"]
         found: list[Trial] = []
         for number in range(trials):
-            kind = KINDS[number % len(KINDS)]
+            kind = kinds[number % len(kinds)]
             try:
                 trial = bench.kill(kind, f"{kind}-{number}", rng.randint(1, CONFIG.num_steps - 4), undisturbed)
             except (TrainingError, ValueError, subprocess.TimeoutExpired) as error:
@@ -278,6 +280,7 @@ def main() -> int:
     """Run by hand; `--run` is one driver of a trial."""
     parser = argparse.ArgumentParser(prog="python -m jobs.bench.faults")
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is killed; default all")
     parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
@@ -288,7 +291,8 @@ def main() -> int:
         connect()
         print(json.dumps(train_run(options.folder, options.run)))
         return 0
-    text = json.dumps(measure_faults(lambda line: print(line, file=sys.stderr), options.trials), indent=1)
+    found = measure_faults(lambda line: print(line, file=sys.stderr), options.trials, kinds=options.kinds)
+    text = json.dumps(found, indent=1)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")
