@@ -85,14 +85,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
         accelerator_config={"kind": config.device},
         placement_group_config={"bundles": [{"CPU": 1} if is_cpu else {"GPU": 1}]},
         engine_kwargs=engine_kwargs(config),
-        deployment_config={
-            "autoscaling_config": autoscaling_of(config, config.max_num_seqs),
-            "ray_actor_options": {"num_cpus": 0},
-            "max_ongoing_requests": 4 * config.max_num_seqs,
-            # One gateway's queue; beyond it the LLM answers at once instead of after the timeout.
-            "max_queued_requests": 4 * config.max_num_seqs,
-            **router_options(config),
-        },
+        deployment_config=deployment_options(config),
         runtime_env={"env_vars": environment},
         log_engine_metrics=False,
     )
@@ -102,6 +95,18 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
         override_serve_options={"name": name},
         bind_kwargs={"store_uri": store_uri, "base": base, "config": config},
     )
+
+
+def deployment_options(config: SpecialistConfig) -> dict[str, Any]:
+    """How the specialists of one base scale and queue, as Ray Serve's options of a deployment."""
+    return {
+        "autoscaling_config": autoscaling_of(config, config.max_num_seqs),
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": 4 * config.max_num_seqs,
+        # One gateway's queue; beyond it the LLM answers at once instead of after the timeout.
+        "max_queued_requests": 4 * config.max_num_seqs,
+        **router_options(config),
+    }
 
 
 def router_options(config: SpecialistConfig) -> dict[str, Any]:
