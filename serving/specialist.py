@@ -28,6 +28,8 @@ ADAPTER_MODE = "lora"
 LOGPROB_MODE = "raw_logprobs"
 _FINGERPRINTED = ("dtype", "enforce_eager", "max_lora_rank", "max_model_len", "logprobs_mode")
 """Engine options that could change an answer or its confidence."""
+MIN_ADAPTERS = 8
+"""Room that an engine has at least, where the recipe says no other."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for its largest rank: vllm.config.lora.MaxLoRARanks."""
 
@@ -39,9 +41,13 @@ class SpecialistConfig(ScaleConfig):
     """What the engine runs on."""
     dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
     """Weights and arithmetic."""
-    max_adapters: int = Field(default=8, ge=1)
+    max_adapters: int | None = Field(default=None, ge=1)
     """Adapters resident in one replica, for each base model. A release is swapped in beside the served one, so size it to
-    both; a release that needs more is refused."""
+    both; a release that needs more is refused. None takes twice what the release has that is served at the start, at least
+    8 (serving/working_set.py; `understudy serve --dry-run` shows it)."""
+    max_batch_adapters: int | None = Field(default=None, ge=1)
+    """Adapters that one batch may mix, of those resident; each has its own place beside the weights. None takes the most that
+    the store's recent calls asked for within one minute, at least 8."""
     max_lora_rank: int = 16
     """Largest adapter rank the engine makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
     max_model_tokens: int = Field(default=1024, ge=64)
@@ -57,6 +63,14 @@ class SpecialistConfig(ScaleConfig):
     beginning, unless it is much busier than another (serving/replica_choice.py)."""
     min_replicas: int = Field(default=1, ge=0)
     """Replicas kept when idle. With 0 the LLM answers while none is up, and the first such call starts one."""
+
+    @property
+    def num_resident(self) -> int:
+        return self.max_adapters or MIN_ADAPTERS
+
+    @property
+    def num_at_once(self) -> int:
+        return min(self.max_batch_adapters or self.num_resident, self.num_resident)
 
     @field_validator("max_lora_rank")
     @classmethod
@@ -115,7 +129,7 @@ def router_options(config: SpecialistConfig) -> dict[str, Any]:
         return {}
     router = {
         "request_router_class": "serving.replica_router.AdapterRouter",
-        "request_router_kwargs": {"max_adapters": config.max_adapters},
+        "request_router_kwargs": {"max_adapters": config.num_resident},
     }
     return {"request_router_config": router}
 
@@ -243,8 +257,8 @@ def engine_kwargs(config: SpecialistConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "enforce_eager": True,
         "enable_lora": True,
-        "max_loras": config.max_adapters,
-        "max_cpu_loras": config.max_adapters,
+        "max_loras": config.num_at_once,
+        "max_cpu_loras": config.num_resident,
         "max_lora_rank": config.max_lora_rank,
         "max_model_len": config.max_model_tokens,
         "max_num_seqs": config.max_num_seqs,
@@ -338,7 +352,7 @@ def _server_class() -> Any:
                 return await self._load_adapter(adapter)
 
             # Serve routes an adapter's requests to replicas that have it; a replica that is new to one loads it here.
-            multiplexed = serve.multiplexed(max_num_models_per_replica=config.max_adapters)(load)
+            multiplexed = serve.multiplexed(max_num_models_per_replica=config.num_resident)(load)
             self._adapters = SharedLoads(multiplexed)
             await super().__init__(llm_config)
 

@@ -45,7 +45,7 @@ class PacedEngine(StubEngine):
     """A stub whose answers and start take a fixed time."""
 
     def __init__(self, config: SpecialistConfig) -> None:
-        super().__init__(config.max_adapters)
+        super().__init__(config.num_resident)
         self._places = asyncio.Semaphore(config.max_num_seqs)
         # As a replica does whose engine reads its weights: nothing is answered before.
         time.sleep(START_S)
@@ -147,20 +147,23 @@ async def _run(url: str, key: str, quick: bool, say: Callable[[str], object]) ->
     ]
     per_second: list[tuple[int, float]] = []
 
-    async def ask(concurrency: int, max_requests: int = 10**9, seconds: float = 1.0) -> None:
+    async def ask(concurrency: int, max_requests: int = 10**9, seconds: float = 1.0) -> float:
         turn = await load(
             url, requests, answers.check, concurrency=concurrency, max_requests=max_requests, max_seconds=seconds
         )
         answers.errors += turn.errors
-        per_second.append((replicas.num, round(len(turn.whole_ms) / turn.seconds, 1)))
+        return round(len(turn.whole_ms) / turn.seconds, 1)
+
+    async def press() -> None:
+        per_second.append((replicas.num, await ask(_CONCURRENCY)))
 
     try:
         await replicas.wait_for(1)
         rising = asyncio.create_task(replicas.wait_for(MOST))
         while not rising.done():
-            await ask(_CONCURRENCY)
+            await press()
         for _ in range(_AT_PEAK_QUICK if quick else _AT_PEAK):
-            await ask(_CONCURRENCY)
+            await press()
         say(f"{MOST} replicas after {rising.result()} s; [replicas, calls a second]: {per_second}")
         up_s, peak = rising.result(), max(num for _, num in replicas.changes)
         down_s = await replicas.wait_for(0)
@@ -181,7 +184,7 @@ async def _run(url: str, key: str, quick: bool, say: Callable[[str], object]) ->
         **{"autoscale_up_s": up_s, "autoscale_down_s": down_s, "cold_start_s": cold_s, "peak_replicas": peak},
         **{"autoscale_client_errors": len(answers.errors), "first_error": next(iter(answers.errors), None)},
         **{"answers_under_load": before, "answers_of_cold_start": meanwhile, "replicas": replicas.changes},
-        "calls_per_s": {num: max(rate for at, rate in per_second if at == num) for num in {at for at, _ in per_second}},
+        "calls_per_s": {num: max(rate for at, rate in per_second if at == num) for num, _ in sorted(per_second)},
     }
 
 

@@ -114,7 +114,7 @@ def bind_stub(args: ServeArgs) -> Any:
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=1.0,
     )
-    return engine.bind(args.specialists.max_adapters)
+    return engine.bind(args.specialists.num_resident)
 
 
 @contextlib.contextmanager
