@@ -18,7 +18,7 @@ from jobs.bench.autoscale import Answers, Replicas
 from jobs.bench.core_gateway import lone_gateway
 from jobs.bench.fake_llm import answer_text
 from jobs.bench.gateway_profile import shares_by_package
-from jobs.bench.graph_tax import compare
+from jobs.bench.graph_tax import compare, compare_routers, turn_of
 from jobs.bench.http_load import Reply, http_request, load, percentile, slope, unchunked
 from jobs.bench.passthrough import check_stream, check_unary, request_body, summarize
 from jobs.bench.processes import Usage, module, server
@@ -50,7 +50,12 @@ def test_every_promised_number_comes_from_its_part():
         "passthrough": {"summary": summarize([cell("ours", 1.0), cell("litellm", 12.0), cell("floor", 0.5)])},
         "rollout": {"rollout_requests": 10, "rollout_failed": 1, "rollout_mixed": 2, "changes": {}},
         "faults": {"fault_trials": 5, "fault_client_errors": 1, "captured_exactly_once": False, "faults": {}},
-        "graph_tax": {"graph_tax": 0.1, "mixed_vs_one_adapter": 0.9, "replica_efficiency": 0.8, "bare": {}},
+        "graph_tax": {
+            "graph_tax": 0.1,
+            "mixed_vs_one_adapter": 0.9,
+            "replica_efficiency": 0.8,
+            "adapter_router_vs_default": {},
+        },
         "autoscale": {**dict.fromkeys(AUTOSCALE, 1.0), "replicas": []},
         "soak": {"soak_rss_slope_mib_per_h": 3.0, "rss_mib": []},
     }
@@ -138,6 +143,16 @@ def test_a_paced_engine_answers_as_many_at_once_as_it_is_told_to(monkeypatch):
 
     most, texts = asyncio.run(scenario())
     assert most == 2 and texts == {stub_text("adapters/t50-a", number) for number in range(6)}
+
+
+def test_routers_are_compared_on_conversations_that_go_on_where_they_were():
+    slow, quick = {"requests_per_s": 2.0, "cpu_ms": 400.0}, {"requests_per_s": 2.5, "cpu_ms": 300.0}
+    found = compare_routers({"default": slow, "adapter": quick})
+    assert found["adapter_router_vs_default"] == {"requests_per_s": 1.25, "cpu_ms": 0.75}
+    texts = [turn_of(number, 6)["messages"] for number in range(24)]
+    for number, (system, user) in enumerate(texts[6:], 6):
+        assert system == texts[number - 6][0] and user["content"].startswith(texts[number - 6][1]["content"])
+    assert len({json.dumps(one) for one in texts}) == 24 and len({one[0]["content"] for one in texts}) == 4
 
 
 def kept(release: str, number: int, **headers: str) -> Reply:
