@@ -41,7 +41,7 @@ _PROMPT_WORDS = 100
 _CONCURRENCY = 8
 _NUM_REQUESTS, _NUM_QUICK = 96, 16
 _MAX_SECONDS = 120.0
-_NUM_TURNS, _TURN_WORDS = 4, 50
+_NUM_TURNS, _TURN_WORDS = 4, 60
 ROUTERS = ("default", "adapter")
 _CONFIG = {"max_adapters": NUM_ADAPTERS, "max_lora_rank": 8, "max_model_tokens": 512, "max_num_seqs": 16}
 _FORMAT = PromptFormat(kind="compact", answer_kind="label", max_prompt_tokens=400)
@@ -94,7 +94,7 @@ def turn_of(number: int, num_sessions: int) -> dict[str, Any]:
     """The request of that number among conversations that take turns: each goes on where its last turn ended."""
     turn, session = divmod(number, num_sessions)
     request = task_request(f"task-{session % NUM_ADAPTERS}", session)
-    request["messages"][1]["content"] += f" please {session}" * (_TURN_WORDS // 2 * (turn + 1))
+    request["messages"][1]["content"] += " please" * (_TURN_WORDS * (turn + 1))
     return request
 
 
