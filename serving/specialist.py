@@ -42,12 +42,10 @@ class SpecialistConfig(ScaleConfig):
     dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
     """Weights and arithmetic."""
     max_adapters: int | None = Field(default=None, ge=1)
-    """Adapters resident in one replica, for each base model. A release is swapped in beside the served one, so size it to
-    both; a release that needs more is refused. None takes twice what the release has that is served at the start, at least
-    8 (serving/working_set.py; `understudy serve --dry-run` shows it)."""
+    """Adapters resident in one replica, for each base model: a release is swapped in beside the served one, and refused where
+    both need more. None sizes it by the release served at the start (serving/working_set.py)."""
     max_batch_adapters: int | None = Field(default=None, ge=1)
-    """Adapters that one batch may mix, of those resident; each has its own place beside the weights. None takes the most that
-    the store's recent calls asked for within one minute, at least 8."""
+    """Adapters that one batch may mix, of those resident. None sizes it by the store's recent calls (working_set.py)."""
     max_lora_rank: int = 16
     """Largest adapter rank the engine makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
     max_model_tokens: int = Field(default=1024, ge=64)
@@ -59,8 +57,8 @@ class SpecialistConfig(ScaleConfig):
     num_threads: int = Field(default=1, ge=1)
     """OpenMP threads of a CPU engine."""
     request_router: Literal["default", "adapter"] = "default"
-    """How a gateway chooses among several replicas: as Ray Serve does, or one that has the adapter and knows the prompt's
-    beginning, unless it is much busier than another (serving/replica_choice.py)."""
+    """How a gateway chooses among replicas: as Ray Serve does, or one that has the adapter and knows the prompt's beginning,
+    unless it is much busier than another (serving/replica_choice.py)."""
     min_replicas: int = Field(default=1, ge=0)
     """Replicas kept when idle. With 0 the LLM answers while none is up, and the first such call starts one."""
 
