@@ -20,7 +20,8 @@ _REFUSALS = (400, 422)
 _NAMES = (b"stream_options", b"include_usage")
 _MOST_OF_AN_END = 3
 """Bytes of an event's end without its last."""
-_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2,}")
+_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n|\Z)){2,}")
+"""A carriage return that comes last may be half of a line end."""
 
 
 class StreamUsage:
@@ -87,8 +88,8 @@ class WithoutUsage:
             return piece
         # An event's end may be cut in two as well.
         last = self._begun[-1][-_MOST_OF_AN_END:] if self._begun else b""
-        end = max((found.end() - len(last) for found in _EVENT_END.finditer(last + piece)), default=0)
-        if end <= 0:
+        end = max((found.end() - len(last) for found in _EVENT_END.finditer(last + piece)), default=-1)
+        if end < 0:
             self._begun.append(piece)
             return b""
         text = b"".join([*self._begun, piece[:end]])

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from scripted_llm import BODY, END, GOOD, HELLO, KEY_ENV, ROLE, Reply, Script, read_stream, running, streamed, whole
 
 from cluster.records import Usage
-from cluster.stream_usage import without_usage
+from cluster.sse import SseReader
+from cluster.stream_usage import WithoutUsage, is_usage_alone, without_usage
 
 ASKED = {"include_usage": True}
 COUNTS = b'data: {"id": "1", "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}\n\n'
@@ -32,12 +33,22 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(
     st.lists(st.sampled_from([ROLE, HELLO, b": ping\n\n", COUNTS, DONE, b'data: {"choices": [], "usage": null}\n\n'])),
     st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    st.integers(1, 200),
+    st.booleans(),
 )
-def test_all_but_the_counts_stays_byte_for_byte(events: list[bytes], line_end: bytes) -> None:
+def test_all_but_the_counts_stays_byte_for_byte(events: list[bytes], line_end: bytes, size: int, is_cut: bool) -> None:
+    """Whole, and in pieces that are read as a relay reads them; also where the last line end never comes."""
     given, left = (
         b"".join(one.replace(b"\n", line_end) for one in events if one != dropped) for dropped in (None, COUNTS)
     )
     assert without_usage(given) == left
+    if is_cut and events and events[-1] != COUNTS:
+        given, left = given.removesuffix(line_end), left.removesuffix(line_end)
+    reader, kept, got = SseReader(), WithoutUsage(), []
+    for begin in range(0, len(given), size):
+        piece = given[begin : begin + size]
+        got.append(kept.feed(piece, has_usage=any(map(is_usage_alone, reader.feed(piece)))))
+    assert b"".join([*got, kept.end()]) == left
 
 
 @pytest.mark.parametrize(
@@ -52,6 +63,14 @@ def test_all_but_the_counts_stays_byte_for_byte(events: list[bytes], line_end: b
 )
 def test_what_says_more_than_counts_or_is_cut_stays(event: bytes) -> None:
     assert without_usage(event + HELLO) == event + HELLO
+
+
+def test_pieces_of_whole_events_are_not_copied_and_an_event_goes_on_once_it_is_whole() -> None:
+    kept = WithoutUsage()
+    assert kept.feed(HELLO, has_usage=False) is HELLO
+    assert kept.feed(HELLO[:20], has_usage=False) == b"" and kept.feed(HELLO[20:-1], has_usage=False) == b""
+    assert kept.feed(b"\n" + ROLE + HELLO[:5], has_usage=False) == HELLO + ROLE
+    assert kept.end() == HELLO[:5]
 
 
 def _refusing(*errors: Any) -> Reply:
