@@ -2,8 +2,9 @@
 
 The call is kept however it ends: whole, broken off or abandoned. Bytes flow as they come until the answer ends; its
 end (the piece with the last finish_reason, counts, [DONE]) leaves once the call is as durable as the capture promises,
-so that no client has seen an answer finished which a crash could still lose. Counts that the client did not ask for stay here. A stream that outlasts the call's deadline
-is broken off like one that its LLM breaks off. Knows nothing of specialists.
+so that no client has seen an answer finished which a crash could still lose. Counts that its client did not ask for
+stay here. A stream that outlasts the call's deadline is broken off like one that its LLM breaks off. Knows nothing of
+specialists.
 """
 
 from __future__ import annotations
