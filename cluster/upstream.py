@@ -27,6 +27,7 @@ from cluster.opening import Opening, error_status, reported_error
 from cluster.retries import LONGEST_PAUSE_S, LONGEST_RETRY_AFTER_S, backoff_s, is_retryable, parse_retry_after
 from cluster.slots import Slots
 from cluster.sse import parse_object
+from cluster.stream_usage import StreamUsage
 from cluster.upstream_errors import EndpointErrors
 
 MAX_REPLY_BYTES = 64 * 2**20
@@ -119,6 +120,8 @@ class UpstreamStream(NamedTuple):
     status: int
     content_type: str
     chunks: AsyncIterator[bytes]
+    hides_usage: bool = False
+    """Whether its token counts were asked for here, and the event that brings them is not for the client."""
 
 
 class _Begun(NamedTuple):
@@ -131,6 +134,7 @@ class _Begun(NamedTuple):
     """`first` as an object, where it is whole."""
     response: aiohttp.ClientResponse | None
     """Where the rest of a stream comes from."""
+    hides_usage: bool = False
 
 
 class _Failed(Exception):
@@ -160,6 +164,7 @@ class Upstream:
         self._breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
         self._slots = Slots(config.max_concurrent, config.max_concurrent, config.max_wait_s)
         self._errors = EndpointErrors(config.base_url, config.api_key_env)
+        self._usage = StreamUsage()
         self._sleep = sleep
         self._headers = {"Content-Type": JSON, **authorization(config)}
         self._session: aiohttp.ClientSession | None = None
@@ -182,7 +187,7 @@ class Upstream:
             UpstreamError: the LLM gave no content after all attempts.
         """
         async with self._opened(body, is_stream=True) as (begun, deadline):
-            yield UpstreamStream(begun.status, begun.content_type, self._chunks(begun, deadline))
+            yield UpstreamStream(begun.status, begun.content_type, self._chunks(begun, deadline), begun.hides_usage)
 
     async def list_models(self) -> list[dict[str, Any]]:
         """Entries of the endpoint's own model list.
@@ -237,9 +242,8 @@ class Upstream:
         if permit is None:
             raise self._errors.left_alone(self._breaker.wait_s, has_asked=self._breaker.is_paused)
         try:
-            model = {"model": self.config.model} if self.config.model else {}
-            data = write_json({**body, **model})
-            begun = await self._attempts(data, is_stream, deadline)
+            asked = {**body, "model": self.config.model} if self.config.model else body
+            begun = await self._counted(asked, is_stream, deadline)
             permit.succeed()
             return begun
         except UpstreamError as error:
@@ -250,6 +254,21 @@ class Upstream:
             raise
         finally:
             permit.leave()
+
+    async def _counted(self, body: dict[str, Any], is_stream: bool, deadline: float) -> _Begun:
+        """What the attempts gave, with a stream's token counts where the endpoint gives them."""
+        counted = self._usage.add(body) if is_stream else None
+        if counted is None:
+            return await self._attempts(write_json(body), is_stream, deadline)
+        begun = await self._attempts(write_json(counted), is_stream, deadline)
+        if self._usage.is_refused(body, begun.status, begun.first):
+            plain = await self._attempts(write_json(body), is_stream, deadline)
+            if plain.status == 200:
+                self._usage.learn(body, takes_it=False)
+            return plain
+        if begun.response is not None:
+            self._usage.learn(body, takes_it=True)
+        return begun._replace(hides_usage=True)
 
     async def _attempts(self, data: bytes, is_stream: bool, deadline: float) -> _Begun:
         clock = asyncio.get_running_loop().time

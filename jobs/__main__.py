@@ -267,7 +267,7 @@ def _serve(options: argparse.Namespace) -> int | None:
     submit.check_flags(options)
     from jobs.plan import check_here, plan_serving, show_plan
     from jobs.recipe import load_recipe
-    from jobs.serve import count_bases, name_upstream, resolve_upstream, serve, serve_config
+    from jobs.serve import count_bases, name_upstream, resolve_upstream, serve, serve_config, show_room
 
     if options.print_config:
         import yaml
@@ -278,7 +278,7 @@ def _serve(options: argparse.Namespace) -> int | None:
     recipe = resolve_upstream(load_recipe(options.words))
     plan = plan_serving(recipe, count_bases(recipe.store))
     if options.dry_run:
-        print(json.dumps(show_plan(recipe, plan), indent=1))
+        print(json.dumps({**show_plan(recipe, plan), "adapters": show_room(recipe)}, indent=1))
         check_here(plan, recipe)
         return None
     serve(recipe, plan)

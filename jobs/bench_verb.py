@@ -74,7 +74,7 @@ def add_verb(verbs: Any) -> None:
     gate.set_defaults(run=_gate)
     serve = names.add_parser(
         "serve",
-        help="calls passed on, releases that change under load, faults, graph tax, soak",
+        help="calls passed on, releases that change under load, faults, graph tax, autoscaling, soak",
         sections=(),
         examples=["understudy bench serve --quick --part rollout"],
     )

@@ -28,6 +28,7 @@ from jobs.recipe import Recipe
 from serving.app import ServeArgs, build
 from serving.cluster_llm import ClusterLLMConfig
 from serving.endpoint import APP, HttpConfig, base_url, check_port, run_endpoint
+from serving.working_set import WorkingSet, measure_working_set, size_specialists
 
 BASE_URL_ENV = "OPENAI_BASE_URL"
 
@@ -114,6 +115,24 @@ def count_bases(store_uri: str) -> int:
         return 0
     found = registry.current(Store(store_uri))
     return len({specialist.base for specialist in found[1].specialists.values()}) if found else 0
+
+
+def show_room(recipe: Recipe) -> dict[str, int]:
+    """For how many adapters each engine will have room, and what that rests on. Creates no store."""
+    is_there = "://" in recipe.store or pathlib.Path(recipe.store).is_dir()
+    found = WorkingSet(0, 0, 0)
+    if is_there:
+        store = Store(recipe.store)
+        current = registry.current(store)
+        found = measure_working_set(store, current[1] if current else None)
+    sized = size_specialists(recipe.specialists, found)
+    return {
+        "resident": sized.num_resident,
+        "in_one_batch": sized.num_at_once,
+        "of_release_on_one_base": found.num_adapters,
+        "most_called_in_a_minute": found.num_called,
+        "calls_looked_at": found.num_calls,
+    }
 
 
 def serve(recipe: Recipe, plan: list[Part]) -> None:

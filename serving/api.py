@@ -60,7 +60,7 @@ def build_api(core: GatewayCore) -> FastAPI:
 
     async def relay(request: Request) -> Response:
         core.admission.admit(request.headers, "call_models")
-        return await core.passthrough.relay(request)
+        return await core.passthrough.relay(request, core.drain)
 
     async def take_feedback(request: Request) -> Response:
         identity = core.admission.admit(request.headers, "give_feedback")

@@ -42,6 +42,7 @@ from serving.scaling import STOP_MARGIN_S, autoscaling_of
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, idle_s_of
 from serving.steward import StewardConfig, build_steward
 from serving.table import ServingTable, crowded_base
+from serving.working_set import measure_working_set, size_specialists
 
 if TYPE_CHECKING:
     from ray import serve
@@ -85,8 +86,11 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     journal_folder(args.capture, args.store)
     found = registry.current(store)
     bases = sorted({*args.bases, *(one.base for one in (found[1].specialists.values() if found else ()))})
-    if found:
-        _check_room(found[1], args.specialists.max_adapters)
+    release = found[1] if found else None
+    specialists = size_specialists(args.specialists, measure_working_set(store, release))
+    if release:
+        _check_room(release, specialists.num_resident)
+    args = args.model_copy(update={"specialists": specialists})
 
     handles = {base: build_specialists(base, args.specialists, args.store) for base in bases}
     llms = {
@@ -149,7 +153,7 @@ class Gateway:
             capture=capture,
             fallback=fallback,
             auditor=Auditor(config.audit, fallback, capture, pseudonyms, meter),
-            table=ServingTable(store, engines, config.specialists.max_adapters),
+            table=ServingTable(store, engines, config.specialists.num_resident),
             engines=engines,
             pseudonyms=pseudonyms,
             api_keys=_api_keys(config),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import ClientDisconnect, Request
 
-from serving.gateway import CLIENT_GONE
-from serving.openai_wire import Denied
+from serving.openai_wire import CLIENT_GONE, Denied
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

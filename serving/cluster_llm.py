@@ -21,6 +21,7 @@ from cluster.errors import UpstreamError
 from cluster.opening import Opening, error_status
 from cluster.retries import is_retryable
 from cluster.sse import parse_object
+from cluster.stream_usage import with_usage
 from cluster.upstream import EVENT_STREAM, JSON, LLMNodeConfig, UpstreamReply, UpstreamStream
 from serving.openai_wire import error_body
 from serving.scaling import ScaleConfig, autoscaling_of
@@ -116,9 +117,10 @@ class ClusterLLM:
             UpstreamError: the model gave no content.
         """
         body = {**body, "stream": True}
-        async with self._opened(body, self.config.first_token_timeout_s) as (status, first, rest, deadline):
+        counted = with_usage(body)
+        async with self._opened(counted or body, self.config.first_token_timeout_s) as (status, first, rest, deadline):
             kind = EVENT_STREAM if status == 200 else JSON
-            yield UpstreamStream(status, kind, self._chunks(first, rest, deadline))
+            yield UpstreamStream(status, kind, self._chunks(first, rest, deadline), counted is not None)
 
     async def list_models(self) -> list[dict[str, Any]]:
         """The model's entry; it is known without asking."""

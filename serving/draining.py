@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from cluster.errors import UpstreamError
 from serving.openai_wire import error_body
 
+SHUTTING_DOWN = "shutting_down"
+"""Code of that error."""
 Stop = Callable[[UpstreamError], None]
 
 
@@ -72,4 +74,4 @@ class Drain:
 def shutdown_error() -> UpstreamError:
     """The error of a call that the end of this gateway cuts off."""
     message = "This gateway stops, and the answer was not whole within its drain time; send the request again"
-    return UpstreamError(message, 503, error_body(message, kind="server_error", code="shutting_down"))
+    return UpstreamError(message, 503, error_body(message, kind="server_error", code=SHUTTING_DOWN))

@@ -43,16 +43,13 @@ from serving.gateway_config import GatewayConfig
 from serving.hedging import race
 from serving.limits import fit_budget, read_limits, within
 from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
-from serving.openai_wire import Denied, completion_body, completion_chunks, error_body, with_code
+from serving.openai_wire import CLIENT_GONE, Denied, completion_body, completion_chunks, error_body, with_code
 from serving.overload import retry_headers
 from serving.passthrough import PassThrough
 from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
 from serving.shadow import Shadows
 from serving.table import ServingTable, Snapshot
-
-CLIENT_GONE = 499
-"""Status of a captured call whose client left before the last byte (as nginx writes it)."""
 
 
 class GatewayCore:

@@ -107,8 +107,8 @@ def late_error() -> UpstreamError:
     return UpstreamError(message, 504, error_body(message, kind="timeout_error", code="deadline_exceeded"))
 
 
-async def within(working: Coroutine[Any, Any, ResultT], deadline_at: float, drain: Drain) -> ResultT:
-    """What `working` gives before the deadline and the gateway's end; cancelled then.
+async def within(working: Coroutine[Any, Any, ResultT], deadline_at: float | None, drain: Drain) -> ResultT:
+    """What `working` gives before the deadline, if there is one, and the gateway's end; cancelled then.
 
     Raises:
         UpstreamError: 504, the deadline passed; 503, the drain time did.
@@ -128,9 +128,9 @@ async def within(working: Coroutine[Any, Any, ResultT], deadline_at: float, drai
         raise cut or late_error() from None
 
 
-async def until(chunks: AsyncIterator[bytes], deadline_at: float, drain: Drain) -> AsyncIterator[bytes]:
-    """The pieces of a stream as they come, up to the deadline or the gateway's end. One timer for the stream; a piece costs
-    nothing more.
+async def until(chunks: AsyncIterator[bytes], deadline_at: float | None, drain: Drain) -> AsyncIterator[bytes]:
+    """The pieces of a stream as they come, up to the deadline, if there is one, or the gateway's end. One timer for the
+    stream; a piece costs nothing more.
 
     Raises:
         UpstreamError: 504, the deadline passed before the stream's end; 503, the drain time did.
@@ -146,7 +146,7 @@ async def until(chunks: AsyncIterator[bytes], deadline_at: float, drain: Drain) 
             task.cancel()
         error = error or reason
 
-    timer = asyncio.get_running_loop().call_at(deadline_at, lambda: stop(late_error()))
+    timer = deadline_at and asyncio.get_running_loop().call_at(deadline_at, lambda: stop(late_error()))
     try:
         with drain.watch(stop):
             while error is None:
@@ -163,7 +163,8 @@ async def until(chunks: AsyncIterator[bytes], deadline_at: float, drain: Drain) 
                     return
                 yield piece
     finally:
-        timer.cancel()
+        if timer:
+            timer.cancel()
     raise error
 
 

@@ -15,6 +15,8 @@ from cluster.json_text import read_json
 from cluster.records import Usage
 from cluster.sse import MAX_NESTING, is_too_deep
 
+CLIENT_GONE = 499
+"""Status of a request whose client left before the last byte (as nginx writes it)."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAX_COUNT = 2**63 - 1
 _CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -2,14 +2,17 @@
 
 Exact paths alone: what is asked of the endpoint is put together from the list, never from the request, so that no
 spelling of a path reaches anything else under the owner's key. These requests are no chat completions: they are
-counted and paid at the endpoint's prices (serving/tally.py), not captured and not routed.
+counted and paid at the endpoint's prices (serving/tally.py), not captured and not routed. What outlasts the drain time of a
+gateway that stops ends with `shutting_down`, a stream of events within itself; of another reply that has begun nothing can
+be said, and its connection is cut.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -21,7 +24,9 @@ from cluster.raw_upstream import RawReply, RawUpstream
 from cluster.telemetry import Meter
 from cluster.upstream import UpstreamConfig
 from serving.billing import Spending, spent_error, was_at_work
-from serving.openai_wire import Denied
+from serving.draining import SHUTTING_DOWN, Drain
+from serving.limits import until, within
+from serving.openai_wire import CLIENT_GONE, Denied, error_code, sse_event
 from serving.tally import Tally
 
 VERSION = "/v1"
@@ -58,13 +63,13 @@ class PassThrough:
         self.paths = tuple(paths)
         self._upstream, self._meter, self._spending = upstream, meter, spending
 
-    async def relay(self, request: Request) -> StreamingResponse:
-        """Answer one POST to one of `paths`.
+    async def relay(self, request: Request, drain: Drain) -> StreamingResponse:
+        """Answer one POST to one of `paths`, until `drain` ends it.
 
         Raises:
             HTTPException: 404, the path is spelt otherwise.
             Denied: 501, there is no endpoint; 413, the body is too large.
-            UpstreamError: the endpoint gave no reply; 429, it has cost what it may cost today.
+            UpstreamError: the endpoint gave no reply; 429, it has cost what it may cost today; 503, this gateway stops.
         """
         path, query = self._path_of(request), request.scope.get("query_string", b"")
         if self._upstream is None:
@@ -81,31 +86,37 @@ class PassThrough:
             raise spent_error(wait_s)
         tally = Tally()
         body = _Body(request, tally)
-        async with contextlib.AsyncExitStack() as stack:
-            try:
-                headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw]
-                sent = self._upstream.post(path.removeprefix(VERSION), query.decode(), headers, body.pieces())
-                reply = await stack.enter_async_context(sent)
-            except (UpstreamError, asyncio.CancelledError) as error:
-                if was_at_work(error):
-                    self._charge(endpoint, tally)
-                if not isinstance(error, UpstreamError):
-                    raise
-                status = 413 if body.is_too_large else 499 if body.is_abandoned else error.status
-                self._count(path, status)
-                if body.is_too_large:
-                    raise too_large() from None
-                raise
-            self._count(path, reply.status)
-            if reply.status < 400:
-                tally.begin_reply(reply.headers)
-                stack.callback(self._charge, endpoint, tally)
-            return _RawResponse(reply, tally, stack.pop_all())
-        raise AssertionError("the block returns or raises")
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw]
+        sent = self._upstream.post(path.removeprefix(VERSION), query.decode(), headers, body.pieces())
+        try:
+            reply, stack = await within(self._begin(sent, endpoint, tally), None, drain)
+        except UpstreamError as error:
+            self._count(path, 413 if body.is_too_large else CLIENT_GONE if body.is_abandoned else error.status)
+            if body.is_too_large:
+                raise too_large() from None
+            raise
+        return _RawResponse(reply, tally, stack, drain, lambda status: self._count(path, status))
 
     async def close(self) -> None:
         if self._upstream is not None:
             await self._upstream.close()
+
+    async def _begin(
+        self, sent: AbstractAsyncContextManager[RawReply], endpoint: UpstreamConfig, tally: Tally
+    ) -> tuple[RawReply, contextlib.AsyncExitStack]:
+        """The begun reply, and what closes it and charges for it."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                reply = await stack.enter_async_context(sent)
+            except (UpstreamError, asyncio.CancelledError) as error:
+                if was_at_work(error):
+                    self._charge(endpoint, tally)
+                raise
+            if reply.status < 400:
+                tally.begin_reply(reply.headers)
+                stack.callback(self._charge, endpoint, tally)
+            return reply, stack.pop_all()
+        raise AssertionError("the block returns or raises")
 
     def _path_of(self, request: Request) -> str:
         """The path, where it is written as it stands in the list: without an encoded letter, too."""
@@ -152,21 +163,55 @@ class _Body:
 
 
 class _RawResponse(StreamingResponse):
-    def __init__(self, reply: RawReply, tally: Tally, stack: contextlib.AsyncExitStack) -> None:
-        super().__init__(_until_cut(reply.pieces, tally), reply.status)
+    """A begun reply on its way; counted once it is over."""
+
+    def __init__(
+        self,
+        reply: RawReply,
+        tally: Tally,
+        stack: contextlib.AsyncExitStack,
+        drain: Drain,
+        count: Callable[[int], None],
+    ) -> None:
+        super().__init__(self._until_cut(reply, tally, drain), reply.status)
         self.raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers]
-        self._stack = stack
+        self._stack, self._count = stack, count
+        self._end = CLIENT_GONE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._stack:
-            await super().__call__(scope, receive, send)
+        try:
+            async with self._stack:
+                await super().__call__(scope, receive, send)
+        finally:
+            self._count(self._end)
+
+    async def _until_cut(self, reply: RawReply, tally: Tally, drain: Drain) -> AsyncIterator[bytes]:
+        """Raises OSError where the reply ends before its time and cannot say so, so that the server cuts the connection."""
+        try:
+            async for piece in until(reply.pieces, None, drain):
+                tally.add_got(piece)
+                yield piece
+        except UpstreamError as error:
+            self._end = error.status
+            if error_code(error.body) != SHUTTING_DOWN:
+                raise ConnectionError("the endpoint broke off its reply") from None
+            if not _takes_events(reply):
+                raise ConnectionError("the gateway stops") from None
+            yield _last_event(error)
+        else:
+            self._end = reply.status
 
 
-async def _until_cut(pieces: AsyncIterator[bytes], tally: Tally) -> AsyncIterator[bytes]:
-    """Raises OSError where the endpoint broke off, so that the server cuts the client's connection as well."""
-    try:
-        async for piece in pieces:
-            tally.add_got(piece)
-            yield piece
-    except UpstreamError:
-        raise ConnectionError("the endpoint broke off its reply") from None
+def _takes_events(reply: RawReply) -> bool:
+    """Whether an event can be added to a reply: one of events, not packed, whose length was not told."""
+    known = dict(reply.headers)
+    is_stream = known.get("content-type", "").partition(";")[0].strip().lower() == "text/event-stream"
+    return is_stream and not {"content-encoding", "content-length"} & known.keys()
+
+
+def _last_event(error: UpstreamError) -> bytes:
+    """The error as clients of completions read it and, named and typed, as those of responses do."""
+    assert error.body is not None
+    told = {name: error.body["error"][name] for name in ("code", "message", "param")}
+    # The blank line ends an event that was cut in its middle.
+    return b"\n\nevent: error\n" + sse_event({"type": "error", **told, **error.body})

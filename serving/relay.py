@@ -2,8 +2,9 @@
 
 The call is kept however it ends: whole, broken off or abandoned. Bytes flow as they come until the answer ends; its
 end (the piece with the last finish_reason, counts, [DONE]) leaves once the call is as durable as the capture promises,
-so that no client has seen an answer finished which a crash could still lose. A stream that outlasts the call's deadline
-is broken off like one that its LLM breaks off. Knows nothing of specialists.
+so that no client has seen an answer finished which a crash could still lose. Counts that its client did not ask for
+stay here. A stream that outlasts the call's deadline is broken off like one that its LLM breaks off. Knows nothing of
+specialists.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.errors import UpstreamError
 from cluster.sse import MAX_STREAM_BYTES, SseReader
+from cluster.stream_usage import WithoutUsage, is_usage_alone
 from cluster.upstream import LLMNodeConfig, UpstreamStream
 from serving.limits import until
 from serving.openai_wire import Denied, error_body, error_code, sse_event
@@ -45,6 +47,7 @@ class LLMRelay(StreamingResponse):
         self._core, self._call, self._endpoint, self._stack = core, call, endpoint, stack
         self._reader = SseReader()
         self._parts = Reassembler(_num_choices(call.request))
+        self._filter = WithoutUsage() if stream.hides_usage else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -58,12 +61,13 @@ class LLMRelay(StreamingResponse):
     async def _pieces(self, stream: UpstreamStream) -> AsyncIterator[bytes]:
         held: list[bytes] = []
         try:
-            async for piece in until(stream.chunks, self._call.limits.deadline_at, self._core.drain):
-                self._read(self._reader.feed(piece))
+            async for got in until(stream.chunks, self._call.limits.deadline_at, self._core.drain):
+                piece = self._read(got)
                 if self._reader.is_full:
                     raise _too_long()
                 if not (self._reader.is_done or self._parts.is_finished):
-                    yield piece
+                    if piece:
+                        yield piece
                     continue
                 held.append(piece)
                 if self._reader.is_done:
@@ -71,10 +75,10 @@ class LLMRelay(StreamingResponse):
                         await self._finish(*self._fate())
                     yield b"".join(held)
                     held.clear()
-            self._read(self._reader.end())
+            held.append(self._read_end())
             if not self._call.is_finished:
                 await self._finish(*self._fate())
-            if held:
+            if any(held):
                 yield b"".join(held)
             if self._is_cut_short():
                 # Clients take the end of the bytes for the end of the answer.
@@ -83,13 +87,22 @@ class LLMRelay(StreamingResponse):
         except UpstreamError as error:
             if self._call.is_finished:
                 return
-            yield b"".join(held) + await self._broken_off(error)
+            yield b"".join([*held, self._read_end()]) + await self._broken_off(error)
         except Denied as denied:
             yield self._denied(denied)
 
-    def _read(self, chunks: list[dict[str, Any]]) -> None:
+    def _read(self, piece: bytes) -> bytes:
+        """Take the next piece; what of it is for the client."""
+        chunks = self._reader.feed(piece)
         for chunk in chunks:
             self._parts.add(chunk)
+        return self._filter.feed(piece, has_usage=any(map(is_usage_alone, chunks))) if self._filter else piece
+
+    def _read_end(self) -> bytes:
+        """Take the end of the stream; what is left for the client."""
+        for chunk in self._reader.end():
+            self._parts.add(chunk)
+        return self._filter.end() if self._filter else b""
 
     def _fate(self) -> tuple[int, str | None]:
         """Status and error of a stream that came to its end."""

@@ -28,6 +28,8 @@ ADAPTER_MODE = "lora"
 LOGPROB_MODE = "raw_logprobs"
 _FINGERPRINTED = ("dtype", "enforce_eager", "max_lora_rank", "max_model_len", "logprobs_mode")
 """Engine options that could change an answer or its confidence."""
+MIN_ADAPTERS = 8
+"""Room that an engine has at least, where the recipe says no other."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for its largest rank: vllm.config.lora.MaxLoRARanks."""
 
@@ -39,9 +41,11 @@ class SpecialistConfig(ScaleConfig):
     """What the engine runs on."""
     dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
     """Weights and arithmetic."""
-    max_adapters: int = Field(default=8, ge=1)
-    """Adapters resident in one replica, for each base model. A release is swapped in beside the served one, so size it to
-    both; a release that needs more is refused."""
+    max_adapters: int | None = Field(default=None, ge=1)
+    """Adapters resident in one replica, for each base model: a release is swapped in beside the served one, and refused where
+    both need more. None sizes it by the release served at the start (serving/working_set.py)."""
+    max_batch_adapters: int | None = Field(default=None, ge=1)
+    """Adapters that one batch may mix, of those resident. None sizes it by the store's recent calls (working_set.py)."""
     max_lora_rank: int = 16
     """Largest adapter rank the engine makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
     max_model_tokens: int = Field(default=1024, ge=64)
@@ -53,10 +57,18 @@ class SpecialistConfig(ScaleConfig):
     num_threads: int = Field(default=1, ge=1)
     """OpenMP threads of a CPU engine."""
     request_router: Literal["default", "adapter"] = "default"
-    """How a gateway chooses among several replicas: as Ray Serve does, or one that has the adapter and knows the prompt's
-    beginning, unless it is much busier than another (serving/replica_choice.py)."""
+    """How a gateway chooses among replicas: as Ray Serve does, or one that has the adapter and knows the prompt's beginning,
+    unless it is much busier than another (serving/replica_choice.py)."""
     min_replicas: int = Field(default=1, ge=0)
     """Replicas kept when idle. With 0 the LLM answers while none is up, and the first such call starts one."""
+
+    @property
+    def num_resident(self) -> int:
+        return self.max_adapters or MIN_ADAPTERS
+
+    @property
+    def num_at_once(self) -> int:
+        return min(self.max_batch_adapters or self.num_resident, self.num_resident)
 
     @field_validator("max_lora_rank")
     @classmethod
@@ -85,14 +97,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
         accelerator_config={"kind": config.device},
         placement_group_config={"bundles": [{"CPU": 1} if is_cpu else {"GPU": 1}]},
         engine_kwargs=engine_kwargs(config),
-        deployment_config={
-            "autoscaling_config": autoscaling_of(config, config.max_num_seqs),
-            "ray_actor_options": {"num_cpus": 0},
-            "max_ongoing_requests": 4 * config.max_num_seqs,
-            # One gateway's queue; beyond it the LLM answers at once instead of after the timeout.
-            "max_queued_requests": 4 * config.max_num_seqs,
-            **router_options(config),
-        },
+        deployment_config=deployment_options(config),
         runtime_env={"env_vars": environment},
         log_engine_metrics=False,
     )
@@ -104,13 +109,25 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
     )
 
 
+def deployment_options(config: SpecialistConfig) -> dict[str, Any]:
+    """How the specialists of one base scale and queue, as Ray Serve's options of a deployment."""
+    return {
+        "autoscaling_config": autoscaling_of(config, config.max_num_seqs),
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": 4 * config.max_num_seqs,
+        # One gateway's queue; beyond it the LLM answers at once instead of after the timeout.
+        "max_queued_requests": 4 * config.max_num_seqs,
+        **router_options(config),
+    }
+
+
 def router_options(config: SpecialistConfig) -> dict[str, Any]:
     """Ray Serve's request_router_config, where it is not its default."""
     if config.request_router == "default":
         return {}
     router = {
         "request_router_class": "serving.replica_router.AdapterRouter",
-        "request_router_kwargs": {"max_adapters": config.max_adapters},
+        "request_router_kwargs": {"max_adapters": config.num_resident},
     }
     return {"request_router_config": router}
 
@@ -238,8 +255,8 @@ def engine_kwargs(config: SpecialistConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "enforce_eager": True,
         "enable_lora": True,
-        "max_loras": config.max_adapters,
-        "max_cpu_loras": config.max_adapters,
+        "max_loras": config.num_at_once,
+        "max_cpu_loras": config.num_resident,
         "max_lora_rank": config.max_lora_rank,
         "max_model_len": config.max_model_tokens,
         "max_num_seqs": config.max_num_seqs,
@@ -333,7 +350,7 @@ def _server_class() -> Any:
                 return await self._load_adapter(adapter)
 
             # Serve routes an adapter's requests to replicas that have it; a replica that is new to one loads it here.
-            multiplexed = serve.multiplexed(max_num_models_per_replica=config.max_adapters)(load)
+            multiplexed = serve.multiplexed(max_num_models_per_replica=config.num_resident)(load)
             self._adapters = SharedLoads(multiplexed)
             await super().__init__(llm_config)
 

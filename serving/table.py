@@ -169,7 +169,8 @@ class ServingTable:
         if crowded:
             raise ReleaseError(
                 f"release {sha[:12]}: with the served one {crowded[1]} adapters on base {crowded[0]}; allowed: "
-                f"specialists.max_adapters={self._max_adapters}; next: raise it and start `understudy serve` again"
+                f"specialists.max_adapters={self._max_adapters}; next: start `understudy serve` again, which makes room for "
+                "twice the served release where the recipe names no number, or raise it"
             )
 
     async def _skipped(self, release: Release) -> dict[str, str]:

@@ -172,6 +172,8 @@ class FakeLLM:
         self.may_go_on = asyncio.Event()
         """While unset, streams stop after their first piece."""
         self.may_go_on.set()
+        self.gives_counts = True
+        """Whether streams bring token counts where they are asked for."""
         self.requests: list[dict[str, Any]] = []
         self.num_left = 0
         """Calls whose client left before their end."""
@@ -201,7 +203,7 @@ class FakeLLM:
             return web.json_response({"error": self.error}, status=self.status)
         try:
             if self.answer_with is not None:
-                return await _say(http_request, request, self.answer_with(request))
+                return await _say(http_request, self._heard(request), self.answer_with(request))
             await self.may_answer.wait()
             if request.get("stream"):
                 return await self._stream(http_request)
@@ -209,6 +211,9 @@ class FakeLLM:
         except (asyncio.CancelledError, ConnectionError):
             self.num_left += 1
             raise
+
+    def _heard(self, request: dict[str, Any]) -> dict[str, Any]:
+        return request if self.gives_counts else {**request, "stream_options": None}
 
     async def _stream(self, http_request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

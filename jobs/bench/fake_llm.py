@@ -3,7 +3,7 @@
     python -m jobs.bench.fake_llm [GAP_MS]      # prints its address; ends with SIGTERM
 
 Answers `POST .../chat/completions` with one text, or as 17 chunks that are GAP_MS apart, each sent by itself as tokens of
-a real LLM are. The text repeats the request's `#NUMBER#`, so that a client sees whether the answer is its own. A request
+a real LLM are; with token counts where `include_usage` asks for them. The text repeats the request's `#NUMBER#`, so that a client sees whether the answer is its own. A request
 whose `user` is `fate:NAME` is treated as FATES says. Knows only as much of HTTP as the clients of the benchmarks send.
 """
 
@@ -32,6 +32,7 @@ FATES = {
 _MARK = re.compile(rb"#\d{1,9}#")
 _FATE = re.compile(rb'"user":\s*"fate:([a-z0-9_]+)"')
 _STREAM = re.compile(rb'"stream":\s*true')
+_COUNTED = re.compile(rb'"include_usage":\s*true')
 _LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
 _JSON_HEAD = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\nretry-after: 0\r\ncontent-length: %d\r\n\r\n"
 _STREAM_HEAD = (
@@ -40,6 +41,7 @@ _STREAM_HEAD = (
 _ENVELOPE = {"id": "chatcmpl-1", "created": 1, "model": "scripted"}
 _ERROR = json.dumps({"error": {"message": "no", "type": "server_error", "param": None, "code": "busy"}}).encode()
 _END = b"0\r\n\r\n"
+_USAGE = {"prompt_tokens": 100, "completion_tokens": 15, "total_tokens": 115}
 
 
 def answer_text(mark: str) -> str:
@@ -49,9 +51,8 @@ def answer_text(mark: str) -> str:
 
 def _unary(mark: bytes) -> bytes:
     message = {"role": "assistant", "content": answer_text(mark.decode())}
-    usage = {"prompt_tokens": 100, "completion_tokens": 15, "total_tokens": 115}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    return json.dumps({**_ENVELOPE, "object": "chat.completion", "choices": [choice], "usage": usage}).encode()
+    return json.dumps({**_ENVELOPE, "object": "chat.completion", "choices": [choice], "usage": _USAGE}).encode()
 
 
 def _event(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
@@ -67,7 +68,10 @@ _PLACE = b"#0#"
 _UNARY = _unary(_PLACE)
 _WORDS = [_event({"content": piece}) for piece in re.findall(r" ?\S+", answer_text(_PLACE.decode()))]
 _OPENING, _FINISH = _event({"role": "assistant", "content": ""}), _event({}, "stop")
-_LAST = _framed(_FINISH) + _framed(b"data: [DONE]") + _END
+_DONE = _framed(b"data: [DONE]") + _END
+_COUNTS = (
+    b"data: " + json.dumps({**_ENVELOPE, "object": "chat.completion.chunk", "choices": [], "usage": _USAGE}).encode()
+)
 
 
 class _Connection(asyncio.Protocol):
@@ -109,7 +113,8 @@ class _Connection(asyncio.Protocol):
             return self._send_json(int(name[1:]), _ERROR)
         number = mark[0] if mark else _PLACE
         if _STREAM.search(body):
-            self._stream(number, name)
+            last = [_FINISH, _COUNTS] if _COUNTED.search(body) else [_FINISH]
+            self._stream(number, name, b"".join(map(_framed, last)) + _DONE)
         else:
             self._send_whole(_UNARY.replace(_PLACE, number, 1), name)
 
@@ -126,7 +131,7 @@ class _Connection(asyncio.Protocol):
         # A turn later, so that what was written leaves before the reset.
         self._timer = asyncio.get_running_loop().call_later(0.02, self._transport.abort)
 
-    def _stream(self, mark: bytes, fate: str) -> None:
+    def _stream(self, mark: bytes, fate: str, last: bytes) -> None:
         pieces: list[bytes | None] = [_STREAM_HEAD + _framed(_OPENING), _framed(_WORDS[0].replace(_PLACE, mark))]
         pieces += map(_framed, _WORDS[1:])
         if fate == "hang_mid":
@@ -138,13 +143,13 @@ class _Connection(asyncio.Protocol):
         elif fate == "empty":
             pieces = [_STREAM_HEAD + _END]
         elif fate == "malformed":
-            pieces = [*pieces[:5], _framed(b"data: {oh"), *pieces[5:], _LAST]
+            pieces = [*pieces[:5], _framed(b"data: {oh"), *pieces[5:], last]
         elif fate == "unfinished":
             pieces = [*pieces[:5], _END]
         elif fate == "error_event":
-            pieces = [*pieces[:5], _framed(b"data: " + _ERROR), _framed(b"data: [DONE]") + _END]
+            pieces = [*pieces[:5], _framed(b"data: " + _ERROR), _DONE]
         else:
-            pieces.append(_LAST)
+            pieces.append(last)
         self._send_next(pieces, 0)
 
     def _send_next(self, pieces: list[bytes | None], number: int) -> None:

@@ -4,6 +4,9 @@ The same prompts, adapters and lengths of answer, once given to vLLM's AsyncLLM 
 completions to the graph of serving/app.py. The base is untrained and large enough that one answer costs an engine 100
 ms of CPU or more. Untrained, it never ends its answers, which the gateway then hands on: every call asks the fake LLM as
 well, so the tax is that of the longest way through the graph. Needs vLLM.
+
+With two engines there is a choice: conversations that grow, of four turns each, are asked under Ray Serve's own way to choose
+a replica and under ours (serving/replica_choice.py). A turn that goes where the last one went finds its beginning there.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ _PROMPT_WORDS = 100
 _CONCURRENCY = 8
 _NUM_REQUESTS, _NUM_QUICK = 96, 16
 _MAX_SECONDS = 120.0
+_NUM_TURNS, _TURN_WORDS = 4, 60
+ROUTERS = ("default", "adapter")
 _CONFIG = {"max_adapters": NUM_ADAPTERS, "max_lora_rank": 8, "max_model_tokens": 512, "max_num_seqs": 16}
 _FORMAT = PromptFormat(kind="compact", answer_kind="label", max_prompt_tokens=400)
 _START_TIMEOUT_S = 240.0
@@ -49,7 +54,9 @@ def measure_graph_tax(say: Callable[[str], object], quick: bool = False) -> dict
     Returns:
         `graph_tax`: share of bare vLLM's requests per second that the graph loses at one engine, one adapter;
         `mixed_vs_one_adapter`: requests per second with four adapters over those with one, through the graph;
-        `replica_efficiency`: of two engines over twice those of one; and what was measured.
+        `replica_efficiency`: of two engines over twice those of one; `adapter_router_vs_default`: requests per second of
+        growing conversations, and engine CPU per request, under our choice of replicas over those under Serve's; and what
+        was measured.
     """
     num = _NUM_QUICK if quick else _NUM_REQUESTS
     with tempfile.TemporaryDirectory(prefix="understudy-bench-") as scratch:
@@ -61,7 +68,9 @@ def measure_graph_tax(say: Callable[[str], object], quick: bool = False) -> dict
         with server(module("jobs.bench.fake_llm"), folder / "llm.log") as (_, llm):
             key = make_key(store)
             graph = {replicas: _run_graph(store, key, llm, replicas, num, say) for replicas in (1, 2)}
-    return {**compare(bare, graph), "bare": bare, "graph": graph, "facts": facts}
+            other = _run_graph(store, key, llm, 2, num, say, ROUTERS[1])
+    routers = dict(zip(ROUTERS, (graph[2]["turns"], other["turns"]), strict=True))
+    return {**compare(bare, graph), **compare_routers(routers), "bare": bare, "graph": graph, "facts": facts}
 
 
 def compare(bare: dict[str, Any], graph: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -72,6 +81,21 @@ def compare(bare: dict[str, Any], graph: dict[int, dict[str, Any]]) -> dict[str,
         "mixed_vs_one_adapter": round(graph[1]["mixed"]["requests_per_s"] / one, 3),
         "replica_efficiency": round(graph[2]["one"]["requests_per_s"] / (2 * one), 3),
     }
+
+
+def compare_routers(turns: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Our choice of replicas beside Serve's, from what growing conversations took under each."""
+    ours, theirs = turns["adapter"], turns["default"]
+    ratios = {key: round(ours[key] / theirs[key], 3) for key in ("requests_per_s", "cpu_ms")}
+    return {"adapter_router_vs_default": ratios, "routers": turns}
+
+
+def turn_of(number: int, num_sessions: int) -> dict[str, Any]:
+    """The request of that number among conversations that take turns: each goes on where its last turn ended."""
+    turn, session = divmod(number, num_sessions)
+    request = task_request(f"task-{session % NUM_ADAPTERS}", session)
+    request["messages"][1]["content"] += " please" * (_TURN_WORDS * (turn + 1))
+    return request
 
 
 def adapter_of(number: int) -> str:
@@ -162,7 +186,13 @@ async def _bare(store: Store, num: int) -> dict[str, Any]:
 
 
 def _run_graph(
-    store: Store, key: str, llm: str, replicas: int, num: int, say: Callable[[str], object]
+    store: Store,
+    key: str,
+    llm: str,
+    replicas: int,
+    num: int,
+    say: Callable[[str], object],
+    router: str = ROUTERS[0],
 ) -> dict[str, Any]:
     import ray
     from ray import serve
@@ -171,32 +201,40 @@ def _run_graph(
     let_ingress_listen(port)
     # A place for each engine and for the gateway, also where there are fewer cores: they are told to share.
     connect(num_cpus=replicas + 1)
-    specialists = {**_CONFIG, "min_replicas": replicas, "max_replicas": replicas}
+    specialists = {**_CONFIG, "min_replicas": replicas, "max_replicas": replicas, "request_router": router}
     args = {"store": store.uri, "upstream": [{"base_url": f"{llm}/v1"}], "specialists": specialists}
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
         serve.run(build(ServeArgs.model_validate(args)), name="graph-tax", route_prefix="/")
         url = f"http://127.0.0.1:{port}"
         asyncio.run(_wait_for_specialists(url, key))
+        phases = {
+            name: [request_of(number % adapters, number) for number in range(num)]
+            for name, adapters in (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS))
+        }
+        # Under our router only what is compared with Serve's.
+        phases = phases if router == ROUTERS[0] else {"warm": phases["warm"]}
+        if replicas > 1:
+            phases["turns"] = [turn_of(number, num // _NUM_TURNS) for number in range(num)]
         found = {}
-        for name, adapters in (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS)):
-            found[name] = asyncio.run(_load_graph(url, key, adapters, num))
-            say(f"{replicas} engines, {name}: {found[name]}")
+        for name, requests in phases.items():
+            found[name] = asyncio.run(_load_graph(url, key, requests))
+            say(f"{replicas} engines, router {router}, {name}: {found[name]}")
         return found
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
-async def _load_graph(url: str, key: str, num_adapters: int, num: int) -> dict[str, Any]:
-    requests = [
-        http_request(url, json.dumps(request_of(number % num_adapters, number)).encode(), key) for number in range(num)
-    ]
+async def _load_graph(url: str, key: str, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    requests = [http_request(url, json.dumps(body).encode(), key) for body in bodies]
+    num = len(requests)
 
     def checked(_: int, reply: Reply) -> str | None:
         # Else the specialist was not asked, and nothing was measured.
-        route = reply.headers.get("x-understudy-route")
-        return None if reply.status == 200 and route in ("escalate", "accept") else f"{reply.status}, {route}"
+        route, reason = (reply.headers.get(f"x-understudy-{name}") for name in ("route", "reason"))
+        was_asked = route in ("escalate", "accept") and reason != "the prompt does not fit"
+        return None if reply.status == 200 and was_asked else f"{reply.status}, {route}: {reason}"
 
     before = _others_cpu()
     turn = await load(url, requests, checked, concurrency=_CONCURRENCY, max_requests=num, max_seconds=_MAX_SECONDS)

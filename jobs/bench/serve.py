@@ -2,7 +2,7 @@
 
 passthrough: calls that no specialist answers, beside LiteLLM's proxy and the floor for Python; rollout: releases that
 change under load; faults: everything that may break, under a client that looks at every answer; soak: memory over time;
-graph_tax: specialists through the graph beside vLLM alone. Each part is a file beside this one that says how it
+graph_tax: specialists through the graph beside vLLM alone; autoscale: replicas that come with load and go after it. Each part is a file beside this one that says how it
 measures. Speeds are compared within a part alone, so parts may be run at different times.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from cluster.errors import ConfigError
 from cluster.session import check_alone
 
-PARTS = ("passthrough", "rollout", "faults", "graph_tax", "soak")
+PARTS = ("passthrough", "rollout", "faults", "graph_tax", "autoscale", "soak")
 
 
 def bench_serve(
@@ -49,13 +49,17 @@ def bench_serve(
 
 
 def _measures() -> dict[str, Callable[[Callable[[str], object], bool], dict[str, Any]]]:
+    from jobs.bench.autoscale import measure_autoscale
     from jobs.bench.graph_tax import measure_graph_tax
     from jobs.bench.passthrough import measure_passthrough
     from jobs.bench.rollout import measure_rollout
     from jobs.bench.serve_faults import measure_faults
     from jobs.bench.soak import measure_soak
 
-    measures = (measure_passthrough, measure_rollout, measure_faults, measure_graph_tax, measure_soak)
+    measures = (
+        *(measure_passthrough, measure_rollout, measure_faults),
+        *(measure_graph_tax, measure_autoscale, measure_soak),
+    )
     return dict(zip(PARTS, measures, strict=True))
 
 
@@ -67,7 +71,8 @@ def gather_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
     for name, keys in (
         ("rollout", ("rollout_requests", "rollout_failed", "rollout_mixed")),
         ("faults", ("fault_trials", "fault_client_errors", "captured_exactly_once")),
-        ("graph_tax", ("graph_tax", "mixed_vs_one_adapter", "replica_efficiency")),
+        ("graph_tax", ("graph_tax", "mixed_vs_one_adapter", "replica_efficiency", "adapter_router_vs_default")),
+        ("autoscale", ("autoscale_up_s", "autoscale_down_s", "cold_start_s", "autoscale_client_errors")),
         ("soak", ("soak_rss_slope_mib_per_h",)),
     ):
         if name in found:

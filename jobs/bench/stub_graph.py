@@ -12,7 +12,7 @@ import collections
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.engine import EngineAnswer
@@ -103,24 +103,27 @@ def stub_confidence(adapter: str, number: int) -> float:
     return round(threshold + (0.05 if number % 2 else -0.05), 2)
 
 
-def bind_stub_graph(args: ServeArgs, num_engines: int = 1) -> Any:
-    """The graph of serving/app.py, with stubs for the engine of the one base that they serve."""
+def bind_stub(args: ServeArgs) -> Any:
+    """One stub for as many adapters as the engines of `args` have room for."""
     from ray import serve
 
     engine = serve.deployment(
         StubEngine,
         name="stub-engine",
-        num_replicas=num_engines,
         max_ongoing_requests=1_000,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=1.0,
     )
-    return bind_gateway(args, {BASE: engine.bind(args.specialists.max_adapters)}, {})
+    return engine.bind(args.specialists.num_resident)
 
 
 @contextlib.contextmanager
-def stub_endpoint(args: ServeArgs, num_engines: int = 1) -> Iterator[str]:
-    """The graph on a Ray of its own, at the address that it gives; all is gone with the block."""
+def stub_endpoint(args: ServeArgs, bind: Callable[[ServeArgs], Any] = bind_stub) -> Iterator[str]:
+    """The graph of serving/app.py on a Ray of its own, at the address that it gives; all is gone with the block.
+
+    Args:
+        bind: gives what stands in for the engine of the one base.
+    """
     import ray
     from ray import serve
 
@@ -129,7 +132,7 @@ def stub_endpoint(args: ServeArgs, num_engines: int = 1) -> Iterator[str]:
     connect()
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
-        serve.run(bind_stub_graph(args, num_engines), name=APP, route_prefix="/")
+        serve.run(bind_gateway(args, {BASE: bind(args)}, {}), name=APP, route_prefix="/")
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()

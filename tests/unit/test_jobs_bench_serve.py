@@ -13,10 +13,12 @@ from cluster.errors import ConfigError
 from cluster.faces import FacesConfig, Facing
 from cluster.prompts import PromptFormat
 from cluster.servable import ask_engine
+from jobs.bench import autoscale
+from jobs.bench.autoscale import Answers, Replicas
 from jobs.bench.core_gateway import lone_gateway
 from jobs.bench.fake_llm import answer_text
 from jobs.bench.gateway_profile import shares_by_package
-from jobs.bench.graph_tax import compare
+from jobs.bench.graph_tax import compare, compare_routers, turn_of
 from jobs.bench.http_load import Reply, http_request, load, percentile, slope, unchunked
 from jobs.bench.passthrough import check_stream, check_unary, request_body, summarize
 from jobs.bench.processes import Usage, module, server
@@ -26,11 +28,13 @@ from jobs.bench.serve_faults import Trial, is_captured_once, summarize_trials, w
 from jobs.bench.soak import SHAPES, shape_bodies, summarize_looks
 from jobs.bench.stage import make_stage, task_request
 from jobs.bench.stub_graph import StubEngine, stub_confidence, stub_text
+from serving.specialist import SpecialistConfig
 
+AUTOSCALE = ("autoscale_up_s", "autoscale_down_s", "cold_start_s", "autoscale_client_errors")
 PROMISED = {
     *("cpu_ms", "requests_per_s", "vs_litellm", "vs_floor", "graph_tax", "mixed_vs_one_adapter", "replica_efficiency"),
     *("fault_trials", "fault_client_errors", "captured_exactly_once", "rollout_requests", "rollout_failed"),
-    *("rollout_mixed", "soak_rss_slope_mib_per_h"),
+    *("rollout_mixed", "soak_rss_slope_mib_per_h", *AUTOSCALE),
 }
 
 
@@ -46,7 +50,13 @@ def test_every_promised_number_comes_from_its_part():
         "passthrough": {"summary": summarize([cell("ours", 1.0), cell("litellm", 12.0), cell("floor", 0.5)])},
         "rollout": {"rollout_requests": 10, "rollout_failed": 1, "rollout_mixed": 2, "changes": {}},
         "faults": {"fault_trials": 5, "fault_client_errors": 1, "captured_exactly_once": False, "faults": {}},
-        "graph_tax": {"graph_tax": 0.1, "mixed_vs_one_adapter": 0.9, "replica_efficiency": 0.8, "bare": {}},
+        "graph_tax": {
+            "graph_tax": 0.1,
+            "mixed_vs_one_adapter": 0.9,
+            "replica_efficiency": 0.8,
+            "adapter_router_vs_default": {},
+        },
+        "autoscale": {**dict.fromkeys(AUTOSCALE, 1.0), "replicas": []},
         "soak": {"soak_rss_slope_mib_per_h": 3.0, "rss_mib": []},
     }
     numbers = gather_numbers(found)
@@ -93,6 +103,56 @@ def test_statistics():
     assert compare({"one": {"requests_per_s": 10.0}}, {1: rates, 2: {"one": {"requests_per_s": 14.4}}}) == {
         **{"graph_tax": 0.1, "mixed_vs_one_adapter": 0.9, "replica_efficiency": 0.8}
     }
+
+
+def test_replicas_that_come_and_go_are_seen_and_so_is_another_calls_answer():
+    replicas, answers = Replicas(), Answers()
+    for num in (0, 0, 1, 3, 3, 0):
+        replicas.note(num)
+    assert [num for _, num in replicas.changes] == [0, 1, 3, 0] and replicas.num == 0
+    assert asyncio.run(replicas.wait_for(0)) == 0.0
+
+    def reply(status: int, text: str) -> Reply:
+        return Reply(status, {"x-understudy-route": "accept"}, text.encode(), 1.0, 1.0)
+
+    assert answers.check(3, reply(200, "adapters/t50-triage #7#")) is None
+    assert "#7#" in answers.check(4, reply(200, "adapters/t50-triage #7#")), "the answer to another call"
+    assert answers.check(3, reply(503, "#7#")).startswith("503, accept") and answers.by_route == {"accept": 3}
+
+
+def test_a_paced_engine_answers_as_many_at_once_as_it_is_told_to(monkeypatch):
+    monkeypatch.setattr(autoscale, "SERVICE_S", 0.01)
+    monkeypatch.setattr(autoscale, "START_S", 0.0)
+
+    async def scenario() -> tuple[int, set[str]]:
+        engine, most = autoscale.PacedEngine(SpecialistConfig(max_num_seqs=2)), 0
+
+        async def ask(number: int) -> str:
+            request = {"messages": [{"role": "user", "content": f"#{number}#"}]}
+            return (
+                await engine.answer(
+                    "adapters/t50-a", PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100), request, 16
+                )
+            ).text
+
+        asking = [asyncio.create_task(ask(number)) for number in range(6)]
+        while not all(one.done() for one in asking):
+            await asyncio.sleep(0.001)
+            most = max(most, 2 - engine._places._value)
+        return most, {one.result() for one in asking}
+
+    most, texts = asyncio.run(scenario())
+    assert most == 2 and texts == {stub_text("adapters/t50-a", number) for number in range(6)}
+
+
+def test_routers_are_compared_on_conversations_that_go_on_where_they_were():
+    slow, quick = {"requests_per_s": 2.0, "cpu_ms": 400.0}, {"requests_per_s": 2.5, "cpu_ms": 300.0}
+    found = compare_routers({"default": slow, "adapter": quick})
+    assert found["adapter_router_vs_default"] == {"requests_per_s": 1.25, "cpu_ms": 0.75}
+    texts = [turn_of(number, 6)["messages"] for number in range(24)]
+    for number, (system, user) in enumerate(texts[6:], 6):
+        assert system == texts[number - 6][0] and user["content"].startswith(texts[number - 6][1]["content"])
+    assert len({json.dumps(one) for one in texts}) == 24 and len({one[0]["content"] for one in texts}) == 4
 
 
 def kept(release: str, number: int, **headers: str) -> Reply:

@@ -18,6 +18,7 @@ from fakes import PATH, REQUEST, Running, gateway
 from cluster.access import ApiKeys, Pseudonyms
 from cluster.feedback import read_feedback
 from cluster.raw_upstream import RawUpstream
+from cluster.sse import SseReader
 from cluster.upstream import UpstreamConfig
 from serving.admission import RateLimiter
 from serving.billing import Spending
@@ -382,6 +383,61 @@ def test_a_reply_that_is_cut_or_left_is_paid_as_far_as_it_came(tmp_path: pathlib
             upstream.is_silent = True
             assert (await run.http.post(EMBEDDINGS, content=b"x" * 30)).status_code == 504
             assert run.core.meter.total("understudy_llm_spend_usd_total") == pytest.approx(20e-6 + 2 * 2e-6)
+
+    asyncio.run(scenario())
+
+
+def test_what_outlasts_the_drain_time_ends_in_order(tmp_path: pathlib.Path) -> None:
+    """A reply of events within itself, one that has not begun with 503, another is cut; each counted as it ended."""
+
+    async def scenario() -> None:
+        async with gateway(tmp_path, drain_timeout_s=0.2) as run, endpoint(run) as upstream:
+            upstream.may_go_on.clear()
+            path, counts = "/v1/responses", run.core.meter.counts
+            upstream.body, upstream.headers = b"data", {"Content-Type": "text/event-stream; charset=utf-8"}
+            stream = asyncio.create_task(run.http.post(path, content=b"x"))
+            await _num_asked(upstream, 1)
+            upstream.headers = {**upstream.headers, "Content-Encoding": "gzip"}
+            packed = asyncio.create_task(run.http.post(path, content=b"x"))
+            await _num_asked(upstream, 2)
+            upstream.is_silent = True
+            waiting = asyncio.create_task(run.http.post(EMBEDDINGS, content=b"x"))
+            await _num_asked(upstream, 3)
+            run.core.drain.begin()
+            async with asyncio.timeout(3):
+                (told,) = SseReader().feed((await stream).content.removeprefix(b"data"))
+                assert told["error"]["code"] == told["code"] == "shutting_down" and told["type"] == "error"
+                with pytest.raises(ConnectionError, match="stops"):
+                    await packed
+                refused = await waiting
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert int(refused.headers["retry-after"]) >= 1
+            late = await run.http.post(EMBEDDINGS, content=b"x")
+            assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+            assert counts["understudy_passthrough_total", path, "503"] == 2
+            assert counts["understudy_passthrough_total", EMBEDDINGS, "503"] == 2
+            assert counts["understudy_passthrough_total", path, "200"] == 0
+
+    asyncio.run(scenario())
+
+
+async def _num_asked(upstream: Endpoint, number: int) -> None:
+    while len(upstream.requests) < number:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.02)
+
+
+def test_what_is_over_within_the_drain_time_passes_whole(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, drain_timeout_s=30.0) as run, endpoint(run) as upstream:
+            upstream.may_go_on.clear()
+            asking = asyncio.create_task(run.http.post(EMBEDDINGS, content=b"x"))
+            await _num_asked(upstream, 1)
+            run.core.drain.begin()
+            await asyncio.sleep(0.02)
+            upstream.may_go_on.set()
+            assert (await asking).content == upstream.body
+            assert run.core.meter.counts["understudy_passthrough_total", EMBEDDINGS, "200"] == 1
 
     asyncio.run(scenario())
 

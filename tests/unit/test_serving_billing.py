@@ -72,7 +72,7 @@ def test_a_bill_adds_up() -> None:
 
 
 def _without_counts(llm: FakeLLM) -> None:
-    llm.answer_with = lambda _: {"role": "assistant", "content": LLM_TEXT * 100}
+    llm.answer_with, llm.gives_counts = lambda _: {"role": "assistant", "content": LLM_TEXT * 100}, False
 
 
 def test_a_stream_without_counts_is_paid_by_an_estimate_that_says_so(tmp_path: pathlib.Path) -> None:
@@ -80,7 +80,8 @@ def test_a_stream_without_counts_is_paid_by_an_estimate_that_says_so(tmp_path: p
         async with gateway(tmp_path) as run:
             _without_counts(run.llm)
             await run.ask(stream=True, n=2)
-            await run.ask(stream=True, n=2, stream_options={"include_usage": True})
+            run.llm.gives_counts = True
+            await run.ask(stream=True, n=2)
             estimated, reported = await run.captured()
             assert estimated.usage == Usage() and estimated.cost_basis == "estimated"
             expected = (PROMPT_BYTES + 2 * 100 * len(LLM_TEXT)) / 3 * 1e-6

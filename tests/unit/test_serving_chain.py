@@ -19,8 +19,8 @@ from cluster.engine import EngineAnswer
 from cluster.errors import ConfigError
 from cluster.prices import PriceConfig
 from cluster.sse import SseReader
-from serving.gateway import CLIENT_GONE
 from serving.gateway_config import GatewayConfig
+from serving.openai_wire import CLIENT_GONE
 from serving.reassembly import reassemble
 
 SPECIALIST_TEXT = "refund"

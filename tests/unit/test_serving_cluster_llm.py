@@ -94,11 +94,12 @@ def test_a_stream_passes_through_and_is_cancelled_when_it_is_left() -> None:
         llm, handle = cluster_llm([(200, event) for event in events])
         async with llm.stream(REQUEST) as stream:
             assert (stream.status, stream.content_type) == (200, "text/event-stream")
+            assert stream.hides_usage and handle.asked[0]["stream_options"] == {"include_usage": True}
             raw = b"".join([piece async for piece in stream.chunks])
         body = reassemble(SseReader().feed(raw))
         assert body["choices"][0]["message"]["content"] == LLM_TEXT and body["usage"] == llm_body()["usage"]
-        async with llm.stream(REQUEST):
-            assert handle.pieces[1].num_cancelled == 0
+        async with llm.stream({**REQUEST, "stream_options": {"include_usage": True}}) as stream:
+            assert handle.pieces[1].num_cancelled == 0 and not stream.hides_usage
         assert handle.pieces[1].num_cancelled == 1
 
     asyncio.run(scenario())

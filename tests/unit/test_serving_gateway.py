@@ -28,8 +28,7 @@ from cluster.prices import PriceConfig
 from cluster.records import Specialist, Usage
 from cluster.sse import SseReader
 from serving.audit import AuditConfig
-from serving.gateway import CLIENT_GONE
-from serving.openai_wire import completion_body, completion_chunks
+from serving.openai_wire import CLIENT_GONE, completion_body, completion_chunks
 from serving.reassembly import reassemble
 
 

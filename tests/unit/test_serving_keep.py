@@ -14,7 +14,7 @@ from cluster.calls import CALLS_FOLDER
 from cluster.errors import StoreError
 from cluster.records import AgentCall
 from cluster.sse import SseReader
-from serving.gateway import CLIENT_GONE
+from serving.openai_wire import CLIENT_GONE
 
 FINISH, DONE = b'"finish_reason": "stop"', b"[DONE]"
 

@@ -1,0 +1,120 @@
+"""Token counts of streams whose client does not ask for them: asked for here, and kept from what the client sees.
+
+An endpoint reports what a stream used only where `stream_options.include_usage` asks for it; without it what is spent is
+an estimate. So every stream asks. Some endpoints refuse requests with the option: which, and for which of their models,
+is learnt from a request that they refuse with it and answer without. The extra event is cut out of the bytes; no other is
+written anew. Endpoints that are asked may add `"usage": null` to their other chunks, and that stays, as in OpenAI's own.
+Source: OpenAI API reference, chat completions, stream_options.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from cluster.sse import SseReader
+
+_MAX_MODELS = 1_000
+"""Models that something is remembered of; clients name them, so there is no end to them."""
+_REFUSALS = (400, 422)
+_NAMES = (b"stream_options", b"include_usage")
+_MOST_OF_AN_END = 3
+"""Bytes of an event's end without its last."""
+_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n|\Z)){2,}")
+"""A carriage return that comes last may be half of a line end."""
+
+
+class StreamUsage:
+    """What one endpoint makes of the option."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet: every model is asked."""
+        self._takes_it: dict[str, bool] = {}
+
+    def add(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The streamed request with the option; None where its client asks itself, or the model is known to refuse it."""
+        return with_usage(body) if self._takes_it.get(_model_of(body), True) else None
+
+    def is_refused(self, body: dict[str, Any], status: int, raw: bytes) -> bool:
+        """Whether a reply to a request with the option may be about the option, so that it is worth asking without it.
+
+        Once a model has taken it, only an error that names it is: the client's own mistakes are not sent twice.
+        """
+        is_known = self._takes_it.get(_model_of(body), False)
+        return status in _REFUSALS and (not is_known or any(name in raw for name in _NAMES))
+
+    def learn(self, body: dict[str, Any], *, takes_it: bool) -> None:
+        """Remember what a model does with the option."""
+        if len(self._takes_it) >= _MAX_MODELS:
+            self._takes_it.clear()
+        self._takes_it[_model_of(body)] = takes_it
+
+
+def with_usage(body: dict[str, Any]) -> dict[str, Any] | None:
+    """The request with the option; None where it streams nothing, or asks for its counts itself.
+
+    Example:
+        >>> with_usage({"stream": True})["stream_options"], with_usage({"stream": False})
+        ({'include_usage': True}, None)
+    """
+    options = body.get("stream_options")
+    if not body.get("stream") or not isinstance(options, dict | None) or (options and options.get("include_usage")):
+        return None
+    return {**body, "stream_options": {**(options or {}), "include_usage": True}}
+
+
+def is_usage_alone(chunk: dict[str, Any]) -> bool:
+    """Whether a chunk brings counts and nothing of an answer."""
+    return not chunk.get("choices") and isinstance(chunk.get("usage"), dict) and "error" not in chunk
+
+
+class WithoutUsage:
+    """Pieces of a stream, cut anywhere -> the same bytes without its events that bring counts alone.
+
+    An event goes on once it is whole; pieces of whole events, as servers send them, are not copied.
+    """
+
+    def __init__(self) -> None:
+        self._begun: list[bytes] = []
+        """An event whose end has not come, as it came."""
+
+    def feed(self, piece: bytes, *, has_usage: bool) -> bytes:
+        """What goes on of the stream with this piece.
+
+        Args:
+            has_usage: whether the end of an event that brings counts alone is in it.
+        """
+        if not self._begun and not has_usage and piece.endswith(b"\n\n"):
+            return piece
+        # An event's end may be cut in two as well.
+        last = self._begun[-1][-_MOST_OF_AN_END:] if self._begun else b""
+        end = max((found.end() - len(last) for found in _EVENT_END.finditer(last + piece)), default=-1)
+        if end < 0:
+            self._begun.append(piece)
+            return b""
+        text = b"".join([*self._begun, piece[:end]])
+        self._begun = [piece[end:]] if end < len(piece) else []
+        return without_usage(text) if has_usage else text
+
+    def end(self) -> bytes:
+        """The rest of a stream that is over."""
+        text, self._begun = b"".join(self._begun), []
+        return without_usage(text)
+
+
+def without_usage(text: bytes) -> bytes:
+    """Events of a stream without those that bring counts alone."""
+    ends = [found.end() for found in _EVENT_END.finditer(text)]
+    events = [text[begin:end] for begin, end in zip([0, *ends], [*ends, len(text)], strict=True)]
+    return b"".join(event for event in events if not _brings_usage_alone(event))
+
+
+def _brings_usage_alone(event: bytes) -> bool:
+    reader = SseReader()
+    chunks = [*reader.feed(event), *reader.end()]
+    return bool(chunks) and all(map(is_usage_alone, chunks))
+
+
+def _model_of(body: dict[str, Any]) -> str:
+    model = body.get("model")
+    return model if isinstance(model, str) else ""
