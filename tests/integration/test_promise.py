@@ -236,7 +236,7 @@ def house(serve_port: int, toy: Any, tmp_path: pathlib.Path) -> Iterator[House]:
             "specialists": {"max_adapters": 3, "max_lora_rank": 8, "max_model_tokens": 256, "max_num_seqs": 16},
             "gate": {"epsilon": 0.2, "delta": 0.2},
             "curate": {"near_duplicate_similarity": 1.0, "max_near_duplicates": 10_000},
-            "finetune": {"num_steps": 20, "warmup_steps": 2, "checkpoint_every": 20, "learning_rate": 1e-3},
+            "finetune": {"num_steps": 30, "warmup_steps": 2, "checkpoint_every": 30, "learning_rate": 1e-3},
             "refine": {"min_new_examples": 10, "learning_rate_factor": 1.0},
             "rollout": {"canary_share": 0.5, "audit_share": 1.0},
             "audit": {"share": 1.0},
@@ -258,7 +258,8 @@ def deployed(house: House) -> Iterator[EngineOf]:
 
     def without_cpu(*parts: Any, **options: Any) -> Any:
         """Of the tests' two CPUs the engine holds one; a refinement needs the other while the graph serves."""
-        return deployment(*parts, **{**options, "ray_actor_options": {"num_cpus": 0}})
+        changed = {"ray_actor_options": {"num_cpus": 0}} if options.get("name") == "gateway" else {}
+        return deployment(*parts, **{**options, **changed})
 
     @contextlib.contextmanager
     def engine_of(base: str) -> Iterator[ServeEngine]:
