@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -112,6 +113,22 @@ def test_new_specialists_begin_where_the_recipe_says_and_that_is_told(
     registry.promote(store, first)
     assert main([*verb, sha, where, "rollout.start=live"]) == 0
     assert served(store)[0] == sha and capsys.readouterr() == (f"{sha}\n", "")
+
+
+def test_a_conversion_that_is_promoted_begins_there_too(
+    store: Store, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha, first, where = with_other(store), served(store)[0], f"store={store.uri}"
+    monkeypatch.setattr("jobs.convert.convert", lambda recipe: types.SimpleNamespace(release=sha))
+    monkeypatch.setattr("jobs.plan.connect_for", lambda plan, recipe: None)
+    monkeypatch.setattr("jobs.__main__._save_report", lambda store, conversion, copy: "report.html")
+    assert main(["convert", "--promote", where, "select.base=scratch-tiny"]) == 0
+    name, release = served(store)
+    lines = capsys.readouterr().out.splitlines()
+    assert release.rollout == {"other": SHADOW} and lines[0] == name and lines[-1] == f"{store.uri}/releases/{sha}.json"
+    registry.promote(store, first)
+    assert main(["convert", "--promote", where, "select.base=scratch-tiny", "rollout.start=live"]) == 0
+    assert served(store)[0] == sha
 
 
 def test_canary_and_rollback(store: Store, capsys: Any) -> None:
