@@ -49,6 +49,8 @@ class RouteDecision(Record):
     release: str | None = None
     agrees: bool | None = None
     """`audit` and `shadow`: whether specialist and LLM say the same; None where the specialist's answer is not kept."""
+    is_named: bool = False
+    """The client asked for the specialist by its name, `understudy/TASK_ID`: the router did not send the call."""
 
 
 class AgentCall(Record):

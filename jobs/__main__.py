@@ -122,7 +122,7 @@ def _add_convert(verbs: Any, words: dict[str, Any], stages: tuple[str, ...]) -> 
     convert = verbs.add_parser(
         "convert",
         help="captured calls -> gated specialists -> a release",
-        sections=stages,
+        sections=(*stages, "rollout"),
         examples=[
             "understudy convert --dry-run recipe=local store=store",
             "understudy convert recipe=local store=store --promote --report out/report.html",
@@ -130,7 +130,9 @@ def _add_convert(verbs: Any, words: dict[str, Any], stages: tuple[str, ...]) -> 
         ],
     )
     convert.add_argument("words", **words)
-    convert.add_argument("--promote", action="store_true", help="serve the release at once")
+    convert.add_argument(
+        "--promote", action="store_true", help="serve the release, its new specialists from rollout.start on"
+    )
     convert.add_argument("--report", type=pathlib.Path, help="write the page with pictures here too")
     convert.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the resources; no Ray")
     submit.add_flags(convert)
@@ -162,8 +164,9 @@ def _add_serve(verbs: Any, words: dict[str, Any]) -> None:
 def _add_changes(verbs: Any, words: dict[str, Any]) -> None:
     promoted = verbs.add_parser(
         "promote",
-        help="make a release the served one; see also release promote --stage",
-        examples=["understudy promote SHA store=store"],
+        help="serve a release, its new specialists from rollout.start on; see also release promote --stage",
+        sections=("store", "rollout"),
+        examples=["understudy promote SHA store=store", "understudy promote SHA store=store rollout.start=live"],
     )
     promoted.add_argument("release")
     promoted.add_argument("words", **words)
@@ -206,7 +209,6 @@ def _convert(options: argparse.Namespace) -> int | None:
         return submit.submit("convert", options.words, flags, options)
     submit.check_flags(options)
     from cluster.access import require_role
-    from cluster.registry import promote
     from cluster.store import Store
     from jobs.convert import convert
     from jobs.plan import check_here, connect_for, plan_conversion, show_plan
@@ -223,7 +225,7 @@ def _convert(options: argparse.Namespace) -> int | None:
     connect_for(plan, recipe)
     conversion = convert(recipe)
     if options.promote:
-        promote(Store(recipe.store), conversion.release)
+        release_verb.serve_release(Store(recipe.store), conversion.release, recipe.rollout)
     print(f"report: {_save_report(Store(recipe.store), conversion, options.report)}")
     print(f"{recipe.store}/releases/{conversion.release}.json", flush=True)
     return None
@@ -300,13 +302,12 @@ def _submit_serve(options: argparse.Namespace) -> int:
 
 def _promote(options: argparse.Namespace) -> None:
     from cluster.access import require_role
-    from cluster.registry import promote
     from cluster.store import Store
     from jobs.recipe import load_recipe
 
-    store = load_recipe(options.words).store
-    require_role(store, "admin")
-    promote(Store(store), options.release)
+    recipe = load_recipe(options.words)
+    require_role(recipe.store, "admin")
+    release_verb.serve_release(Store(recipe.store), options.release, recipe.rollout)
 
 
 def _roll_back(options: argparse.Namespace) -> None:

@@ -62,7 +62,7 @@ def add_verb(verbs: Any) -> None:
         "gate",
         help="whether gates and audits keep their promises; coverage beside an oracle's",
         sections=(),
-        examples=["understudy bench gate --json out/gate.json"],
+        examples=["understudy bench gate --json out/gate.json", "understudy bench gate --quick"],
     )
     gate.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
     gate.add_argument(
@@ -71,6 +71,7 @@ def add_verb(verbs: Any) -> None:
     gate.add_argument(
         "--fit", type=pathlib.Path, nargs="+", default=[], help="files of the same names to fit stand-ins on"
     )
+    gate.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
     gate.set_defaults(run=_gate)
     serve = names.add_parser(
         "serve",
@@ -115,10 +116,11 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _gate(options: argparse.Namespace) -> None:
-    from jobs.bench.gate import bench_gate
+    from jobs.bench.gate import FULL, QUICK, bench_gate
 
     _check_output(options.json)
-    _show(bench_gate(options.fit, options.calls, functools.partial(print, file=sys.stderr, flush=True)), options.json)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    _show(bench_gate(options.fit, options.calls, say, QUICK if options.quick else FULL), options.json)
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from serving.capture import CaptureConfig
 from serving.endpoint import ServeConfig
 from serving.fallback import AnyLLMConfig
 from serving.gateway_config import GatewayConfig
+from serving.rollout import RolloutConfig
 from serving.specialist import LORA_RANKS, SpecialistConfig
 from serving.steward import StewardConfig
 from training.canaries import CanaryConfig
@@ -64,6 +65,7 @@ class Recipe(Config):
     gate: GateConfig = GateConfig()
     specialists: SpecialistConfig = SpecialistConfig()
     gateway: GatewayConfig = GatewayConfig()
+    rollout: RolloutConfig = RolloutConfig()
     steward: StewardConfig = StewardConfig()
     refine: RefineConfig = RefineConfig()
     serve: ServeConfig = ServeConfig()

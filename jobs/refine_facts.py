@@ -69,6 +69,8 @@ class Asked(NamedTuple):
     action: str | None
     specialist: str | None
     reason: str
+    is_named: bool
+    """By its client; such calls tell of answers and not of what the router sends."""
 
 
 class Known(NamedTuple):
@@ -94,7 +96,8 @@ def read_known(store: Store, config: RefineConfig) -> Known:
         if row["task_id"] is not None and row["action"] not in _BACKGROUND:
             route = json.loads(row["route"])
             facts = (row["call_id"], row["ts"], row["session_id"], row["client_id"], row["action"])
-            asked[row["task_id"]].append(Asked(*facts, route.get("specialist"), route.get("reason") or ""))
+            how = (route.get("specialist"), route.get("reason") or "", bool(route.get("is_named")))
+            asked[row["task_id"]].append(Asked(*facts, *how))
     records = [store.read_json(path) for path in store.list(FORGOTTEN_FOLDER, ".json")]
     return Known(
         newest_ts=max((row["ts"] for row in rows.values()), default=0.0),
@@ -239,15 +242,16 @@ def _specialist_facts(
     facts["drift_suspected"] = drift is not None and drift.is_suspected
     recent = [call for call in asked if call.ts >= since_ts]
     own = [call for call in recent if call.specialist == one.name]
-    escalated = [call for call in own if call.action == "escalate"]
     accepted = [call for call in own if call.action == "accept"]
+    sent = [call for call in own if not call.is_named]
+    escalated = [call for call in sent if call.action == "escalate"]
     of_llm = [call for call in recent if call.action in ("llm", "escalate", "fall_back")]
     bad = recipe.refine.bad_score
     scored, scored_llm = (
         [known.scores[call.call_id] for call in calls if call.call_id in known.scores] for calls in (accepted, of_llm)
     )
     return facts | {
-        "num_asked": len(accepted) + len(escalated),
+        "num_asked": sum(call.action == "accept" for call in sent) + len(escalated),
         "num_escalated": len(escalated),
         "num_unfit": sum(call.reason == _UNFIT for call in escalated),
         "num_fallen_back": sum(call.action == "fall_back" for call in own),

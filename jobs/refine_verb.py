@@ -17,8 +17,10 @@ from jobs import submit
 from jobs.tables import show_table
 
 if TYPE_CHECKING:
+    from cluster.records import Stage
     from cluster.store import Store
     from jobs.recipe import Recipe
+    from serving.rollout import RolloutConfig
     from training.refine import Plan
 
 _ACTIONS = "nothing, plan, or run PLAN"
@@ -108,22 +110,21 @@ def _run(recipe: Recipe, store: Store, plan: Plan, options: argparse.Namespace) 
     else:
         rows = [[task, one.decision, one.released, one.reason] for task, one in sorted(result.outcomes.items())]
         show_table(["task", "decision", "released", "why"], rows, sys.stdout)
-    served = _serve(store, result.release, options.stage) if options.stage else result.release
+    served = _serve(store, result.release, recipe.rollout, options.stage) if options.stage else result.release
     print(f"{recipe.store}/releases/{served}.json", file=sys.stderr if options.json else sys.stdout, flush=True)
 
 
-def _serve(store: Store, sha: str, stage: str) -> str:
+def _serve(store: Store, sha: str, rollout: RolloutConfig, stage: Stage) -> str:
     """Serve a plan's release if what it was made from is still served; once.
 
     Raises:
         ReleaseError: something else is served by now.
     """
     from cluster import registry
-    from cluster.records import Rollout
 
     served = registry.current_sha(store)
     if served in _descent(store, sha)[1:2]:
-        return registry.promote_at(store, sha, None if stage == "live" else Rollout(stage=stage), expected=served)  # type: ignore[arg-type]
+        return registry.promote_at(store, sha, rollout.at(stage), expected=served)
     if served is not None and sha in _descent(store, served):
         return served
     raise ReleaseError(

@@ -16,9 +16,10 @@ from cluster import registry
 from cluster.access import Role, require_role
 from cluster.errors import InputError
 from cluster.events import Cause, read_events
-from cluster.records import Rollout
+from cluster.records import Stage
 from cluster.store import Store
 from jobs.tables import show_table
+from serving.rollout import RolloutConfig
 from serving.status_facts import release_facts
 
 _MIN_PREFIX = 6
@@ -52,16 +53,19 @@ def add_verb(verbs: Any, words: dict[str, Any], verb_class: Any) -> None:
     promoted.add_argument(
         "--stage",
         choices=("shadow", "canary", "live"),
-        default="live",
-        help="shadow compares and serves nobody, canary serves a share of sessions; evidence moves them on; live (the default) "
-        "lets all of its specialists answer, also those that stood at an earlier stage",
+        help="shadow compares and serves nobody, canary serves a share of sessions; evidence moves them on; live lets all of "
+        "its specialists answer, also those that stood at an earlier stage; default: the recipe's rollout.start",
     )
     canary = add("canary", _canary, "let a task's specialist answer a share of the sessions", "TASK_ID --share 0.2")
     canary.add_argument("task", metavar="TASK_ID")
     for parser in (promoted, canary):
         parser.add_argument(
-            "--share", type=float, default=0.1, metavar="X", help="of sessions in a canary (default 0.1)"
+            "--share",
+            type=float,
+            metavar="X",
+            help="of sessions in a canary; default: the recipe's rollout.canary_share",
         )
+    promoted.sections = canary.sections = ("store", "rollout")
     back = add("rollback", _roll_back, "serve the release that was served before")
     frozen = add("freeze", _freeze, "nothing but a person changes what is served, until unfreeze", "--reason holidays")
     frozen.add_argument("--reason", default="", help="for whoever finds it frozen")
@@ -144,9 +148,24 @@ def _task_row(task: str, facts: dict[str, Any]) -> list[Any]:
 
 def _promote(options: argparse.Namespace) -> None:
     store = _open(options, "admin")
-    sha = _resolve(store, options.sha)
-    rollout = None if options.stage == "live" else _rollout(options.stage, options.share)
-    print(registry.promote_at(store, sha, rollout))
+    serve_release(store, _resolve(store, options.sha), _rollout(options), options.stage)
+
+
+def serve_release(store: Store, sha: str, rollout: RolloutConfig, stage: Stage | None = None) -> None:
+    """Serve a release, its new specialists at a stage or where the recipe has them start; prints the served one's name.
+
+    Raises:
+        ReleaseError: see `registry.promote_at`.
+    """
+    served = registry.promote_at(store, sha, rollout.at(stage))
+    if waiting := registry.load_release(store, served).rollout:
+        stages = ", ".join(f"{task} in {one.stage}" for task, one in sorted(waiting.items()))
+        print(
+            f"{stages}; evidence moves them on (understudy release show store={store.uri}); at once: understudy release "
+            f"promote {sha[:12]} --stage live store={store.uri}",
+            file=sys.stderr,
+        )
+    print(served)
 
 
 def _canary(options: argparse.Namespace) -> None:
@@ -157,7 +176,7 @@ def _canary(options: argparse.Namespace) -> None:
         raise InputError(
             f"TASK_ID={options.task!r}: has no specialist in the served release; allowed: {known or 'none yet'}"
         )
-    derived = registry.derive(*served, rollout={options.task: _rollout("canary", options.share)})
+    derived = registry.derive(*served, rollout={options.task: _rollout(options).at("canary")})
     sha = registry.publish_release(store, derived)
     registry.promote(store, sha, expected=served[0], cause=Cause(kind="canary"))
     print(sha)
@@ -196,10 +215,16 @@ def _why(evidence: dict[str, Any]) -> str:
     return "; ".join(said)
 
 
-def _rollout(stage: Any, share: float) -> Rollout:
+def _rollout(options: argparse.Namespace) -> RolloutConfig:
+    """The recipe's, with the share that a person named."""
+    from jobs.recipe import load_recipe
+
+    config, share = load_recipe(options.words).rollout, options.share
+    if share is None:
+        return config
     if not 0 < share <= 1:
         raise InputError(f"--share {share:g}: allowed: above 0 and at most 1; next: --share 0.1")
-    return Rollout(stage=stage, canary_share=share)
+    return config.model_copy(update={"canary_share": share})
 
 
 def _open(options: argparse.Namespace, role: Role) -> Store:

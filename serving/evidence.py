@@ -257,8 +257,9 @@ def _comparison(row: dict[str, Any]) -> Comparison | None:
 
 
 def _asked(row: dict[str, Any]) -> Asked | None:
-    """None where the specialist was asked and gave no answer, such as to a prompt that is too long for it."""
+    """None where the specialist was asked and gave no answer, such as to a prompt that is too long for it, or where the
+    client named it: what clients try by name is not the traffic that drift is about."""
     route = json.loads(row["route"])
-    if not route.get("specialist") or route.get("confidence") is None:
+    if not route.get("specialist") or route.get("confidence") is None or route.get("is_named"):
         return None
     return Asked(row["ts"], route["specialist"], row["action"] == "escalate", route["confidence"])

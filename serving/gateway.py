@@ -101,19 +101,10 @@ class GatewayCore:
         reason = "the client asks for the LLM" if is_for_llm else "undecided"
         undecided = RouteDecision(action="llm", reason=reason, release=snapshot.release)
         facing = Facing(self.faces, faces_before(agent_of(headers), headers.get(FACES_HEADER), self.faces))
-        call = PendingCall(
-            uuid.uuid4().hex,
-            time.time(),
-            time.perf_counter(),
-            identity.client,
-            request,
-            headers,
-            undecided,
-            facing,
-            limits,
-        )
+        ids = (uuid.uuid4().hex, time.time(), time.perf_counter(), identity.client)
+        call = PendingCall(*ids, request, headers, undecided, facing, limits, is_named=task_id is not None)
         # A call that the router did not send says nothing of the task's traffic.
-        call.is_reference = not (task_id or is_for_llm) and self.auditor.is_drawn(call.call_id)
+        call.is_reference = not (call.is_named or is_for_llm) and self.auditor.is_drawn(call.call_id)
         try:
             try:
                 finding = self._find_answer(call, snapshot, task_id, is_for_llm)
@@ -275,11 +266,10 @@ class GatewayCore:
             return found
         stage = snapshot.rollout.get(found.task_id)
         held = rollout.hold_back(found, stage, lambda: call.session_id(self.pseudonyms), release=snapshot.release)
-        # A client that asks for a specialist by its name says nothing of the task's traffic.
-        if held and held.reason == rollout.SHADOW_REASON and not task_id:
+        if held and held.reason == rollout.SHADOW_REASON and not call.is_named:
             call.shadowed = found
         share = max(stage.audit_share if stage else 0.0, self.table.audit_shares.get(found.task_id, 0.0))
-        call.is_watched = not task_id and self.auditor.is_drawn(call.call_id, share)
+        call.is_watched = not call.is_named and self.auditor.is_drawn(call.call_id, share)
         return held or found
 
     async def _judge(

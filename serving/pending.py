@@ -45,6 +45,8 @@ class PendingCall:
     specialist_cost_usd: float = 0.0
     lost: Bill = field(default_factory=Bill)
     """Of LLMs that were asked and whose answer the client does not get."""
+    is_named: bool = False
+    """The client asked for a specialist by its name, which says nothing of its task's traffic."""
     is_reference: bool = False
     is_watched: bool = False
     """Audited where a specialist's answer is kept, because the specialist is new; not of the reference stream by that."""
@@ -114,7 +116,7 @@ class PendingCall:
             cost_usd=cost and cost.usd,
             cost_basis=cost and ("estimated" if cost.is_estimated else "reported"),
             served_by=served_by,
-            route=self.decision,
+            route=self.decision.model_copy(update={"is_named": True}) if self.is_named else self.decision,
             status=status,
             error=error,
             is_reference=self.is_reference,

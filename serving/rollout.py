@@ -10,10 +10,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-from cluster.records import Rollout, RouteDecision, Specialist
+from pydantic import Field
+
+from cluster.config import Config
+from cluster.records import Rollout, RouteDecision, Specialist, Stage
 
 SHADOW_REASON = "shadow stage"
 CANARY_REASON = "canary stage: a session outside its share"
+
+
+class RolloutConfig(Config):
+    """Where a new specialist begins; evidence moves it on to live."""
+
+    start: Stage = "shadow"
+    """Stage of the specialists that a promoted release has and the one before had not. `shadow`: the LLM answers and they
+    are compared; `canary`: they answer a share of the sessions; `live`: they answer at once, on the gate's word alone."""
+    canary_share: float = Field(default=0.1, gt=0, le=1)
+    """Share of the sessions that a specialist answers in its canary stage."""
+    audit_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of a canary's calls that the LLM is asked in the background too, so that evidence comes soon."""
+
+    def at(self, stage: Stage | None = None) -> Rollout | None:
+        """A specialist's place at a stage, or where it starts; None is live."""
+        stage = stage or self.start
+        if stage == "live":
+            return None
+        return Rollout(stage=stage, canary_share=self.canary_share, audit_share=self.audit_share)
 
 
 def in_canary(session_id: str, task_id: str, share: float) -> bool:

@@ -37,9 +37,21 @@ from training.gate import GateConfig, certify, clopper_pearson_interval, plan_gr
 
 EPSILONS = (0.02, 0.05, 0.1)
 DELTA = 0.05
-NUM_RESAMPLES = 500
 _NUM_VALIDATION, _NUM_CALIBRATION = 500, 1_000
 _FACTS: dict[str, Any] = {"reference": "gold", "population": "the pool", "fingerprint": "stand-in"}
+
+
+class Size(NamedTuple):
+    """How often each thing is tried."""
+
+    resamples: int
+    streams: int
+    chains: int
+
+
+FULL = Size(resamples=500, streams=200, chains=50)
+QUICK = Size(resamples=4, streams=2, chains=2)
+"""Shows that it runs; measures nothing."""
 
 
 class Drawn(NamedTuple):
@@ -72,9 +84,9 @@ def bench_gate(
     fit: Sequence[pathlib.Path],
     calls: Sequence[pathlib.Path],
     say: Callable[[str], object],
-    num_resamples: int = NUM_RESAMPLES,
+    size: Size = FULL,
 ) -> dict[str, Any]:
-    """Measure everything on these files, or on the shared ones where none are given.
+    """Measure everything on these files, or on the shared ones where none are given; at full size some ten minutes of one core.
 
     Raises:
         InputError: a file cannot be used, or the shared data is not there.
@@ -86,7 +98,7 @@ def bench_gate(
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for epsilon in EPSILONS:
         for pool in [*pools, *synthetic_pools(epsilon)]:
-            cell = measure_gate(pool, epsilon, num_resamples)
+            cell = measure_gate(pool, epsilon, size.resamples)
             cell["tracer"] = (
                 measure_tracer(tracer, pool, epsilon, _NUM_VALIDATION + _NUM_CALIBRATION) if tracer else None
             )
@@ -94,7 +106,7 @@ def bench_gate(
             say(f"gate {pool.name} epsilon {epsilon}: {cell}")
     return {
         "delta": DELTA,
-        "num_resamples": num_resamples,
+        "num_resamples": size.resamples,
         "violation_rate": _column(cells, "violation_rate"),
         "violation_lower": _column(cells, "violation_lower"),
         "coverage": {
@@ -114,10 +126,10 @@ def bench_gate(
             for name, one in cells.items()
         },
         "pools": {pool.name: {"num_calls": len(pool.agrees), "agreement": float(pool.agrees.mean())} for pool in pools},
-        **measure_controls(sets, num_resamples, say),
-        **measure_drift(_drifting(sets, stand_ins, pools), say),
+        **measure_controls(sets, size.resamples, say),
+        **measure_drift(_drifting(sets, stand_ins, pools), say, size.streams),
         "graders": _measure_graders(say),
-        **measure_refine(sets, say),
+        **measure_refine(sets, say, size.chains),
     }
 
 

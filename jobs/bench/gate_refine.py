@@ -26,7 +26,6 @@ from training.regression import compare
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 """Share of random answers among the new calls of each round."""
 EPSILON = DELTA = 0.05
-NUM_CHAINS = 50
 KINDS = ("train", "traces")
 _NUM_VALIDATION, _NUM_CALIBRATION = 500, 1_000
 _FACTS: dict[str, Any] = {"reference": "gold", "population": "the pool", "fingerprint": "stand-in"}
@@ -53,9 +52,7 @@ class Worse(NamedTuple):
     falls: int
 
 
-def measure_refine(
-    sets: Sequence[LabelSet], say: Callable[[str], object], num_chains: int = NUM_CHAINS
-) -> dict[str, Any]:
+def measure_refine(sets: Sequence[LabelSet], say: Callable[[str], object], num_chains: int) -> dict[str, Any]:
     """Regressions and falls over all sets, kinds of noise, chains of seven rounds and rounds after the first."""
     by_name: dict[str, dict[str, int]] = {}
     for one in sets:

@@ -23,7 +23,7 @@ from cluster.calls import read_call_columns, read_calls
 from cluster.engine import Engine
 from cluster.errors import ConfigError, ReleaseError
 from cluster.records import AgentCall, Usage
-from cluster.registry import promote
+from cluster.registry import promote_at
 from cluster.session import connect, joins_cluster
 from cluster.store import Store
 from jobs.convert import Conversion, convert, write_conversion_report
@@ -96,8 +96,7 @@ def _journey(recipe: Recipe, provider: Provider) -> tuple[dict[str, Any], Conver
     converting = time.monotonic()
     conversion = convert(recipe, engine_of=deployed_engine)
     conversion_s = time.monotonic() - converting
-    promote(store, conversion.release)
-    _wait_for_release(port, conversion)
+    _wait_for_release(port, promote_at(store, conversion.release, recipe.rollout.at()))
     print(f"serve: {NUM_FRESH} fresh conversations, held-out templates and values")
     fresh_began, fresh_ts = time.monotonic(), time.time()
     fresh = asyncio.run(_drive(port, key, provider.model, "fresh", NUM_FRESH))
@@ -188,7 +187,7 @@ async def _drive(port: int, key: str, model: str, season: str, count: int) -> li
             )
 
 
-def _wait_for_release(port: int, conversion: Conversion, timeout_s: float = 120.0) -> None:
+def _wait_for_release(port: int, release: str, timeout_s: float = 120.0) -> None:
     """The gateway loads every adapter before it follows a release; wait until it serves this one.
 
     Raises:
@@ -198,10 +197,10 @@ def _wait_for_release(port: int, conversion: Conversion, timeout_s: float = 120.
     while True:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as reply:
             health = json.load(reply)
-        if health["release"] == conversion.release:
+        if health["release"] == release:
             return
         if time.monotonic() > deadline:
-            raise ReleaseError(f"the gateway did not take up release {conversion.release} within {timeout_s:g} s")
+            raise ReleaseError(f"the gateway did not take up release {release} within {timeout_s:g} s")
         time.sleep(0.2)
 
 

@@ -49,7 +49,7 @@ def test_whatever_happened_the_next_observation_is_no_gain_under_the_claim(
 
 def test_the_mixture_is_the_sum_over_all_beginnings() -> None:
     outcomes, epsilon = stream(3, (30, 0.3)), 0.05
-    unspent = [1 / (1 + math.log(1 + n)) for n in range(len(outcomes) + 1)]
+    unspent = [1.0, *(0.6 / (1 + math.log(1 + n / 100)) for n in range(1, len(outcomes) + 1))]
     total = unspent[-1]
     for begin in range(len(outcomes)):
         for step in (0.02, 0.05, 0.15, 0.4):

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import make_specialist
 
 from cluster.errors import ConfigError, InputError
 from cluster.records import Gate
 from cluster.sequential import RiskTest
+from jobs.__main__ import main
 from jobs.bench import gate, gate_drift, gate_pools, gate_refine, gate_tracer
 from jobs.bench.gate_pools import Pool
+from serving.evidence import Comparison, begin, count
 
 NOTHING = np.zeros(4, int)
 SMALL = Pool("small", np.array([0.9, 0.5, 0.9, 0.2]), np.array([True, False, False, True]), NOTHING, NOTHING)
@@ -106,25 +109,37 @@ def test_answers_that_never_repeat_are_told_by_what_they_fill(tmp_path: pathlib.
     assert found.class_names == ['["people", "time"]', '["time"]']
 
 
-def test_every_promised_number_is_there(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_promised_number_is_there(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("UNDERSTUDY_DATA", str(tmp_path))
     monkeypatch.delenv(gate_tracer.PYTHON_ENV, raising=False)
     monkeypatch.setattr(gate, "EPSILONS", (0.1, 0.1))
-    monkeypatch.setattr(gate, "measure_drift", lambda sets, say: gate_drift.measure_drift(sets, say, 2))
-    monkeypatch.setattr(gate, "measure_refine", lambda sets, say: gate_refine.measure_refine(sets, say, 2))
-    said: list[str] = []
-    found = gate.bench_gate([], [write_set(tmp_path / "desk.jsonl", begin=0, number=400)], said.append, num_resamples=3)
+    calls, written = write_set(tmp_path / "desk.jsonl", begin=0, number=400), tmp_path / "gate.json"
+    assert main(["bench", "gate", "--quick", "--calls", str(calls), "--json", str(written)]) == 0
+    said, found = capsys.readouterr().err, json.loads(written.read_text())
     assert set(found["violation_rate"]) == {"desk", "synthetic_steep", "synthetic_edge", "synthetic_dip"}
     assert set(found["coverage"]["desk"]["0.1"]) == {"ours", "oracle", "tracer"} and found["delta"] == 0.05
-    assert found["coverage"]["desk"]["0.1"]["tracer"] is None and any("TRACER is left out" in line for line in said)
-    assert found["controls"] == 12 and found["controls_by_name"]["desk, labels shuffled"]["0.1"] == 1.0
+    assert found["coverage"]["desk"]["0.1"]["tracer"] is None and "TRACER is left out" in said
+    assert (
+        found["controls"] == 2 * 2 * gate.QUICK.resamples
+        and found["controls_by_name"]["desk, labels shuffled"]["0.1"] == 1.0
+    )
     # Whether two of these short texts are alike can be learned; of real ones it cannot.
-    assert 6 <= found["refused_controls"] <= 12
+    assert found["controls"] / 2 <= found["refused_controls"] <= found["controls"]
     assert found["stable_streams"] == 2 and found["false_demotions"] <= 2
     assert found["refine_regressions"] <= found["refine_steps"] == 2 * 2 * 6
-    kinds = {"jump", "gradual", "recurring", "renamed_classes:desk", "noisy_teacher:desk", "new_template:desk"}
+    assert 0 <= found["jump_within_200_audits"] <= 1 and found["false_demotions_sessions"] <= 2
+    kinds = {
+        "jump",
+        "gradual",
+        "recurring",
+        "sessions",
+        "renamed_classes:desk",
+        "noisy_teacher:desk",
+        "new_template:desk",
+    }
     assert set(found["detection_delay_calls"]) == kinds
-    json.dumps(found)
 
 
 def _rounds(*shares: float) -> list[Pool]:
@@ -151,6 +166,21 @@ def test_a_first_rejection_is_the_one_that_single_steps_find() -> None:
     single = next(n for n in range(1, 190) if test.after(outcomes[:n]).is_rejected)
     assert gate_drift.first_rejection(test, outcomes) == single
     assert gate_drift.first_rejection(test, [False] * 200) is None
+
+
+def test_a_conversation_counts_once_as_the_steward_counts_it() -> None:
+    drawn = gate_drift.draw_sessions(3, 40, 0.3)
+    assert len(drawn.shares) == 40 and drawn.num_audited.sum() == len(drawn.is_wrong) > 60
+    assert np.all(drawn.num_calls >= drawn.num_audited) and 0.1 < drawn.shares.mean() < 0.5
+    one, wrong = make_specialist(), iter(drawn.is_wrong.tolist())
+    comparisons = [
+        Comparison(f"c{k}-{n}", 1.0 + k, f"s{k}", "audit", one.name, not next(wrong))
+        for k, number in enumerate(drawn.num_audited)
+        for n in range(number)
+    ]
+    counted = count({one.name: begin(one, "live", 0.05, 0.0)}, comparisons, now=1_000.0, idle_s=300.0)[one.name].risk
+    ours = RiskTest(epsilon=counted.epsilon, alpha=counted.alpha).after(drawn.shares.tolist())
+    assert counted.num_observed == 40 and counted.wealth == pytest.approx(ours.wealth)
 
 
 def test_a_tracer_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,9 +237,11 @@ def test_escalations_and_feedback_are_counted_of_recent_calls_and_of_who_may_jud
 
     def route(number: int) -> RouteDecision:
         action = "accept" if number % 4 == 0 else "escalate"
-        return RouteDecision(action=action, reason="r", task_id=site["tone"], specialist=name, confidence=0.5)
+        named = {"is_named": number >= 300}
+        return RouteDecision(action=action, reason="r", task_id=site["tone"], specialist=name, confidence=0.5, **named)
 
-    write_calls(store, [_call("tone", number, day=30, route=route(number)) for number in range(200, 300)])
+    # The last forty were asked of the specialist by its name: the router did not choose it, so they count nowhere here.
+    write_calls(store, [_call("tone", number, day=30, route=route(number)) for number in range(200, 340)])
     rows = [
         Feedback(
             feedback_id=f"f{n}",
@@ -252,7 +254,7 @@ def test_escalations_and_feedback_are_counted_of_recent_calls_and_of_who_may_jud
     ]
     write_feedback(store, [*rows, rows[0].model_copy(update={"feedback_id": "late", "ts": 32 * DAY, "score": 1.0})])
     facts = next(one.facts for one in _plan(recipe, store).tasks if one.task_id == site["tone"])
-    assert (facts.num_asked, facts.num_escalated, facts.num_recent) == (100, 75, 100)
+    assert (facts.num_asked, facts.num_escalated, facts.num_recent) == (100, 75, 140)
     assert (facts.num_scored, facts.num_bad) == (3 if 208 % 3 == 2 else 2, 1 + (208 % 3 == 2))
     assert (facts.num_scored_llm, facts.num_bad_llm) == (1, 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -90,8 +91,44 @@ def test_promote_begins_new_specialists_at_the_stage_and_leaves_served_ones(stor
     assert release.rollout == {"other": Rollout(stage="canary", canary_share=0.25)} and release.previous == sha
     # A stage that was reached is kept by a release with the same specialist.
     assert registry.promote_at(store, sha, SHADOW) == out.strip() and served(store)[1].stage_of("other") == "canary"
-    run(capsys, store, "promote", sha)
+    run(capsys, store, "promote", sha, "--stage", "live")
     assert served(store) == (sha, registry.load_release(store, sha)), "live is the release itself"
+
+
+@pytest.mark.parametrize("verb", [["release", "promote"], ["promote"]], ids=" ".join)
+def test_new_specialists_begin_where_the_recipe_says_and_that_is_told(
+    verb: list[str], store: Store, capsys: Any
+) -> None:
+    sha, where = with_other(store), f"store={store.uri}"
+    first = served(store)[0]
+    assert main([*verb, sha, where]) == 0
+    out, err = capsys.readouterr()
+    name, release = served(store)
+    assert out.strip() == name != sha and release.rollout == {"other": SHADOW} and release.stage_of("triage") == "live"
+    assert "other in shadow; evidence moves them on" in err and f"release promote {sha[:12]} --stage live" in err
+    registry.promote(store, first)
+    assert main([*verb, sha, where, "rollout.start=canary", "rollout.canary_share=0.3"]) == 0
+    assert served(store)[1].rollout == {"other": Rollout(stage="canary", canary_share=0.3)}
+    capsys.readouterr()
+    registry.promote(store, first)
+    assert main([*verb, sha, where, "rollout.start=live"]) == 0
+    assert served(store)[0] == sha and capsys.readouterr() == (f"{sha}\n", "")
+
+
+def test_a_conversion_that_is_promoted_begins_there_too(
+    store: Store, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha, first, where = with_other(store), served(store)[0], f"store={store.uri}"
+    monkeypatch.setattr("jobs.convert.convert", lambda recipe: types.SimpleNamespace(release=sha))
+    monkeypatch.setattr("jobs.plan.connect_for", lambda plan, recipe: None)
+    monkeypatch.setattr("jobs.__main__._save_report", lambda store, conversion, copy: "report.html")
+    assert main(["convert", "--promote", where, "select.base=scratch-tiny"]) == 0
+    name, release = served(store)
+    lines = capsys.readouterr().out.splitlines()
+    assert release.rollout == {"other": SHADOW} and lines[0] == name and lines[-1] == f"{store.uri}/releases/{sha}.json"
+    registry.promote(store, first)
+    assert main(["convert", "--promote", where, "select.base=scratch-tiny", "rollout.start=live"]) == 0
+    assert served(store)[0] == sha
 
 
 def test_canary_and_rollback(store: Store, capsys: Any) -> None:

@@ -16,6 +16,7 @@ from cluster.records import AgentCall, RouteDecision
 from cluster.store import Store
 from serving.audit import AuditConfig
 from serving.drift import AUDIT_SHARES_FILE, BASELINE_CALLS, BLOCK_CALLS, Asked, Drift, observe, read_audit_shares
+from serving.evidence import CallReader, Cursor
 from serving.steward import Steward, StewardConfig
 
 NAME = make_specialist().name
@@ -112,6 +113,26 @@ def test_a_gateway_follows_the_shares_and_leaves_the_reference_stream_alone(tmp_
                     await asyncio.sleep(0.01)
             calls = await run.captured()
             assert len([call for call in calls if call.audit_of]) == 1 and not any(call.is_reference for call in calls)
+
+    asyncio.run(scenario())
+
+
+def test_what_clients_ask_of_a_specialist_by_its_name_is_no_drift_and_not_of_the_reference_stream(
+    tmp_path: pathlib.Path,
+) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, audit=AuditConfig(share=1.0), llm_model="llm-1") as run:
+            for confidence in (0.99, 0.5):
+                run.engine.confidence = confidence
+                for model in ({}, {"model": f"understudy/{make_specialist().task_id}"}):
+                    assert (await run.ask(**model)).status_code == 200
+            calls = [call for call in await run.captured() if call.route and not call.audit_of]
+            named = [call for call in calls if call.route and call.route.is_named]
+            assert len(calls) == 4 and [call.route and call.route.action for call in named] == ["accept", "escalate"]
+            assert [call.is_reference for call in calls if call not in named] == [True, True]
+            assert not any(call.is_reference for call in named)
+            _, asked_of = CallReader(run.store).read(Cursor())
+            assert sorted(one.is_escalated for one in asked_of) == [False, True], "those that the router sent"
 
     asyncio.run(scenario())
 

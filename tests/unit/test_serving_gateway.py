@@ -352,6 +352,7 @@ def test_a_call_that_names_a_specialist_is_asked_of_it(tmp_path: pathlib.Path, m
             assert reply.headers["x-understudy-route"] == "accept" and not run.llm.requests
             (call,) = await run.captured()
             assert call.served_by == "specialist" and not call.is_reference
+            assert call.route is not None and call.route.is_named
 
     asyncio.run(scenario())
 
