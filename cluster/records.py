@@ -138,6 +138,10 @@ class Example(Record):
     """What a person should look at, such as planted instructions; heuristics that change nothing by themselves."""
     cost_usd: float | None = None
     latency_ms: float | None = None
+    usage: Usage = Usage()
+    """Of the LLM's answer; known of examples as served alone."""
+    gold: str | None = None
+    """What a person says is the right answer, as the text of one (`cluster.answers.to_text`); of examples as served alone."""
     logprobs: list[tuple[str, list[tuple[str, float]]]] | None = None
     """What was likeliest at each token of the target's text, as training/stored_logprobs.py reads it; None where the LLM
     did not tell, or where redaction changed the request or the target."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.errors import InputError
@@ -33,8 +33,10 @@ from jobs.splits import load_usefulness, split_by_agreement
 from jobs.task_names import name_by_llm, namer_of
 from jobs.train import Trained, scope_of, train
 from jobs.validate import (
+    AnswerRate,
     EngineOf,
     calls_to_certify,
+    rates_of,
     save_agreements,
     save_evaluation,
     validate_candidates,
@@ -49,6 +51,7 @@ from training.snapshot import CurationCounts, load_split
 from training.splits import SPLITS
 from training.usefulness import Usefulness
 from training.watching import check_log_to
+from training.worth import Rates, Worth, weigh
 
 
 class Conversion(Record):
@@ -72,6 +75,8 @@ class Conversion(Record):
     """task_id -> why the LLM that was asked to name it did not."""
     usefulness: tuple[Usefulness, ...] = ()
     """What was measured of tasks that might be several, in this run or where it stands from earlier ones."""
+    worth: dict[str, Worth] = {}
+    """task_id -> what its arms' answers cost, and how they stand beside the LLM, a random router and an oracle."""
 
 
 def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: EngineOf | None = None) -> Conversion:
@@ -119,11 +124,14 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         scope = scope_of(recipe, tasks, {"train": by_split["train"], "validation": held_out})
         trained = train(recipe, store, work, snapshot.id, scope, refused, clock.lap, say)
     evaluations: list[Evaluation] = []
+    rate = AnswerRate()
     if trained.candidates:
         num_candidates = len(trained.candidates) + len(refused)
         with (engine_of or (lambda base: validation_engine(recipe, base)))(trained.base) as engine:
-            evaluations = validate_candidates(recipe, store, trained.candidates, by_split, engine, num_candidates, say)
-    save_agreements(store, snapshot.id, evaluations)
+            stages = (recipe, store, trained.candidates, by_split, engine, num_candidates, rate, say)
+            evaluations = validate_candidates(*stages)
+    rates = rates_of(recipe, rate)
+    save_agreements(recipe, store, snapshot.id, evaluations, rates)
     clock.lap("validate")
     release = _release(store, trained.candidates, evaluations, refused, route_model, snapshot.id)
     sha = publish_release(store, release)
@@ -142,7 +150,13 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         left_out=trained.left_out,
         own_names=own_names,
         usefulness=tuple(load_usefulness(store).values()),
+        worth=_weigh_all(evaluations, rates, recipe.evaluation.noninferiority_margin),
     )
+
+
+def _weigh_all(evaluations: Sequence[Evaluation], rates: Rates, margin: float) -> dict[str, Worth]:
+    found = {one.task_id: weigh(one, rates, margin) for one in evaluations}
+    return {task_id: worth for task_id, worth in found.items() if worth is not None}
 
 
 def write_conversion_report(
@@ -167,6 +181,7 @@ def write_conversion_report(
         curation=conversion.curation,
         left_out=conversion.left_out,
         usefulness=conversion.usefulness,
+        worth=conversion.worth,
     )
 
 

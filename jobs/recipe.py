@@ -25,6 +25,7 @@ from training.canaries import CanaryConfig
 from training.catalog import context_window, find_entry
 from training.curate import CurateConfig
 from training.discover import DiscoverConfig
+from training.evaluation import EvaluationConfig
 from training.finetune import FinetuneConfig
 from training.fleet import FleetConfig
 from training.gate import GateConfig
@@ -62,6 +63,7 @@ class Recipe(Config):
     fleet: FleetConfig = FleetConfig()
     canaries: CanaryConfig = CanaryConfig()
     gate: GateConfig = GateConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     specialists: SpecialistConfig = SpecialistConfig()
     gateway: GatewayConfig = GatewayConfig()
     steward: StewardConfig = StewardConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
@@ -49,7 +50,11 @@ def _run(options: argparse.Namespace) -> None:
     if names:
         with_examples = options.examples or options.restored
         page = describe_task(store, names[0], with_examples=with_examples, is_restored=options.restored)
-        print(json.dumps(page, indent=1, ensure_ascii=False) if options.json else _show_page(page))
+        if options.json:
+            print(json.dumps(page, indent=1, ensure_ascii=False))
+            return
+        print(_show_page(page))
+        _show_arms(page["arms"])
         return
     tasks = list_tasks(store)
     print(json.dumps([t.model_dump(mode="json") for t in tasks], indent=1) if options.json else _show_table(tasks))
@@ -90,6 +95,18 @@ def _show_page(page: dict[str, Any]) -> str:
     for example in page.get("examples", ()):
         lines += [f"user: {_printable(example['user'])}", f"answer: {_printable(example['answer'])}"]
     return "\n".join(lines)
+
+
+def _show_arms(arms: dict[str, Any] | None) -> None:
+    if arms is None:
+        return
+    from jobs.tables import show_table
+
+    for table in arms["tables"]:
+        print(f"\n{table['caption']}:")
+        show_table(table["header"], table["rows"], sys.stdout)
+    for note in arms["notes"]:
+        print(f"\n{note}")
 
 
 def _show_slot(slot: dict[str, Any]) -> str:
