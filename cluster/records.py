@@ -180,6 +180,17 @@ class TaskSpec(Record):
         return self.model_dump(mode="json", exclude={"name", "description"})
 
 
+class TextGrader(Record):
+    """How free text is compared with the reference; other kinds of answers are compared by value."""
+
+    name: Literal["exact", "chrf", "rouge_l", "embedding", "judge"] = "exact"
+    """`judge` asks an LLM, in both orders; `exact` is equality once white space is normalised, which always agrees."""
+    agree_at: float = Field(default=1.0, gt=0, le=1)
+    """Similarity from which texts agree; of no use to `exact` and `judge`."""
+    encoder: str = "hashed"
+    """Of `embedding`."""
+
+
 class Gate(Record):
     """How far one specialist may be trusted, or why it is refused."""
 
@@ -205,6 +216,8 @@ class Gate(Record):
     round: int = 0
     """How many other candidates had met some of these calibration calls before; delta shrinks with it."""
     refused: str | None = None
+    text_grader: TextGrader | None = None
+    """By which free text was compared, and is in audits; None is equality."""
 
     @property
     def is_open(self) -> bool:

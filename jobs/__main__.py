@@ -97,9 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Verb)
     words = {"nargs": "*", "metavar": "key=value", "help": "recipe=NAME|PATH and overrides such as gate.epsilon=0.02"}
     stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
-    stages += ("gateway.max_temperature", "faces", "limits")
+    stages += ("gateway.max_temperature", "faces", "limits", "evaluation", "prices")
     doctor_verb.add_verb(verbs, words)
-    _add_demo(verbs, words, (*stages, "prices"))
+    _add_demo(verbs, words, stages)
     keys_verb.add_verb(verbs, words, _Verb)
     _add_serve(verbs, words)
     ingest_verb.add_verb(verbs)

@@ -25,7 +25,7 @@ from training.canaries import CanaryConfig
 from training.catalog import context_window, find_entry
 from training.curate import CurateConfig
 from training.discover import DiscoverConfig
-from training.evaluation import EvaluationConfig
+from training.evaluation_config import EvaluationConfig
 from training.finetune import FinetuneConfig
 from training.fleet import FleetConfig
 from training.gate import GateConfig

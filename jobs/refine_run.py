@@ -27,6 +27,7 @@ from cluster.records import Example, Release, Specialist, Split, TaskSpec
 from cluster.store import Store
 from jobs.adapters import Start
 from jobs.convert import make_specialist
+from jobs.judge import open_judge
 from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
 from jobs.refine import Material, Routing, check_task, in_use, load_material, routing_of
@@ -293,10 +294,12 @@ async def _compare(
         adapter=old.adapter,
         prompt_format=PromptFormat.model_validate(old.prompt_format),
         max_answer_tokens=old.max_answer_tokens,
+        text_grader=old.gate.text_grader,
     )
     calls = work.by_split["calibration"][old.task_id]
     limit = work.recipe.gateway.max_temperature
-    answers = await ask_calibration(asked, engine, calls, limit, work.recipe.faces)
+    async with open_judge(work.recipe, work.store, [asked], work.say) as judge:
+        answers = await ask_calibration(asked, engine, calls, limit, work.recipe.faces, judge)
     config, threshold = work.plan.config, evaluation.gate.threshold
     assert threshold is not None and old.gate.threshold is not None, "only open gates are compared"
     found = compare(

@@ -14,6 +14,7 @@ from cluster.errors import EngineError
 from cluster.records import Example, Split
 from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
+from jobs.judge import open_judge
 from jobs.recipe import Recipe
 from training.arms import Answered
 from training.evaluation import Candidate, Evaluation, evaluate_all, validation_agreement
@@ -176,4 +177,5 @@ async def ask_held_out(
         options = {"max_temperature": limit, "faces": recipe.faces, "on_answer": count, "on_done": save}
         rate.begin()
         options["on_calibrated"] = on_calibrated
-        return await evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)
+        async with open_judge(recipe, store, candidates, say) as judge:
+            return await evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, judge=judge, **options)

@@ -332,7 +332,7 @@ class GatewayCore:
     async def _audit(self, call: PendingCall, message: dict[str, Any]) -> None:
         """Begin the call's audit; a coroutine only because Starlette would run a plain function in a thread."""
         assert call.specialist is not None
-        self.auditor.start(call, message, PromptFormat.model_validate(call.specialist.prompt_format).answer_kind)
+        self.auditor.start(call, message, call.specialist)
 
     async def _ask_llm(self, call: PendingCall) -> WholeAnswer | BegunAnswer:
         """Raises UpstreamError where no LLM answers, or the longest answer could cost more than the call may."""

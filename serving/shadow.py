@@ -86,7 +86,8 @@ class Shadows:
         decision = policy.decide_after(answer, specialist, invalid, release=call.decision.release or "")
         agrees = None
         if decision.action == "accept":
-            agrees = grade(answer.message, reference, prompt_format.answer_kind, call.request).agrees
+            kind, grader = prompt_format.answer_kind, specialist.gate.text_grader
+            agrees = grade(answer.message, reference, kind, call.request, text_grader=grader).agrees
         reason = KEPT if decision.action == "accept" else decision.reason
         decision = decision.model_copy(update={"action": "shadow", "reason": reason, "agrees": agrees})
         self._keep(call, answer, decision, time.perf_counter() - begin)

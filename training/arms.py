@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cluster.answers import grade, to_message
-from cluster.records import Example, Record, Reference, TaskSpec
+from cluster.records import Example, Record, Reference, TaskSpec, TextGrader
 from training.gate import Outcome, clopper_pearson_interval
 
 SPECIALIST_ARM, GATED_ARM, LLM_ARM = "specialist", "specialist + gate", "LLM"
@@ -78,13 +78,24 @@ class Answered(NamedTuple):
     completion_tokens: int = 0
 
 
-def is_gold(message: dict | None, example: Example, task: TaskSpec) -> bool | None:
-    """Whether an answer is what the call's gold answer says; None where it has none that reads as the task's kind."""
+def is_gold(message: dict | None, example: Example, task: TaskSpec, grader: TextGrader | None = None) -> bool | None:
+    """Whether an answer is what the call's gold answer says; None where it has none that reads as the task's kind.
+
+    Args:
+        grader: of free text; a judge is not asked, so that there gold means equality.
+    """
     gold = None if example.gold is None or task.reference == "gold" else to_message(example.gold, task.kind)
-    return None if gold is None else grade(message, gold, task.kind, example.request).agrees
+    return None if gold is None else grade(message, gold, task.kind, example.request, text_grader=grader).agrees
 
 
-def make_arm(name: str, answers: Sequence[Answered], test: Sequence[Example], task: TaskSpec, threshold: float) -> Arm:
+def make_arm(
+    name: str,
+    answers: Sequence[Answered],
+    test: Sequence[Example],
+    task: TaskSpec,
+    threshold: float,
+    grader: TextGrader | None = None,
+) -> Arm:
     """Count one way of answering.
 
     Args:
@@ -103,19 +114,23 @@ def make_arm(name: str, answers: Sequence[Answered], test: Sequence[Example], ta
         interval=clopper_pearson_interval(wrong, len(kept)) if kept else (0.0, 1.0),
         prompt_tokens=sum(one.prompt_tokens for one in answers),
         completion_tokens=sum(one.completion_tokens for one in answers),
-        against_gold=_against_gold(answers, test, task, threshold),
+        against_gold=_against_gold(answers, test, task, threshold, grader),
     )
 
 
 def count_routed(
-    answers: Sequence[Answered], test: Sequence[Example], task: TaskSpec, threshold: float
+    answers: Sequence[Answered],
+    test: Sequence[Example],
+    task: TaskSpec,
+    threshold: float,
+    grader: TextGrader | None = None,
 ) -> tuple[tuple[Routed, ...], Reference]:
     """The specialist's test calls by how they came out, and what says that an answer is right.
 
     Args:
         threshold: above 0; infinity keeps none.
     """
-    llm = [is_gold(example.target, example, task) for example in test]
+    llm = [is_gold(example.target, example, task, grader) for example in test]
     by_gold = bool(test) and all(one is not None for one in llm)
     groups: dict[tuple[bool, bool, bool | None], list[Example]] = {}
     for answer, example, llm_right in zip(answers, test, llm, strict=True):
@@ -142,11 +157,11 @@ def show_shots(example: Example, shots: Sequence[Example]) -> Example:
 
 
 def _against_gold(
-    answers: Sequence[Answered], test: Sequence[Example], task: TaskSpec, threshold: float
+    answers: Sequence[Answered], test: Sequence[Example], task: TaskSpec, threshold: float, grader: TextGrader | None
 ) -> GoldPairs | None:
     counts: Counter[tuple[bool, bool]] = Counter()
     for answer, example in zip(answers, test, strict=True):
-        llm_right = is_gold(example.target, example, task)
+        llm_right = is_gold(example.target, example, task, grader)
         if llm_right is None:
             continue
         is_kept = answer.outcome.confidence >= threshold

@@ -12,15 +12,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from pydantic import Field
-
-from cluster.answers import grade
-from cluster.config import Config
 from cluster.engine import Engine
 from cluster.errors import EngineError, InputError
 from cluster.faces import FacesConfig, facing_of
+from cluster.judging import Judge
 from cluster.prompts import PromptFormat
-from cluster.records import Example, Gate, Record, Reference, Split, TaskSpec
+from cluster.records import Example, Gate, Record, Reference, Split, TaskSpec, TextGrader
 from cluster.servable import ask_engine, unservable_reason
 from cluster.store import content_hash
 from training.arms import (
@@ -47,6 +44,8 @@ from training.gate import (
 from training.ledger import CalibrationLedger, share_of_round
 from training.probe import spread
 from training.regression import Regression
+from training.text_graders import GraderErrors, agrees, measure_grader
+from training.text_graders import refusal_of as refusal_of_grader
 
 POPULATION = "calls of this task as served, one per session"
 _MAX_HOPELESS_TEST = 30
@@ -57,13 +56,6 @@ MAX_IN_FLIGHT = 256
 
 
 AskAll = Callable[[list[Example], str | None], Awaitable[list[Answered]]]
-
-
-class EvaluationConfig(Config):
-    """What is measured beside the gate; it decides nothing."""
-
-    noninferiority_margin: float = Field(default=0.02, gt=0, lt=1)
-    """Share of right answers, by gold, that an arm may fall behind the LLM and still count as not inferior."""
 
 
 class Candidate(Record):
@@ -80,6 +72,10 @@ class Candidate(Record):
     """Secrets that stood in its train split."""
     max_extraction: float | None = None
     """Largest share of them that it may say; None bars nothing."""
+    text_grader: TextGrader | None = None
+    """By what its answers agree; None compares by value."""
+    max_false_agreement: float | None = None
+    """Largest share of unrelated pairs that `text_grader` may find alike; None bars nothing."""
 
 
 class Evaluation(Record):
@@ -94,6 +90,8 @@ class Evaluation(Record):
     """What says in `routed` that an answer is right."""
     curve: tuple[dict[str, float], ...]
     """Coverage against disagreement on validation, by threshold."""
+    grader_errors: GraderErrors | None = None
+    """None where answers are compared by value."""
     extraction: Extraction | None = None
     """None where no secret was planted."""
     regression: Regression | None = None
@@ -160,6 +158,7 @@ async def evaluate_all(
     *,
     max_temperature: float,
     faces: FacesConfig,
+    judge: Judge | None = None,
     max_in_flight: int = MAX_IN_FLIGHT,
     on_answer: Callable[[Answered], None] = lambda answered: None,
     on_done: Callable[[Candidate, Evaluation], None] = lambda candidate, evaluation: None,
@@ -174,6 +173,7 @@ async def evaluate_all(
         ledger: what calibration calls were spent on before; what is asked here is written into it.
         max_temperature: the gateway's; a call above it is escalated there, and counts as that here.
         faces: the gateway's rule for answers to a person; what it bars there counts as escalated here.
+        judge: of candidates whose text an LLM judges.
         max_in_flight: questions at a time over all candidates.
         on_answer: called with each answer, on_done after each candidate, on_calibrated with a task and what its
             calibration calls were answered, where they were asked.
@@ -193,6 +193,7 @@ async def evaluate_all(
             slots,
             on_answer,
             on_calibrated,
+            judge,
         )
         on_done(candidate, found)
         return found
@@ -215,6 +216,7 @@ async def evaluate(
     slots: asyncio.Semaphore,
     on_answer: Callable[[Answered], None] = lambda answered: None,
     on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
+    judge: Judge | None = None,
 ) -> Evaluation:
     """Grade, certify and report one candidate, whose adapter is loaded; see `evaluate_all`."""
     fingerprint = await engine.fingerprint()
@@ -222,7 +224,7 @@ async def evaluate(
     async def ask_all(examples: list[Example], adapter: str | None) -> list[Answered]:
         async def one(example: Example) -> Answered:
             async with slots:
-                answered = await _ask(candidate, engine, adapter, example, max_temperature, faces)
+                answered = await _ask(candidate, engine, adapter, example, max_temperature, faces, judge)
             on_answer(answered)
             return answered
 
@@ -238,10 +240,13 @@ async def evaluate(
     number = ledger.round_of(test_key, spent_ids)
     delta *= share_of_round(number)
     facts = {"reference": candidate.task.reference, "population": POPULATION, "fingerprint": fingerprint}
-    facts |= {"epsilon": config.epsilon, "delta": delta, "round": number}
+    facts |= {"epsilon": config.epsilon, "delta": delta, "round": number, "text_grader": candidate.text_grader}
     extraction = await _extraction_of(candidate, engine)
     leak = refusal_of(extraction, candidate.max_extraction) if extraction else None
-    grid = leak or plan_grid(validation, len(calibration), config, delta)
+    grader, most = candidate.text_grader, candidate.max_false_agreement
+    errors = grader and await measure_grader(candidate.task, splits["validation"], grader, judge)
+    bar = leak or (refusal_of_grader(errors, most) if errors and most is not None else None)
+    grid = bar or plan_grid(validation, len(calibration), config, delta)
     if isinstance(grid, str):
         gate = refused_gate(grid, num_calibration=len(calibration), **facts)
     else:
@@ -253,11 +258,17 @@ async def evaluate(
     test = splits["test"][:_MAX_HOPELESS_TEST] if isinstance(grid, str) else splits["test"]
     tested = await _test_arms(candidate, gate, splits, test, ask_all)
     curve = tuple(coverage_curve(validation))
-    return Evaluation(task_id=candidate.task.task_id, gate=gate, curve=curve, extraction=extraction, **tested)
+    facts = {"extraction": extraction, "grader_errors": errors, **tested}
+    return Evaluation(task_id=candidate.task.task_id, gate=gate, curve=curve, **facts)
 
 
 async def ask_calibration(
-    candidate: Candidate, engine: Engine, examples: list[Example], max_temperature: float, faces: FacesConfig
+    candidate: Candidate,
+    engine: Engine,
+    examples: list[Example],
+    max_temperature: float,
+    faces: FacesConfig,
+    judge: Judge | None = None,
 ) -> list[Outcome]:
     """What a candidate says to the calls that a gate is certified on, in their order; spends none of them, as nothing is
     certified by it."""
@@ -267,7 +278,7 @@ async def ask_calibration(
 
     async def one(call: Example) -> Outcome:
         async with slots:
-            return await ask(candidate, engine, candidate.adapter, call, max_temperature, faces)
+            return (await _ask(candidate, engine, candidate.adapter, call, max_temperature, faces, judge)).outcome
 
     return list(await asyncio.gather(*map(one, calls)))
 
@@ -290,7 +301,7 @@ async def _few_shot(
         if first.prompt_tokens:
             answers = [first, *await ask_all([show_shots(example, shots) for example in test[1:]], None)]
             shown = f"{count} example{'s' if count > 1 else ''} shown"
-            return make_arm(f"{candidate.base_arm}, {shown}", answers, test, candidate.task, 0.0)
+            return make_arm(f"{candidate.base_arm}, {shown}", answers, test, candidate.task, 0.0, candidate.text_grader)
     return None
 
 
@@ -302,13 +313,14 @@ async def _test_arms(
     threshold = (gate.threshold or 1.0) if gate.is_open else math.inf
     few_shot = await _few_shot(candidate, splits, test, ask_all) if test else None
     facts = (test, candidate.task)
+    grader = candidate.text_grader
     arms = [
-        make_arm(candidate.base_arm, await ask_all(test, None), *facts, 0.0),
+        make_arm(candidate.base_arm, await ask_all(test, None), *facts, 0.0, grader),
         *([few_shot] if few_shot else []),
-        make_arm(SPECIALIST_ARM, specialist, *facts, 0.0),
-        make_arm(GATED_ARM, specialist, *facts, threshold),
+        make_arm(SPECIALIST_ARM, specialist, *facts, 0.0, grader),
+        make_arm(GATED_ARM, specialist, *facts, threshold, grader),
     ]
-    routed, truth = count_routed(specialist, *facts, threshold)
+    routed, truth = count_routed(specialist, *facts, threshold, grader)
     return {"arms": tuple(arms), "routed": routed, "truth": truth}
 
 
@@ -331,6 +343,7 @@ async def _ask(
     example: Example,
     max_temperature: float,
     faces: FacesConfig,
+    judge: Judge | None = None,
 ) -> Answered:
     """As `ask`, with what gold says of the answer and with the tokens that it took."""
     unkept = Answered(Outcome(confidence=0.0, agrees=False, session_id=example.session_id))
@@ -345,6 +358,7 @@ async def _ask(
     tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
     if invalid is not None:
         return unkept._replace(**tokens)
-    agrees = grade(answer.message, example.target, candidate.task.kind, example.request).agrees
-    outcome = Outcome(confidence=answer.confidence, agrees=agrees, session_id=example.session_id)
-    return Answered(outcome, is_gold(answer.message, example, candidate.task), **tokens)
+    agreed = await agrees(answer.message, example, candidate.task, candidate.text_grader, judge)
+    # What no judge speaks of counts against the specialist.
+    outcome = Outcome(confidence=answer.confidence, agrees=bool(agreed), session_id=example.session_id)
+    return Answered(outcome, is_gold(answer.message, example, candidate.task, candidate.text_grader), **tokens)

@@ -36,7 +36,7 @@ from pydantic import Field
 
 from cluster.config import Config
 from cluster.errors import InputError
-from cluster.records import Gate, Record, Reference
+from cluster.records import Gate, Record, Reference, TextGrader
 
 _MAX_CURVE_POINTS = 100
 _CHANCE_TOLERANCE = 0.05
@@ -194,6 +194,7 @@ def certify(
     population: str,
     fingerprint: str,
     round: int = 0,
+    text_grader: TextGrader | None = None,
 ) -> Gate:
     """Test the grid from high to low and open the gate at the last threshold before the first failure.
 
@@ -214,8 +215,8 @@ def certify(
         if counted.num_disagreements > num_passing:
             break
         passed = threshold
-    promise: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "reference": reference}
-    promise |= {"population": population, "fingerprint": fingerprint, "round": round}
+    promise: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "reference": reference, "population": population}
+    promise |= {"fingerprint": fingerprint, "round": round, "text_grader": text_grader}
     promise |= {"num_calibration": len(calibration)}
     if passed is None:
         reason = _refuse_first(_accepted_at(grid[0], calibration), len(calibration), epsilon, delta)
@@ -244,6 +245,7 @@ def refused_gate(
     population: str,
     fingerprint: str,
     round: int = 0,
+    text_grader: TextGrader | None = None,
 ) -> Gate:
     """A gate that accepts nothing: the task stays on the LLM."""
     return Gate(
@@ -260,6 +262,7 @@ def refused_gate(
         fingerprint=fingerprint,
         round=round,
         refused=reason,
+        text_grader=text_grader,
     )
 
 
