@@ -88,6 +88,15 @@ def show_pair(request: dict[str, Any], first: str, second: str) -> str:
     return json.dumps(parts, ensure_ascii=False, indent=1)
 
 
+def answer_text(body: dict[str, Any]) -> str:
+    """What the first choice of a completion says; empty where it says nothing."""
+    try:
+        content = body["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        return ""
+    return content if isinstance(content, str) else ""
+
+
 def read_verdict(said: str) -> Verdict | None:
     """The one verdict in what a judge says; None where there is none, or several."""
     found = set(_VERDICT.findall(said))

@@ -123,14 +123,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         held_out = group_by_task(redacted, discovery.assignment)
         scope = scope_of(recipe, tasks, {"train": by_split["train"], "validation": held_out})
         trained = train(recipe, store, work, snapshot.id, scope, refused, clock.lap, say)
-    evaluations: list[Evaluation] = []
-    rate = AnswerRate()
-    if trained.candidates:
-        num_candidates = len(trained.candidates) + len(refused)
-        with (engine_of or (lambda base: validation_engine(recipe, base)))(trained.base) as engine:
-            stages = (recipe, store, trained.candidates, by_split, engine, num_candidates, rate, say)
-            evaluations = validate_candidates(*stages)
-    rates = rates_of(recipe, rate)
+    evaluations, rates = _validate(recipe, store, trained, by_split, len(refused), engine_of, say)
     save_agreements(recipe, store, snapshot.id, evaluations, rates)
     clock.lap("validate")
     release = _release(store, trained.candidates, evaluations, refused, route_model, snapshot.id)
@@ -152,6 +145,25 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         usefulness=tuple(load_usefulness(store).values()),
         worth=_weigh_all(evaluations, rates, recipe.evaluation.noninferiority_margin),
     )
+
+
+def _validate(
+    recipe: Recipe,
+    store: Store,
+    trained: Trained,
+    by_split: dict[Split, dict[str, list[Example]]],
+    num_refused: int,
+    engine_of: EngineOf | None,
+    say: Callable[[str], None],
+) -> tuple[list[Evaluation], Rates]:
+    """Ask the engine that serves the base what every candidate says; nothing is started where there is none."""
+    rate = AnswerRate()
+    if not trained.candidates:
+        return [], rates_of(recipe, rate)
+    num_candidates = len(trained.candidates) + num_refused
+    with (engine_of or (lambda base: validation_engine(recipe, base)))(trained.base) as engine:
+        found = validate_candidates(recipe, store, trained.candidates, by_split, engine, num_candidates, rate, say)
+    return found, rates_of(recipe, rate)
 
 
 def _weigh_all(evaluations: Sequence[Evaluation], rates: Rates, margin: float) -> dict[str, Worth]:

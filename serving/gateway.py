@@ -81,9 +81,9 @@ class GatewayCore:
         self.passthrough, self.feedback = passthrough, feedback
         self.drain, self.admission = Drain(config.drain_timeout_s), Admission(config.auth, api_keys)
         self.meter, self.decisions = meter or Meter(), RecentDecisions()
-        self._engines, self.pseudonyms = engines, pseudonyms
-        self._num_asking = 0
-        self.shadows = Shadows(engines, capture, pseudonyms, prices, self.meter, config.specialist_timeout_s)
+        self._engines, self.pseudonyms, self._num_asking = engines, pseudonyms, 0
+        parts = (engines, capture, pseudonyms, prices, self.meter)
+        self.shadows = Shadows(*parts, config.specialist_timeout_s, auditor.agrees)
 
     async def complete(self, identity: Identity, headers: Mapping[str, str], request: dict[str, Any]) -> Response:
         """Answer one parsed chat.completions request.

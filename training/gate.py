@@ -216,8 +216,12 @@ def certify(
             break
         passed = threshold
     promise: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "reference": reference, "population": population}
-    promise |= {"fingerprint": fingerprint, "round": round, "text_grader": text_grader}
-    promise |= {"num_calibration": len(calibration)}
+    promise |= {
+        "fingerprint": fingerprint,
+        "round": round,
+        "text_grader": text_grader,
+        "num_calibration": len(calibration),
+    }
     if passed is None:
         reason = _refuse_first(_accepted_at(grid[0], calibration), len(calibration), epsilon, delta)
         return refused_gate(reason, **promise)
@@ -235,34 +239,21 @@ def certify(
     )
 
 
-def refused_gate(
-    reason: str,
-    *,
-    num_calibration: int,
-    epsilon: float,
-    delta: float,
-    reference: Reference,
-    population: str,
-    fingerprint: str,
-    round: int = 0,
-    text_grader: TextGrader | None = None,
-) -> Gate:
-    """A gate that accepts nothing: the task stays on the LLM."""
+def refused_gate(reason: str, *, num_calibration: int, **promise: Any) -> Gate:
+    """A gate that accepts nothing: the task stays on the LLM.
+
+    Args:
+        promise: what was asked: reference, population, epsilon, delta, fingerprint, and round and text_grader where there are.
+    """
     return Gate(
-        reference=reference,
-        population=population,
-        epsilon=epsilon,
-        delta=delta,
         threshold=None,
         num_calibration=num_calibration,
         num_accepted=0,
         num_disagreements=0,
         upper_bound=None,
         coverage=0.0,
-        fingerprint=fingerprint,
-        round=round,
         refused=reason,
-        text_grader=text_grader,
+        **promise,
     )
 
 
