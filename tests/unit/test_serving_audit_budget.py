@@ -53,7 +53,7 @@ def test_the_share_of_a_minute_is_known_before_it_and_nothing_in_it_changes_it()
         begun = {budget.factor for budget in budgets}
         assert len(begun) == 1
         for budget, usd in zip(budgets, (0.002, 0.004) if minute == 29 else (0.002, 0.002), strict=True):
-            budget.add(usd)
+            budget.add(usd * budget.factor)
             assert budget.factor in begun
     now[0] += MINUTE
     assert budgets[0].factor > budgets[1].factor, "the next minute knows"
