@@ -31,6 +31,7 @@ from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
 from jobs.splits import load_usefulness, split_by_agreement
 from jobs.task_names import name_by_llm, namer_of
+from jobs.traffic import measure_moved
 from jobs.train import Trained, scope_of, train
 from jobs.validate import (
     AnswerRate,
@@ -45,6 +46,7 @@ from jobs.validate import (
 from training.curate import curate
 from training.discover import discover, load_previous, save_discovery
 from training.evaluation import Candidate, Evaluation
+from training.replaceability import Moved
 from training.report import write_report
 from training.selection import Selection, group_by_task
 from training.snapshot import CurationCounts, load_split
@@ -75,6 +77,8 @@ class Conversion(Record):
     """task_id -> why the LLM that was asked to name it did not."""
     usefulness: tuple[Usefulness, ...] = ()
     """What was measured of tasks that might be several, in this run or where it stands from earlier ones."""
+    moved: Moved | None = None
+    """Share of calls, tokens and money, and of each agent's calls; None in conversions that were written down without."""
     worth: dict[str, Worth] = {}
     """task_id -> what its arms' answers cost, and how they stand beside the LLM, a random router and an oracle."""
 
@@ -144,6 +148,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         own_names=own_names,
         usefulness=tuple(load_usefulness(store).values()),
         worth=_weigh_all(evaluations, rates, recipe.evaluation.noninferiority_margin),
+        moved=measure_moved(store, snapshot.id, discovery.assignment, evaluations, release.refused),
     )
 
 
@@ -194,6 +199,7 @@ def write_conversion_report(
         left_out=conversion.left_out,
         usefulness=conversion.usefulness,
         worth=conversion.worth,
+        moved=conversion.moved,
     )
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from training.arms import LLM_ARM, Arm
 from training.evaluation import Evaluation
 from training.pictures import number, percent
+from training.replaceability import PAPER_GUESSES, Moved, Replaceability
 from training.worth import MATCHED_AT, UTILISATIONS, Control, Regret, Worth
 
 
@@ -74,6 +75,26 @@ def notes_of(worth: Worth) -> list[str]:
     if not worth.noninferiority:
         lines.append("Non-inferiority by gold: not tested, no test call has a gold answer beside the LLM's.")
     return [*lines, *_missing(worth)]
+
+
+def moved_tables(moved: Moved) -> list[Table]:
+    """What a release moves, and how replaceable each agent is."""
+    header = ("Of all captured", "Moved off the LLM", "95% interval")
+    rows = tuple((name, *_moved(one)) for name, one in moved.totals.items())
+    agents = tuple(
+        (one.agent, str(one.num_calls), *_moved(one), percent(one.share_known), percent(one.guess))
+        for one in moved.agents
+    )
+    guesses = ", ".join(f"{name} {percent(share)}" for name, share in PAPER_GUESSES.items())
+    about = ("Agent", "Calls", "Replaceable", "95% interval", "Of its calls measured or known to stay", "Paper's guess")
+    return [
+        Table("Calls, tokens and money", header, rows),
+        Table(f"Replaceability of each agent (the paper's guesses: {guesses})", about, agents),
+    ]
+
+
+def _moved(one: Replaceability) -> tuple[str, str]:
+    return percent(one.share), f"{percent(one.interval[0])} to {percent(one.interval[1])}"
 
 
 def _quality(arm: Arm) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ from training.gate import (
 from training.ledger import CalibrationLedger, share_of_round
 from training.probe import spread
 from training.regression import Regression
+from training.reliability import Bin, reliability
 from training.text_graders import GraderErrors, agrees, measure_grader
 from training.text_graders import refusal_of as refusal_of_grader
 
@@ -90,6 +91,8 @@ class Evaluation(Record):
     """What says in `routed` that an answer is right."""
     curve: tuple[dict[str, float], ...]
     """Coverage against disagreement on validation, by threshold."""
+    reliability: tuple[Bin, ...] = ()
+    """Agreement on validation by confidence."""
     grader_errors: GraderErrors | None = None
     """None where answers are compared by value."""
     extraction: Extraction | None = None
@@ -258,7 +261,7 @@ async def evaluate(
     test = splits["test"][:_MAX_HOPELESS_TEST] if isinstance(grid, str) else splits["test"]
     tested = await _test_arms(candidate, gate, splits, test, ask_all)
     curve = tuple(coverage_curve(validation))
-    facts = {"extraction": extraction, "grader_errors": errors, **tested}
+    facts = {"extraction": extraction, "grader_errors": errors, "reliability": reliability(validation), **tested}
     return Evaluation(task_id=candidate.task.task_id, gate=gate, curve=curve, **facts)
 
 

@@ -56,6 +56,15 @@ class Replaceability(Record):
     """The paper's, where it names this agent."""
 
 
+class Moved(Record):
+    """What a release moves off the LLM, as calibration has it."""
+
+    totals: dict[str, Replaceability]
+    """"calls", "tokens" and "money" -> share of all captured ones; without a measure of which nothing was captured."""
+    agents: tuple[Replaceability, ...]
+    """Of each agent's calls, most calls first."""
+
+
 def replaceability(facts: Iterable[SiteFacts], level: float = 0.95) -> list[Replaceability]:
     """One number for each agent, most calls first.
 

@@ -13,13 +13,27 @@ from types import MappingProxyType
 from typing import Any
 
 from cluster.records import TaskSpec
-from training.arm_tables import notes_of, tables_of
+from training.arm_tables import moved_tables, notes_of, tables_of
 from training.evaluation import Evaluation, gain_over_base, validation_agreement
 from training.forecast import describe
 from training.page import cell, escape, make_page, make_table
-from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_map, draw_volume, number, percent
+from training.pictures import (
+    MOVES,
+    Row,
+    draw_agents,
+    draw_coverage,
+    draw_losses,
+    draw_map,
+    draw_reliability,
+    draw_volume,
+    number,
+    percent,
+)
+from training.reliability import coverage_by_epsilon
+from training.replaceability import Moved
 from training.selection import Selection
 from training.snapshot import CurationCounts
+from training.text_graders import describe_errors
 from training.usefulness import Usefulness, describe_usefulness
 from training.worth import Worth
 
@@ -51,6 +65,7 @@ def write_report(
     left_out: Mapping[str, str] = MappingProxyType({}),
     usefulness: Sequence[Usefulness] = (),
     worth: Mapping[str, Worth] = MappingProxyType({}),
+    moved: Moved | None = None,
 ) -> None:
     """Write the page to `path`, replacing it and creating its folder.
 
@@ -66,11 +81,13 @@ def write_report(
         left_out: task_id -> which calls of a learned task stay on the LLM.
         usefulness: what was measured of tasks that might be several.
         worth: task_id -> costs of its arms, and how they stand beside the LLM, a random router and an oracle.
+        moved: share of calls, tokens and money, and of each agent's calls; None leaves the section out.
     """
     rows = _decide(tasks, evaluations, refused)
     names = {row.task.task_id: f"{row.number}. {row.task.name}" for row in rows}
     parts = [
         f'<p class="lead">{escape(_headline(rows))}</p>',
+        _moved_section(moved),
         "<h2>Tasks</h2>",
         _task_table(rows),
         draw_volume(rows),
@@ -111,6 +128,19 @@ def _headline(rows: Sequence[Row]) -> str:
         f"{len(moved)} of {len(rows)} tasks moved to a specialist. They make up {percent(share)} of the captured calls, "
         f"and by calibration their specialists answer about {percent(kept)} of all calls; the rest goes to the LLM."
     )
+
+
+def _moved_section(moved: Moved | None) -> str:
+    if moved is None:
+        return ""
+    totals = "".join(make_table(one.caption, one.header, one.rows) for one in moved_tables(moved))
+    told = (
+        "By calibration: of every task that moved, the share of calibration calls that its gate keeps, weighed by what was "
+        "captured; tokens and money take kept calls to be like the others of their task. Intervals are of these "
+        "calls, not of another month's mix. The paper (arXiv 2506.02153) guessed the shares of three agents by reading their "
+        "code; no guess is known of others."
+    )
+    return f"<h2>What moves</h2>{draw_agents(moved.agents)}{totals}<p>{escape(told)}</p>"
 
 
 def _task_table(rows: Sequence[Row]) -> str:
@@ -171,8 +201,28 @@ def _task_section(row: Row, worth: Worth | None) -> str:
     ]
     notes = "".join(f"<li>{escape(note)}</li>" for note in (notes_of(worth) if worth else ()))
     arms.append(f"<ul>{notes}</ul>" if notes else "")
-    parts = [draw_coverage(row), *arms, _gain(row.evaluation), _extraction(row.evaluation)]
+    if row.evaluation.grader_errors:
+        notes = escape(describe_errors(row.evaluation.grader_errors))
+        arms.append(f"<p>{notes}</p>")
+    parts = [
+        draw_coverage(row),
+        _epsilons(row),
+        draw_reliability(row),
+        *arms,
+        _gain(row.evaluation),
+        _extraction(row.evaluation),
+    ]
     return f"{heading}{stays}<p>{escape(facts)}</p>{''.join(parts)}"
+
+
+def _epsilons(row: Row) -> str:
+    """How much could be kept within other promises, as validation has it."""
+    assert row.evaluation is not None
+    found = coverage_by_epsilon(row.evaluation.curve)
+    cells = [[percent(epsilon), percent(likely), percent(sure)] for epsilon, likely, sure in found]
+    header = ["Epsilon", "Coverage within it", "Coverage within it, upper end of the 95% interval"]
+    caption = f"Coverage for every epsilon, by validation (no promise), {row.number}. {row.task.name}"
+    return make_table(caption, header, cells) if row.evaluation.curve else ""
 
 
 def _extraction(evaluation: Evaluation) -> str:

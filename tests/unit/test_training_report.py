@@ -146,7 +146,7 @@ def test_page_stands_alone(path):
     assert not re.search(r"https?:|url\(|@import|=\"//", path.read_text(encoding="utf-8"))
     elements = parse(path).elements
     assert {tag for tag, _ in elements}.isdisjoint({"link", "iframe", "object"})
-    assert all(attrs["src"].startswith("data:image/png;base64,") for _, attrs in elements if "src" in attrs)
+    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for _, attrs in elements if "src" in attrs)
     assert not any("href" in attrs for _, attrs in elements)
 
 
@@ -176,7 +176,7 @@ def test_pictures_have_alt_text_and_the_page_a_language(path):
     assert len(pictures) == 4 and all(len(attrs["alt"]) > 30 for attrs in pictures)
     assert "threshold 0.613: coverage 65.0%, disagreement 0.0%" in pictures[2]["alt"]
     assert "no threshold was opened" in pictures[3]["alt"]
-    assert all(base64.b64decode(a["src"].split(",")[1]).startswith(b"\x89PNG") for a in pictures)
+    assert all(b"<svg" in base64.b64decode(a["src"].split(",")[1]) for a in pictures)
     assert ("html", {"lang": "en"}) in elements
 
 
