@@ -31,6 +31,7 @@ from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
 from jobs.splits import load_usefulness, split_by_agreement
 from jobs.task_names import name_by_llm, namer_of
+from jobs.teacher import measure_teacher
 from jobs.traffic import measure_moved
 from jobs.train import Trained, scope_of, train
 from jobs.validate import (
@@ -51,6 +52,7 @@ from training.report import write_report
 from training.selection import Selection, group_by_task
 from training.snapshot import CurationCounts, load_split
 from training.splits import SPLITS
+from training.text_graders import SelfAgreement
 from training.usefulness import Usefulness
 from training.watching import check_log_to
 from training.worth import Rates, Worth, weigh
@@ -77,6 +79,8 @@ class Conversion(Record):
     """task_id -> why the LLM that was asked to name it did not."""
     usefulness: tuple[Usefulness, ...] = ()
     """What was measured of tasks that might be several, in this run or where it stands from earlier ones."""
+    teacher: dict[str, SelfAgreement] = {}
+    """task_id -> how often the LLM agrees with itself; empty where it was not asked again."""
     moved: Moved | None = None
     """Share of calls, tokens and money, and of each agent's calls; None in conversions that were written down without."""
     worth: dict[str, Worth] = {}
@@ -130,6 +134,8 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     evaluations, rates = _validate(recipe, store, trained, by_split, len(refused), engine_of, say)
     save_agreements(recipe, store, snapshot.id, evaluations, rates)
     clock.lap("validate")
+    learned = [candidate.task for candidate in trained.candidates]
+    teacher = measure_teacher(recipe, learned, by_split, say)
     release = _release(store, trained.candidates, evaluations, refused, route_model, snapshot.id)
     sha = publish_release(store, release)
     save_config(store, sha, recipe)
@@ -147,6 +153,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         left_out=trained.left_out,
         own_names=own_names,
         usefulness=tuple(load_usefulness(store).values()),
+        teacher=teacher,
         worth=_weigh_all(evaluations, rates, recipe.evaluation.noninferiority_margin),
         moved=measure_moved(store, snapshot.id, discovery.assignment, evaluations, release.refused),
     )
@@ -200,6 +207,7 @@ def write_conversion_report(
         usefulness=conversion.usefulness,
         worth=conversion.worth,
         moved=conversion.moved,
+        teacher=conversion.teacher,
     )
 
 

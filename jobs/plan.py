@@ -11,7 +11,9 @@ from typing import Any
 
 from cluster.resources import THIS_MACHINE, LimitsConfig, Part, check_fits, local_nodes
 from cluster.session import cluster_nodes, connect, joins_cluster
+from cluster.store import Store
 from jobs.recipe import Recipe, work_folder
+from jobs.teacher import plan_teacher
 from serving.cluster_llm import ClusterLLMConfig
 from training.catalog import ScratchModel, find_entry
 from training.finetune import FinetuneConfig
@@ -89,7 +91,8 @@ def show_plan(recipe: Recipe, parts: list[Part]) -> dict[str, Any]:
         {**part.model_dump(exclude={"fields"}), "total_cpus": part.total_cpus, "total_gpus": part.total_gpus}
         for part in parts
     ]
-    return {"config": recipe.model_dump(mode="json"), "resources": rows}
+    found = {"config": recipe.model_dump(mode="json"), "resources": rows}
+    return found | ({"teacher": plan_teacher(recipe, Store(recipe.store))} if recipe.evaluation.teacher_repeats else {})
 
 
 def _training(config: FinetuneConfig, name: str, section: str) -> Part:

@@ -26,6 +26,12 @@ class EvaluationConfig(Config):
     judge_max_usd: float = Field(default=1.0, gt=0)
     """What a judge may cost in one run; pairs that it is not asked about any more count as no agreement."""
 
+    teacher_repeats: int = Field(default=0, ge=0, le=1_000)
+    """Validation calls of each task that upstream.0 is asked again, to measure how often it agrees with itself; 0 asks none.
+    A judge is not asked about them: there free text agrees where it is equal."""
+    teacher_max_usd: float = Field(default=1.0, gt=0)
+    """What asking again may cost in one run."""
+
     def grader_of(self, kind: AnswerKind) -> TextGrader | None:
         """For answers of this kind; None compares by value."""
         if kind != "text" or self.text_grader == "exact":

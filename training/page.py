@@ -12,7 +12,8 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 1rem/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: auto; padding: 1rem; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #bbb; }
-h1, h2, h3, td { overflow-wrap: anywhere; }
+h1, h2, h3 { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; max-width: 28rem; }
 .lead { font-size: 1.2rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

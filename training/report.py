@@ -33,7 +33,7 @@ from training.reliability import coverage_by_epsilon
 from training.replaceability import Moved
 from training.selection import Selection
 from training.snapshot import CurationCounts
-from training.text_graders import describe_errors
+from training.text_graders import SelfAgreement, describe_errors
 from training.usefulness import Usefulness, describe_usefulness
 from training.worth import Worth
 
@@ -66,6 +66,7 @@ def write_report(
     usefulness: Sequence[Usefulness] = (),
     worth: Mapping[str, Worth] = MappingProxyType({}),
     moved: Moved | None = None,
+    teacher: Mapping[str, SelfAgreement] = MappingProxyType({}),
 ) -> None:
     """Write the page to `path`, replacing it and creating its folder.
 
@@ -82,6 +83,7 @@ def write_report(
         usefulness: what was measured of tasks that might be several.
         worth: task_id -> costs of its arms, and how they stand beside the LLM, a random router and an oracle.
         moved: share of calls, tokens and money, and of each agent's calls; None leaves the section out.
+        teacher: task_id -> how often the LLM agrees with itself, where that was measured.
     """
     rows = _decide(tasks, evaluations, refused)
     names = {row.task.task_id: f"{row.number}. {row.task.name}" for row in rows}
@@ -93,7 +95,7 @@ def write_report(
         draw_volume(rows),
         draw_map(rows),
         _curation_section(curation),
-        _agreement_section(rows, left_out, usefulness),
+        _agreement_section(rows, left_out, usefulness, teacher),
         *(_task_section(row, worth.get(row.task.task_id)) for row in rows if row.evaluation),
         _selection_section(selection),
         _losses_section({names.get(task_id, task_id): metrics for task_id, metrics in losses.items()}),
@@ -163,7 +165,12 @@ def _task_table(rows: Sequence[Row]) -> str:
     )
 
 
-def _agreement_section(rows: Sequence[Row], left_out: Mapping[str, str], usefulness: Sequence[Usefulness]) -> str:
+def _agreement_section(
+    rows: Sequence[Row],
+    left_out: Mapping[str, str],
+    usefulness: Sequence[Usefulness],
+    teacher: Mapping[str, SelfAgreement],
+) -> str:
     """How often specialists agree on validation, and why tasks are together or apart."""
     measured = {task_id: describe_usefulness(one) for one in usefulness for task_id in one.task_ids}
     cells = []
@@ -172,13 +179,21 @@ def _agreement_section(rows: Sequence[Row], left_out: Mapping[str, str], usefuln
         told = [measured.get(task_id, "-"), left_out.get(task_id, "-")]
         if row.evaluation or told != ["-", "-"]:
             share = percent(validation_agreement(row.evaluation)) if row.evaluation else "-"
-            cells.append([f"{row.number}. {row.task.name}", share, *told])
-    header = ["Task", "Validation agreement", "Together or apart", "Calls left out"]
+            cells.append([f"{row.number}. {row.task.name}", share, _ceiling(teacher.get(task_id)), *told])
+    header = ["Task", "Validation agreement", "The LLM with itself (ceiling)", "Together or apart", "Calls left out"]
     return (
         "<h2>Agreement on validation</h2>" + make_table("Specialists on validation calls", header, cells)
         if cells
         else ""
     )
+
+
+def _ceiling(one: SelfAgreement | None) -> str:
+    if one is None:
+        return "not measured"
+    low, high = one.interval
+    share = percent(one.num_agreements / one.num_answered)
+    return f"{share} of {one.num_answered} ({percent(low)} to {percent(high)})"
 
 
 def _task_section(row: Row, worth: Worth | None) -> str:

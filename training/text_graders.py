@@ -37,6 +37,15 @@ class GraderErrors(Record):
     """Of both kinds, those the judge gave no verdict on; they count as no agreement."""
 
 
+class SelfAgreement(Record):
+    """How often the LLM says again what it said: no specialist can be asked for more."""
+
+    num_answered: int
+    num_agreements: int
+    interval: tuple[float, float]
+    """95% of the share that agrees."""
+
+
 async def measure_grader(
     task: TaskSpec, examples: Sequence[Example], grader: TextGrader, judge: Judge | None
 ) -> GraderErrors:

@@ -59,9 +59,8 @@ def test_calls_tokens_money_and_agents_are_weighed_each_by_their_own(tmp_path) -
     assert shares["tokens"] == pytest.approx(0.8 * 700 / 3400, abs=0.02)
     assert shares["money"] == pytest.approx(0.8 * 0.07 / 0.34, abs=0.02)
     by_agent = {one.agent: one for one in found.agents}
-    assert by_agent["planner"].share == pytest.approx(0.8) and by_agent["helpdesk"].share == pytest.approx(
-        0.8 * 60 / 90
-    )
+    assert by_agent["planner"].share == pytest.approx(0.8)
+    assert by_agent["helpdesk"].share == pytest.approx(0.8 * 60 / 90, abs=0.03)
     assert sum(one.num_calls for one in found.agents) == 100
     assert all(one.interval[0] < one.share < one.interval[1] for one in found.agents)
     withdrawn = measure_moved(
