@@ -224,9 +224,22 @@ def _convert(options: argparse.Namespace) -> int | None:
     conversion = convert(recipe)
     if options.promote:
         promote(Store(recipe.store), conversion.release)
+    _show_moved(conversion)
     print(f"report: {_save_report(Store(recipe.store), conversion, options.report)}")
     print(f"{recipe.store}/releases/{conversion.release}.json", flush=True)
     return None
+
+
+def _show_moved(conversion: Conversion) -> None:
+    """What moves, and how replaceable each agent is, as the report has it."""
+    if conversion.moved is None:
+        return
+    from jobs.tables import show_table
+    from training.arm_tables import moved_tables
+
+    for table in moved_tables(conversion.moved):
+        print(f"{table.caption}:")
+        show_table(table.header, table.rows, sys.stdout)
 
 
 def _check_output(option: str, path: pathlib.Path | None) -> None:

@@ -132,10 +132,10 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         scope = scope_of(recipe, tasks, {"train": by_split["train"], "validation": held_out})
         trained = train(recipe, store, work, snapshot.id, scope, refused, clock.lap, say)
     evaluations, rates = _validate(recipe, store, trained, by_split, len(refused), engine_of, say)
-    save_agreements(recipe, store, snapshot.id, evaluations, rates)
-    clock.lap("validate")
     learned = [candidate.task for candidate in trained.candidates]
     teacher = measure_teacher(recipe, learned, by_split, say)
+    save_agreements(recipe, store, snapshot.id, evaluations, rates, teacher)
+    clock.lap("validate")
     release = _release(store, trained.candidates, evaluations, refused, route_model, snapshot.id)
     sha = publish_release(store, release)
     save_config(store, sha, recipe)

@@ -118,7 +118,15 @@ def _show_slot(slot: dict[str, Any]) -> str:
 
 
 def _show_agreement(found: dict[str, Any] | None) -> str:
-    return f"{found['agreement']:.1%} (snapshot {found['snapshot']})" if found else "no specialist was trained"
+    if not found:
+        return "no specialist was trained"
+    told = f"{found['agreement']:.1%} (snapshot {found['snapshot']})"
+    teacher = found.get("teacher")
+    if not teacher:
+        return told
+    low, high = teacher["interval"]
+    share = teacher["num_agreements"] / teacher["num_answered"]
+    return f"{told}; the LLM with itself {share:.1%} of {teacher['num_answered']} ({low:.1%} to {high:.1%})"
 
 
 def _printable(text: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from training.arms import Answered
 from training.evaluation import Candidate, Evaluation, evaluate_all, validation_agreement
 from training.gate import Outcome, minimum_calls, release_delta
 from training.ledger import CalibrationLedger, share_of_round
+from training.text_graders import SelfAgreement
 from training.worth import Rates
 
 EngineOf = Callable[[str], contextlib.AbstractContextManager[Engine]]
@@ -74,7 +76,12 @@ def rates_of(recipe: Recipe, rate: AnswerRate) -> Rates:
 
 
 def save_agreements(
-    recipe: Recipe, store: Store, snapshot: str, evaluations: Sequence[Evaluation], rates: Rates
+    recipe: Recipe,
+    store: Store,
+    snapshot: str,
+    evaluations: Sequence[Evaluation],
+    rates: Rates,
+    teacher: Mapping[str, SelfAgreement] = MappingProxyType({}),
 ) -> None:
     """Write how often each specialist agreed on validation, and where its report is, beside those of earlier runs:
     task_id -> facts."""
@@ -86,6 +93,7 @@ def save_agreements(
             "report": save_evaluation(store, one),
             "rates": rates.model_dump(mode="json"),
             "margin": recipe.evaluation.noninferiority_margin,
+            "teacher": teacher[one.task_id].model_dump(mode="json") if one.task_id in teacher else None,
         }
     store.write_json(AGREEMENT_FILE, found)
 
