@@ -88,7 +88,7 @@ def write_report(
     rows = _decide(tasks, evaluations, refused)
     names = {row.task.task_id: f"{row.number}. {row.task.name}" for row in rows}
     parts = [
-        f'<p class="lead">{escape(_headline(rows))}</p>',
+        f'<p class="lead">{escape(_headline(rows, moved))}</p>',
         _moved_section(moved),
         "<h2>Tasks</h2>",
         _task_table(rows),
@@ -120,15 +120,19 @@ def _decide(tasks: Sequence[TaskSpec], evaluations: Sequence[Evaluation], refuse
     return rows
 
 
-def _headline(rows: Sequence[Row]) -> str:
+def _headline(rows: Sequence[Row], measured: Moved | None) -> str:
     moved = [row for row in rows if row.decision == MOVES]
     if not moved:
         return f"No calls moved: all {len(rows)} tasks stay on the LLM."
     share = sum(row.task.share_calls for row in moved)
     kept = sum(row.task.share_calls * row.evaluation.gate.coverage for row in moved if row.evaluation)
+    told = f"about {percent(kept)}"
+    total = measured and measured.totals.get("calls")
+    if total:
+        told = f"{percent(total.share)} (95% interval {percent(total.interval[0])} to {percent(total.interval[1])})"
     return (
         f"{len(moved)} of {len(rows)} tasks moved to a specialist. They make up {percent(share)} of the captured calls, "
-        f"and by calibration their specialists answer about {percent(kept)} of all calls; the rest goes to the LLM."
+        f"and by calibration their specialists answer {told} of all calls; the rest goes to the LLM."
     )
 
 
@@ -146,8 +150,8 @@ def _moved_section(moved: Moved | None) -> str:
 
 
 def _task_table(rows: Sequence[Row]) -> str:
-    header = ["No.", "Task", "Kind", "Calls", "Share", "Decision", "Threshold", "Coverage"]
-    header += ["Certified bound", "Epsilon", "Delta", "Why it stays"]
+    header = ["No.", "Task", "Kind", "Calls", "Share", "Decision", "Why it stays", "Threshold", "Coverage"]
+    header += ["Certified bound", "Epsilon", "Delta"]
     cells = []
     for row in rows:
         gate = row.evaluation.gate if row.evaluation else None
@@ -157,7 +161,7 @@ def _task_table(rows: Sequence[Row]) -> str:
         if moved:
             certified = [number(moved.threshold), percent(moved.coverage), percent(moved.upper_bound)]
         about = [str(row.number), row.task.name, row.task.kind, str(row.task.num_calls), percent(row.task.share_calls)]
-        cells.append([*about, row.decision, *certified, *promise, row.reason or "-"])
+        cells.append([*about, row.decision, row.reason or "-", *certified, *promise])
     table = make_table("Tasks by volume", header, cells)
     return table + (
         "<p>The bound promises: among accepted answers the share that disagrees with the reference is at most this, except "
