@@ -28,6 +28,22 @@ from training.evaluation import Candidate
 _MAX_IN_FLIGHT = 16
 
 
+JUDGE_SETTING, TEACHER_SETTING = "evaluation.text_grader=judge", "evaluation.teacher_repeats"
+
+
+def check_llm(recipe: Recipe) -> None:
+    """Tell before a run what would stop it at its end.
+
+    Raises:
+        ConfigError: an LLM is to judge or to be asked again, and the first one is no endpoint that names a model, or its key
+            is not set.
+    """
+    if recipe.evaluation.text_grader == "judge":
+        llm_node_of(recipe, JUDGE_SETTING, "judge answers")
+    if recipe.evaluation.teacher_repeats:
+        llm_node_of(recipe, f"{TEACHER_SETTING}={recipe.evaluation.teacher_repeats}", "ask again")
+
+
 class PricedLLM:
     """One endpoint and what it has cost. Belongs to one event loop."""
 
@@ -93,9 +109,8 @@ async def open_judge(
     if not any(one.text_grader and one.text_grader.name == "judge" for one in candidates):
         yield None
         return
-    setting = "evaluation.text_grader=judge"
-    config = llm_node_of(recipe, setting, "judge answers").config
-    llm = PricedLLM(config, recipe.evaluation.judge_max_usd, setting)
+    config = llm_node_of(recipe, JUDGE_SETTING, "judge answers").config
+    llm = PricedLLM(config, recipe.evaluation.judge_max_usd, JUDGE_SETTING)
     remembered = Judgements(store)
     judge = Judge(llm.say, remembered, load_pseudonym_key(store.uri))
     try:

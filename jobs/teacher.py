@@ -13,15 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from cluster.calls import read_call_columns
 from cluster.records import Example, Split, TaskSpec
 from cluster.store import Store
-from jobs.judge import PricedLLM
+from jobs.judge import TEACHER_SETTING, PricedLLM
 from jobs.llm_node import llm_node_of
 from jobs.recipe import Recipe
 from training.discover import IDENTITY_FILE
 from training.gate import clopper_pearson_interval, one_call_per_session
 from training.probe import spread
 from training.text_graders import SelfAgreement, agrees
-
-SETTING = "evaluation.teacher_repeats"
 
 
 def measure_teacher(
@@ -39,10 +37,10 @@ def measure_teacher(
     asked = [task for task in tasks if task.reference == "llm"]
     if not num_calls or not asked:
         return {}
-    config = llm_node_of(recipe, f"{SETTING}={num_calls}", "ask again").config
+    config = llm_node_of(recipe, f"{TEACHER_SETTING}={num_calls}", "ask again").config
 
     async def run() -> tuple[dict[str, SelfAgreement], PricedLLM]:
-        llm = PricedLLM(config, recipe.evaluation.teacher_max_usd, SETTING)
+        llm = PricedLLM(config, recipe.evaluation.teacher_max_usd, TEACHER_SETTING)
         try:
             found = {}
             for task in asked:

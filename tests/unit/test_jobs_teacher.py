@@ -99,6 +99,8 @@ def test_the_plan_tells_questions_price_and_bound_before_anything_is_asked(tmp_p
     found = plan_teacher(recipe, store)
     assert found["max_questions"] == 60 and found["expected_usd"] == pytest.approx(0.12)
     words = ["recipe=local", "select.base=scratch-tiny", f"store={recipe.store}", "evaluation.teacher_repeats=30"]
+    assert main(["plan", *words]) == 2 and "upstream.0.base_url=URL" in capsys.readouterr().err, "told before any work"
+    words = ["upstream.0.base_url=http://127.0.0.1:9/v1", "upstream.0.model=m", *words]
     assert main(["plan", *words]) == 0
     out = capsys.readouterr().out
     assert "teacher: at most 60 calls asked again of upstream.0, about 0.1200 USD, never more than 1 USD" in out
