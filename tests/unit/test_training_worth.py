@@ -14,7 +14,8 @@ from cluster.faces import FacesConfig
 from cluster.prompts import PromptFormat
 from cluster.records import Example, TaskSpec, Usage
 from cluster.store import Store
-from jobs.validate import AnswerRate
+from jobs.recipe import load_recipe
+from jobs.validate import AnswerRate, rates_of, save_agreements, validate_candidates
 from training.arm_tables import notes_of, tables_of
 from training.arms import Answered, count_routed, make_arm
 from training.evaluation import Candidate, Evaluation, evaluate
@@ -208,3 +209,33 @@ def test_the_base_is_asked_bare_and_with_as_many_examples_as_fit(tmp_path, max_m
     assert all(arms[name].disagreement == 0.0 for name in few)
     assert sum(group.num_calls for group in found.routed) == 80 and found.truth == "llm"
     assert rate.tokens_per_s is not None and math.isfinite(rate.tokens_per_s)
+
+
+def test_a_run_of_validation_measures_its_rate_and_keeps_one_report_however_fast_it_was(tmp_path) -> None:
+    candidate = Candidate(
+        task=TASK,
+        base="b",
+        base_arm="untrained base",
+        adapter="a",
+        prompt_format=PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=99),
+        max_answer_tokens=8,
+    )
+    by_split = {
+        s: {"t": [make_example(k, split=s) for k in range(120)]} for s in ("train", "validation", "calibration", "test")
+    }
+    recipe = load_recipe([f"store={tmp_path / 'store'}", "prices.replica_usd_per_hour=3.6"])
+    store, said = Store(recipe.store), []
+    reports = set()
+    for tick in (1, 7):
+        rate = AnswerRate(clock=iter(range(0, 100_000, tick)).__next__)
+        (found,) = validate_candidates(recipe, store, [candidate], by_split, _Learner(20), 1, rate, said.append)
+        rates = rates_of(recipe, rate)
+        assert rates.tokens_per_s == pytest.approx(12 / tick, rel=0.01) and rates.replica_usd_per_hour == 3.6
+        save_agreements(recipe, store, "one", [found], rates)
+        reports.add(store.read_json("tasks/agreement.json")["t"]["report"])
+    assert found.gate.is_open and found.gate.round == 0, "asking the same candidate again spends nothing"
+    assert len(reports) == 1 and [arm.name for arm in found.arms][1] == "untrained base, 3 examples shown"
+    llm, *_, gated = worth_of(found, rates).costs
+    assert llm.usd_per_right == (None, None, None), "its price is not known here"
+    # Seven seconds a call on a replica of a tenth of a cent a second, and nothing left to the LLM.
+    assert gated.usd_per_right == pytest.approx([0.035, 0.014, 0.007], rel=0.01)
