@@ -294,15 +294,18 @@ async def _extraction_of(candidate: Candidate, engine: Engine) -> Extraction | N
 
 
 async def _few_shot(
-    candidate: Candidate, splits: Mapping[Split, list[Example]], test: list[Example], ask_all: AskAll
+    candidate: Candidate, train: list[Example], test: list[Example], bare: list[Answered], ask_all: AskAll
 ) -> Arm | None:
-    """The base with train examples in its prompt: as many as leave room for the first test call; None where none does."""
-    train = splits.get("train", [])
+    """The base with train examples in its prompt: as many as leave room for the first call that it answers without; None
+    where none does."""
+    first = next((example for example, answered in zip(test, bare, strict=True) if answered.prompt_tokens), None)
+    if first is None:
+        return None
     for count in range(min(MAX_SHOTS, len(train)), 0, -1):
         shots = spread(train, count)
-        (first,) = await ask_all([show_shots(test[0], shots)], None)
-        if first.prompt_tokens:
-            answers = [first, *await ask_all([show_shots(example, shots) for example in test[1:]], None)]
+        (tried,) = await ask_all([show_shots(first, shots)], None)
+        if tried.prompt_tokens:
+            answers = await ask_all([show_shots(example, shots) for example in test], None)
             shown = f"{count} example{'s' if count > 1 else ''} shown"
             return make_arm(f"{candidate.base_arm}, {shown}", answers, test, candidate.task, 0.0, candidate.text_grader)
     return None
@@ -314,11 +317,12 @@ async def _test_arms(
     """The fields of an Evaluation that the test split gives."""
     specialist = await ask_all(test, candidate.adapter)
     threshold = (gate.threshold or 1.0) if gate.is_open else math.inf
-    few_shot = await _few_shot(candidate, splits, test, ask_all) if test else None
+    bare = await ask_all(test, None)
+    few_shot = await _few_shot(candidate, splits.get("train", []), test, bare, ask_all)
     facts = (test, candidate.task)
     grader = candidate.text_grader
     arms = [
-        make_arm(candidate.base_arm, await ask_all(test, None), *facts, 0.0, grader),
+        make_arm(candidate.base_arm, bare, *facts, 0.0, grader),
         *([few_shot] if few_shot else []),
         make_arm(SPECIALIST_ARM, specialist, *facts, 0.0, grader),
         make_arm(GATED_ARM, specialist, *facts, threshold, grader),
