@@ -20,8 +20,9 @@ from typing import Any
 from pydantic import Field
 
 from cluster.errors import InputError
-from cluster.records import AnswerKind, Record
+from cluster.records import AnswerKind, Record, TextGrader
 from cluster.store import content_hash
+from cluster.text_grading import chrf, similarity
 from cluster.tool_values import canonical, fill_defaults, match_alternatives
 
 _CALL_BEGIN, _CALL_END = "<tool_call>", "</tool_call>"
@@ -29,8 +30,6 @@ _FENCE = re.compile(r"```(?:json|JSON)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_DEPTH = 64
 _MAX_LABEL_CHARS = 40
-_MAX_NGRAM = 6
-"""Character n-grams up to this order, as in chrF."""
 
 
 class Grade(Record):
@@ -121,19 +120,23 @@ def grade(
     kind: AnswerKind,
     request: dict[str, Any],
     alternatives: Sequence[dict[str, Any]] | None = None,
+    text_grader: TextGrader | None = None,
 ) -> Grade:
     """Compare an answer with the reference.
 
     tool_call: the same calls in any order, each as often, by name and canonical arguments (2 equals 2.0, key order is
     ignored, arguments left out equal their defaults, optional ones that are null equal none). json: by value, a fence is
-    ignored. label: exact after strip and casefold. text: exact after whitespace is normalised; its score is the character
-    n-gram F1, orders 1 to 6 averaged (chrF of Popovic 2015 with beta 1). None never agrees, nor does anything with a
+    ignored. label: exact after strip and casefold. text: exact after whitespace is normalised, its score chrF; or alike enough by `text_grader`, whose similarity is the score. None never agrees, nor does anything with a
     reference that is not of this kind, nor an answer that `check` refuses for this request where it keeps the reference (a
     fence that response_format forbids).
 
     Args:
         alternatives: for tool calls, all that a person accepts, instead of the reference's values; see
             cluster/tool_values.py.
+        text_grader: for text; None and a judge, which nobody asks here, leave it at equality.
+
+    Raises:
+        ConfigError: the grader's encoder cannot be loaded.
     """
     if answer is None:
         return Grade(agrees=False, score=0.0)
@@ -145,7 +148,7 @@ def grade(
     elif kind == "json":
         compared = _grade_json(json_value(_content(answer) or ""), json_value(_content(reference) or ""))
     else:
-        compared = _grade_content(_content(answer), _content(reference), kind)
+        compared = _grade_content(_content(answer), _content(reference), kind, text_grader)
     is_worse = compared.agrees and check(answer, kind, request) and not check(reference, kind, request)
     return Grade(agrees=False, score=0.0, fields=compared.fields) if is_worse else compared
 
@@ -378,7 +381,9 @@ def _from_fields(fields: dict[str, bool]) -> Grade:
     return Grade(agrees=right == len(fields), score=right / len(fields) if fields else 1.0, fields=fields)
 
 
-def _grade_content(answer: str | None, reference: str | None, kind: AnswerKind) -> Grade:
+def _grade_content(
+    answer: str | None, reference: str | None, kind: AnswerKind, text_grader: TextGrader | None
+) -> Grade:
     """Compare what both say once JSON in them is compact, as `to_text` writes it."""
     if not answer or not reference:
         return Grade(agrees=False, score=0.0)
@@ -386,12 +391,9 @@ def _grade_content(answer: str | None, reference: str | None, kind: AnswerKind) 
     if kind == "label":
         agrees = ours.casefold() == theirs.casefold()
         return Grade(agrees=agrees, score=float(agrees))
-    return Grade(agrees=True, score=1.0) if ours == theirs else Grade(agrees=False, score=_character_f1(ours, theirs))
-
-
-def _character_f1(answer: str, reference: str) -> float:
-    scores = []
-    for n in range(1, min(_MAX_NGRAM, max(len(answer), len(reference))) + 1):
-        ours, theirs = (Counter(s[i : i + n] for i in range(len(s) - n + 1)) for s in (answer, reference))
-        scores.append(2 * (ours & theirs).total() / (ours.total() + theirs.total()))
-    return sum(scores) / len(scores) if scores else 0.0
+    if ours == theirs:
+        return Grade(agrees=True, score=1.0)
+    if text_grader is None or text_grader.name in ("exact", "judge"):
+        return Grade(agrees=False, score=chrf(ours, theirs))
+    score = similarity(ours, theirs, text_grader)
+    return Grade(agrees=score >= text_grader.agree_at, score=score)

@@ -140,6 +140,10 @@ class Example(Record):
     """What a person should look at, such as planted instructions; heuristics that change nothing by themselves."""
     cost_usd: float | None = None
     latency_ms: float | None = None
+    usage: Usage = Usage()
+    """Of the LLM's answer; known of examples as served alone."""
+    gold: str | None = None
+    """What a person says is the right answer, as the text of one (`cluster.answers.to_text`); of examples as served alone."""
     logprobs: list[tuple[str, list[tuple[str, float]]]] | None = None
     """What was likeliest at each token of the target's text, as training/stored_logprobs.py reads it; None where the LLM
     did not tell, or where redaction changed the request or the target."""
@@ -178,6 +182,17 @@ class TaskSpec(Record):
         return self.model_dump(mode="json", exclude={"name", "description"})
 
 
+class TextGrader(Record):
+    """How free text is compared with the reference; other kinds of answers are compared by value."""
+
+    name: Literal["exact", "chrf", "rouge_l", "embedding", "judge"] = "exact"
+    """`judge` asks an LLM, in both orders; `exact` is equality once white space is normalised, which always agrees."""
+    agree_at: float = Field(default=1.0, gt=0, le=1)
+    """Similarity from which texts agree; of no use to `exact` and `judge`."""
+    encoder: str = "hashed"
+    """Of `embedding`."""
+
+
 class Gate(Record):
     """How far one specialist may be trusted, or why it is refused."""
 
@@ -203,6 +218,8 @@ class Gate(Record):
     round: int = 0
     """How many other candidates had met some of these calibration calls before; delta shrinks with it."""
     refused: str | None = None
+    text_grader: TextGrader | None = None
+    """By which free text was compared, and is in audits; None is equality."""
 
     @property
     def is_open(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-_DAY_S = 86_400
+DAY_S = 86_400
 
 
 class DailySpend:
@@ -22,7 +22,13 @@ class DailySpend:
         self._turn()
         if self._max_usd is None or self._spent_usd < self._max_usd:
             return 0.0
-        return (self._day + 1) * _DAY_S - self._clock()
+        return (self._day + 1) * DAY_S - self._clock()
+
+    @property
+    def spent_usd(self) -> float:
+        """Since midnight, or since this began to count."""
+        self._turn()
+        return self._spent_usd
 
     def add(self, usd: float) -> None:
         """Count what a call cost; it is past being refused."""
@@ -31,6 +37,6 @@ class DailySpend:
 
     def _turn(self) -> None:
         """Begin a new day where the old one is over."""
-        today = int(self._clock() // _DAY_S)
+        today = int(self._clock() // DAY_S)
         if today != self._day:
             self._day, self._spent_usd = today, 0.0

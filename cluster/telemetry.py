@@ -46,6 +46,10 @@ METRICS: dict[str, MetricSpec] = {
         "counter", "Kept answers compared with the LLM's, by task and whether they agree", ("task_id", "agrees")
     ),
     "understudy_audits_missed_total": MetricSpec("counter", "Audits drawn and not done, by reason", ("reason",)),
+    "understudy_audit_spend_usd_total": MetricSpec("counter", "US dollars of LLM tokens spent on audits", ()),
+    "understudy_audit_share": MetricSpec(
+        "gauge", "Share of calls in the reference stream this minute, as far as audit.max_usd_per_day allows", ()
+    ),
     "understudy_shadows_total": MetricSpec(
         "counter", "Specialists' answers compared off the path, by task and whether they agree", ("task_id", "agrees")
     ),

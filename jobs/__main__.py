@@ -97,9 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Verb)
     words = {"nargs": "*", "metavar": "key=value", "help": "recipe=NAME|PATH and overrides such as gate.epsilon=0.02"}
     stages = ("store", "work", "curate", "discover", "select", "pretrain", "finetune", "fleet", "gate", "specialists")
-    stages += ("gateway.max_temperature", "faces", "limits")
+    stages += ("gateway.max_temperature", "faces", "limits", "evaluation", "prices")
     doctor_verb.add_verb(verbs, words)
-    _add_demo(verbs, words, (*stages, "prices"))
+    _add_demo(verbs, words, stages)
     keys_verb.add_verb(verbs, words, _Verb)
     _add_serve(verbs, words)
     ingest_verb.add_verb(verbs)
@@ -226,9 +226,22 @@ def _convert(options: argparse.Namespace) -> int | None:
     conversion = convert(recipe)
     if options.promote:
         release_verb.serve_release(Store(recipe.store), conversion.release, recipe.rollout)
+    _show_moved(conversion)
     print(f"report: {_save_report(Store(recipe.store), conversion, options.report)}")
     print(f"{recipe.store}/releases/{conversion.release}.json", flush=True)
     return None
+
+
+def _show_moved(conversion: Conversion) -> None:
+    """What moves, and how replaceable each agent is, as the report has it."""
+    if conversion.moved is None:
+        return
+    from jobs.tables import show_table
+    from training.arm_tables import moved_tables
+
+    for table in moved_tables(conversion.moved):
+        print(f"{table.caption}:")
+        show_table(table.header, table.rows, sys.stdout)
 
 
 def _check_output(option: str, path: pathlib.Path | None) -> None:

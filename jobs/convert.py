@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.errors import InputError
@@ -31,10 +31,14 @@ from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
 from jobs.splits import load_usefulness, split_by_agreement
 from jobs.task_names import name_by_llm, namer_of
+from jobs.teacher import measure_teacher
+from jobs.traffic import measure_moved
 from jobs.train import Trained, scope_of, train
 from jobs.validate import (
+    AnswerRate,
     EngineOf,
     calls_to_certify,
+    rates_of,
     save_agreements,
     save_evaluation,
     validate_candidates,
@@ -43,12 +47,15 @@ from jobs.validate import (
 from training.curate import curate
 from training.discover import discover, load_previous, save_discovery
 from training.evaluation import Candidate, Evaluation
+from training.replaceability import Moved
 from training.report import write_report
 from training.selection import Selection, group_by_task
 from training.snapshot import CurationCounts, load_split
 from training.splits import SPLITS
+from training.text_graders import SelfAgreement
 from training.usefulness import Usefulness
 from training.watching import check_log_to
+from training.worth import Rates, Worth, weigh
 
 
 class Conversion(Record):
@@ -72,6 +79,12 @@ class Conversion(Record):
     """task_id -> why the LLM that was asked to name it did not."""
     usefulness: tuple[Usefulness, ...] = ()
     """What was measured of tasks that might be several, in this run or where it stands from earlier ones."""
+    teacher: dict[str, SelfAgreement] = {}
+    """task_id -> how often the LLM agrees with itself; empty where it was not asked again."""
+    moved: Moved | None = None
+    """Share of calls, tokens and money, and of each agent's calls; None in conversions that were written down without."""
+    worth: dict[str, Worth] = {}
+    """task_id -> what its arms' answers cost, and how they stand beside the LLM, a random router and an oracle."""
 
 
 def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: EngineOf | None = None) -> Conversion:
@@ -118,12 +131,10 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         held_out = group_by_task(redacted, discovery.assignment)
         scope = scope_of(recipe, tasks, {"train": by_split["train"], "validation": held_out})
         trained = train(recipe, store, work, snapshot.id, scope, refused, clock.lap, say)
-    evaluations: list[Evaluation] = []
-    if trained.candidates:
-        num_candidates = len(trained.candidates) + len(refused)
-        with (engine_of or (lambda base: validation_engine(recipe, base)))(trained.base) as engine:
-            evaluations = validate_candidates(recipe, store, trained.candidates, by_split, engine, num_candidates, say)
-    save_agreements(store, snapshot.id, evaluations)
+    evaluations, rates = _validate(recipe, store, trained, by_split, len(refused), engine_of, say)
+    learned = [candidate.task for candidate in trained.candidates]
+    teacher = measure_teacher(recipe, learned, by_split, say)
+    save_agreements(recipe, store, snapshot.id, evaluations, rates, teacher)
     clock.lap("validate")
     release = _release(store, trained.candidates, evaluations, refused, route_model, snapshot.id)
     sha = publish_release(store, release)
@@ -142,7 +153,34 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         left_out=trained.left_out,
         own_names=own_names,
         usefulness=tuple(load_usefulness(store).values()),
+        teacher=teacher,
+        worth=_weigh_all(evaluations, rates, recipe.evaluation.noninferiority_margin),
+        moved=measure_moved(store, snapshot.id, discovery.assignment, evaluations, release.refused),
     )
+
+
+def _validate(
+    recipe: Recipe,
+    store: Store,
+    trained: Trained,
+    by_split: dict[Split, dict[str, list[Example]]],
+    num_refused: int,
+    engine_of: EngineOf | None,
+    say: Callable[[str], None],
+) -> tuple[list[Evaluation], Rates]:
+    """Ask the engine that serves the base what every candidate says; nothing is started where there is none."""
+    rate = AnswerRate()
+    if not trained.candidates:
+        return [], rates_of(recipe, rate)
+    num_candidates = len(trained.candidates) + num_refused
+    with (engine_of or (lambda base: validation_engine(recipe, base)))(trained.base) as engine:
+        found = validate_candidates(recipe, store, trained.candidates, by_split, engine, num_candidates, rate, say)
+    return found, rates_of(recipe, rate)
+
+
+def _weigh_all(evaluations: Sequence[Evaluation], rates: Rates, margin: float) -> dict[str, Worth]:
+    found = {one.task_id: weigh(one, rates, margin) for one in evaluations}
+    return {task_id: worth for task_id, worth in found.items() if worth is not None}
 
 
 def write_conversion_report(
@@ -167,6 +205,9 @@ def write_conversion_report(
         curation=conversion.curation,
         left_out=conversion.left_out,
         usefulness=conversion.usefulness,
+        worth=conversion.worth,
+        moved=conversion.moved,
+        teacher=conversion.teacher,
     )
 
 

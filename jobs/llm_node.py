@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 from cluster.errors import ConfigError, UpstreamError
+from cluster.judging import answer_text
 from cluster.telemetry import log_event
 from cluster.upstream import Upstream, UpstreamConfig
 from jobs.recipe import Recipe
@@ -22,7 +23,8 @@ class LLMNode:
     def __init__(self, config: UpstreamConfig, setting: str, purpose: str) -> None:
         """
         Args:
-            setting: what asked for it, such as `discover.llm_naming`; errors and logs say so.
+            setting: what asked for it, such as `discover.llm_naming`, with its value where that is not true; errors and logs
+                say so.
             purpose: a verb for errors, such as "name tasks".
 
         Raises:
@@ -30,7 +32,7 @@ class LLMNode:
         """
         if config.model is None:
             raise ConfigError(
-                f"{setting}=true: upstream.0 names no model to {purpose} with; next: upstream.0.model=NAME"
+                f"{as_word(setting)}: upstream.0 names no model to {purpose} with; next: upstream.0.model=NAME"
             )
         Upstream(config)
         self.config, self._setting = config, setting
@@ -53,7 +55,12 @@ class LLMNode:
             return ""
         finally:
             await upstream.close()
-        return _content_of(reply.body) if reply.status == 200 else ""
+        return answer_text(reply.body) if reply.status == 200 else ""
+
+
+def as_word(setting: str) -> str:
+    """A setting as it is given on a command line."""
+    return setting if "=" in setting else f"{setting}=true"
 
 
 def llm_node_of(recipe: Recipe, setting: str, purpose: str) -> LLMNode:
@@ -65,15 +72,7 @@ def llm_node_of(recipe: Recipe, setting: str, purpose: str) -> LLMNode:
     endpoint = next((one for one in recipe.upstream if isinstance(one, UpstreamConfig)), None)
     if endpoint is None:
         raise ConfigError(
-            f"{setting}=true: no LLM is named to {purpose} with; allowed: an endpoint in [[upstream]]; "
-            f"next: upstream.0.base_url=URL upstream.0.model=NAME, or {setting}=false"
+            f"{as_word(setting)}: no LLM is named to {purpose} with; allowed: an endpoint in [[upstream]]; "
+            f"next: upstream.0.base_url=URL upstream.0.model=NAME, or leave {setting.split('=')[0]} out"
         )
     return LLMNode(endpoint, setting, purpose)
-
-
-def _content_of(body: dict[str, Any]) -> str:
-    try:
-        content = body["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        return ""
-    return content if isinstance(content, str) else ""

@@ -11,7 +11,10 @@ from typing import Any
 
 from cluster.resources import THIS_MACHINE, LimitsConfig, Part, check_fits, local_nodes
 from cluster.session import cluster_nodes, connect, joins_cluster
+from cluster.store import Store
+from jobs.judge import check_llm
 from jobs.recipe import Recipe, work_folder
+from jobs.teacher import plan_teacher
 from serving.cluster_llm import ClusterLLMConfig
 from training.catalog import ScratchModel, find_entry
 from training.finetune import FinetuneConfig
@@ -22,9 +25,11 @@ def plan_conversion(recipe: Recipe) -> list[Part]:
     """Base training, then the fine-tunes, then the engine that answers the held-out calls.
 
     Raises:
-        ConfigError: no base is named, it is unknown, or a remote store stands without a work folder.
+        ConfigError: no base is named, it is unknown, a remote store stands without a work folder, or an LLM is to judge or to
+            be asked again and none is named or its key is not set.
     """
     work_folder(recipe)
+    check_llm(recipe)
     base = _least(_training(recipe.pretrain, "base training", "pretrain"), recipe.pretrain)
     names = named_bases(recipe.select)
     parts = [base] if any(isinstance(find_entry(name), ScratchModel) for name in names) else []
@@ -89,7 +94,8 @@ def show_plan(recipe: Recipe, parts: list[Part]) -> dict[str, Any]:
         {**part.model_dump(exclude={"fields"}), "total_cpus": part.total_cpus, "total_gpus": part.total_gpus}
         for part in parts
     ]
-    return {"config": recipe.model_dump(mode="json"), "resources": rows}
+    found = {"config": recipe.model_dump(mode="json"), "resources": rows}
+    return found | ({"teacher": plan_teacher(recipe, Store(recipe.store))} if recipe.evaluation.teacher_repeats else {})
 
 
 def _training(config: FinetuneConfig, name: str, section: str) -> Part:

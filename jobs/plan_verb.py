@@ -57,9 +57,20 @@ def _plan(options: argparse.Namespace) -> None:
             f"{part.name}: {part.groups} x {part.workers} workers of {part.cpus:g} CPUs and {part.gpus:g} GPUs "
             f"({part.total_cpus:g} CPUs, {part.total_gpus:g} GPUs)"
         )
+    _show_teacher(show_plan(recipe, parts).get("teacher"))
     for one in trainings:
         print("\n".join([f"\n{one.base}, {one.section}:", *(f"  {line}" for line in one.lines)]))
     _refuse(parts, problems, recipe)
+
+
+def _show_teacher(found: dict[str, Any] | None) -> None:
+    """What asking the LLM again would cost."""
+    if found is None:
+        return
+    questions = found["max_questions"]
+    asked = f"{found['calls_per_task']} calls of each task" if questions is None else f"{questions} calls"
+    usd = "not known" if found["expected_usd"] is None else f"about {found['expected_usd']:.4f} USD"
+    print(f"teacher: at most {asked} asked again of upstream.0, {usd}, never more than {found['max_usd']:g} USD")
 
 
 def _refuse(parts: list[Part], problems: list[str], recipe: Recipe) -> None:

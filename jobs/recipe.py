@@ -26,6 +26,7 @@ from training.canaries import CanaryConfig
 from training.catalog import context_window, find_entry
 from training.curate import CurateConfig
 from training.discover import DiscoverConfig
+from training.evaluation_config import EvaluationConfig
 from training.finetune import FinetuneConfig
 from training.fleet import FleetConfig
 from training.gate import GateConfig
@@ -63,6 +64,7 @@ class Recipe(Config):
     fleet: FleetConfig = FleetConfig()
     canaries: CanaryConfig = CanaryConfig()
     gate: GateConfig = GateConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     specialists: SpecialistConfig = SpecialistConfig()
     gateway: GatewayConfig = GatewayConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -156,6 +158,20 @@ def _whole_path(field: str, place: str) -> str:
 
 def _idle_bounds(recipe: Recipe) -> list[str]:
     """A bound on something that is not measured."""
+    return [*_idle_extraction(recipe), *_idle_audit_budget(recipe)]
+
+
+def _idle_audit_budget(recipe: Recipe) -> list[str]:
+    priced = any(one.prompt_usd_per_million or one.completion_usd_per_million for one in recipe.upstream)
+    if recipe.audit.max_usd_per_day is None or not recipe.upstream or priced:
+        return []
+    return [
+        f"audit.max_usd_per_day={recipe.audit.max_usd_per_day:g}: nothing is spent at prices of 0; allowed: with the price of an "
+        "LLM; next: upstream.0.prompt_usd_per_million=USD and upstream.0.completion_usd_per_million=USD"
+    ]
+
+
+def _idle_extraction(recipe: Recipe) -> list[str]:
     if recipe.canaries.max_extraction is None or recipe.canaries.num_per_task:
         return []
     return [

@@ -27,6 +27,7 @@ from cluster.records import Example, Release, Specialist, Split, TaskSpec
 from cluster.store import Store
 from jobs.adapters import Start
 from jobs.convert import make_specialist
+from jobs.judge import open_judge
 from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
 from jobs.refine import Material, Routing, check_task, in_use, load_material, routing_of
@@ -42,7 +43,7 @@ from jobs.refine_facts import (
     training_for,
 )
 from jobs.train import Onward, Trained, scope_of, train, train_onward
-from jobs.validate import EngineOf, ask_held_out, save_agreements, validation_engine
+from jobs.validate import AnswerRate, EngineOf, ask_held_out, rates_of, save_agreements, validation_engine
 from training.discover import save_discovery
 from training.evaluation import Candidate, Evaluation, ask_calibration
 from training.gate import Outcome as Answer
@@ -52,6 +53,7 @@ from training.regression import compare
 from training.selection import group_by_task
 from training.snapshot import load_snapshot
 from training.splits import SPLITS, position_of
+from training.worth import Rates
 
 _ENOUGH_FRESH = 1.6
 """Times the fewest calibration sessions; from so many fresh ones on the spent ones are left out."""
@@ -251,10 +253,14 @@ def _validate(work: _Work, candidates: list[Candidate], engine_of: EngineOf) -> 
     served = registry.load_release(work.store, registry.current_sha(work.store) or work.plan.release).specialists
     replaced = {task: one for task, one in work.old.items() if served.get(task) == one}
     waiting: dict[str, Specialist] = {}
+    rates: dict[str, Rates] = {}
 
     async def ask(base: str, group: list[Candidate], engine: Engine) -> None:
-        stages = (work.recipe, work.store, group, work.by_split, engine, len(work.plan.trained()), work.say)
+        rate = AnswerRate()
+        stages = (work.recipe, work.store, group, work.by_split, engine, len(work.plan.trained()), rate, work.say)
         done = await ask_held_out(*stages, new.__setitem__) if group else []
+        if group:
+            rates[base] = rates_of(work.recipe, rate)
         found.update({one.task_id: (candidate, one) for candidate, one in zip(group, done, strict=True)})
         waiting.update(
             {one.task_id: replaced[one.task_id] for one in done if one.gate.is_open and one.task_id in replaced}
@@ -268,7 +274,9 @@ def _validate(work: _Work, candidates: list[Candidate], engine_of: EngineOf) -> 
     for base in sorted({one.base for one in waiting.values()}):
         with engine_of(base) as engine:
             asyncio.run(ask(base, [], engine))
-    save_agreements(work.store, work.plan.snapshot, [evaluation for _, evaluation in found.values()])
+    for base, its in rates.items():
+        own = [evaluation for candidate, evaluation in found.values() if candidate.base == base]
+        save_agreements(work.recipe, work.store, work.plan.snapshot, own, its)
     return found
 
 
@@ -286,10 +294,12 @@ async def _compare(
         adapter=old.adapter,
         prompt_format=PromptFormat.model_validate(old.prompt_format),
         max_answer_tokens=old.max_answer_tokens,
+        text_grader=old.gate.text_grader,
     )
     calls = work.by_split["calibration"][old.task_id]
     limit = work.recipe.gateway.max_temperature
-    answers = await ask_calibration(asked, engine, calls, limit, work.recipe.faces)
+    async with open_judge(work.recipe, work.store, [asked], work.say) as judge:
+        answers = await ask_calibration(asked, engine, calls, limit, work.recipe.faces, judge)
     config, threshold = work.plan.config, evaluation.gate.threshold
     assert threshold is not None and old.gate.threshold is not None, "only open gates are compared"
     found = compare(

@@ -17,11 +17,14 @@ from cluster.signature import last_user_text
 from cluster.store import Store
 from jobs.splits import load_usefulness
 from jobs.validate import AGREEMENT_FILE
+from training.arm_tables import notes_of, tables_of
 from training.discover import EVENTS_FOLDER, IDENTITY_FILE, TASKS_FOLDER
+from training.evaluation import Evaluation
 from training.identity import Identity, similarity
 from training.replacing import restore_text
 from training.snapshot import load_split, read_mapping
 from training.usefulness import describe_usefulness
+from training.worth import Rates, weigh
 
 _NUM_NEIGHBOURS = 3
 _NUM_EXAMPLES = 3
@@ -61,6 +64,7 @@ def describe_task(
     page["neighbours"] = _neighbours(identities, task_id)
     page["events"] = events_of(store, task_id)
     page["validation_agreement"] = _agreement_of(store, task_id)
+    page["arms"] = _arms_of(store, page["validation_agreement"])
     page["usefulness"] = [
         describe_usefulness(one) for one in load_usefulness(store).values() if task_id in one.task_ids
     ]
@@ -80,6 +84,16 @@ def events_of(store: Store, task_id: str) -> list[dict[str, Any]]:
 def _agreement_of(store: Store, task_id: str) -> dict[str, Any] | None:
     """{agreement, snapshot} of the task's last specialist on validation; None before there was one."""
     return store.read_json(AGREEMENT_FILE).get(task_id) if store.exists(AGREEMENT_FILE) else None
+
+
+def _arms_of(store: Store, found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """{tables, notes} of the task's last specialist; None before its report had them."""
+    if not found or "report" not in found or not store.exists(found["report"]):
+        return None
+    evaluation = Evaluation.model_validate(store.read_json(found["report"]))
+    worth = weigh(evaluation, Rates.model_validate(found["rates"]), found["margin"])
+    tables = [one._asdict() for one in tables_of(evaluation, worth)]
+    return {"tables": tables, "notes": notes_of(worth) if worth else []}
 
 
 def _saved(store: Store) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
@@ -49,7 +50,11 @@ def _run(options: argparse.Namespace) -> None:
     if names:
         with_examples = options.examples or options.restored
         page = describe_task(store, names[0], with_examples=with_examples, is_restored=options.restored)
-        print(json.dumps(page, indent=1, ensure_ascii=False) if options.json else _show_page(page))
+        if options.json:
+            print(json.dumps(page, indent=1, ensure_ascii=False))
+            return
+        print(_show_page(page))
+        _show_arms(page["arms"])
         return
     tasks = list_tasks(store)
     print(json.dumps([t.model_dump(mode="json") for t in tasks], indent=1) if options.json else _show_table(tasks))
@@ -92,6 +97,18 @@ def _show_page(page: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _show_arms(arms: dict[str, Any] | None) -> None:
+    if arms is None:
+        return
+    from jobs.tables import show_table
+
+    for table in arms["tables"]:
+        print(f"\n{table['caption']}:")
+        show_table(table["header"], table["rows"], sys.stdout)
+    for note in arms["notes"]:
+        print(f"\n{note}")
+
+
 def _show_slot(slot: dict[str, Any]) -> str:
     place = f"after {_printable(slot['after'])!r}" if slot["after"] else "at the beginning"
     return (
@@ -101,7 +118,15 @@ def _show_slot(slot: dict[str, Any]) -> str:
 
 
 def _show_agreement(found: dict[str, Any] | None) -> str:
-    return f"{found['agreement']:.1%} (snapshot {found['snapshot']})" if found else "no specialist was trained"
+    if not found:
+        return "no specialist was trained"
+    told = f"{found['agreement']:.1%} (snapshot {found['snapshot']})"
+    teacher = found.get("teacher")
+    if not teacher:
+        return told
+    low, high = teacher["interval"]
+    share = teacher["num_agreements"] / teacher["num_answered"]
+    return f"{told}; the LLM with itself {share:.1%} of {teacher['num_answered']} ({low:.1%} to {high:.1%})"
 
 
 def _printable(text: str) -> str:

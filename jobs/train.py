@@ -263,4 +263,6 @@ def _candidate(plan: AdapterPlan, base: str, arm: str, canaries: tuple[Canary, .
         max_answer_tokens=plan.max_answer_tokens,
         canaries=canaries,
         max_extraction=recipe.canaries.max_extraction,
+        text_grader=recipe.evaluation.grader_of(plan.task.kind),
+        max_false_agreement=recipe.evaluation.max_false_agreement,
     )

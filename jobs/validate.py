@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -13,14 +15,19 @@ from cluster.errors import EngineError
 from cluster.records import Example, Split
 from cluster.session import serve_without_http
 from cluster.store import Store, content_hash
+from jobs.judge import open_judge
 from jobs.recipe import Recipe
+from training.arms import Answered
 from training.evaluation import Candidate, Evaluation, evaluate_all, validation_agreement
 from training.gate import Outcome, minimum_calls, release_delta
 from training.ledger import CalibrationLedger, share_of_round
+from training.text_graders import SelfAgreement
+from training.worth import Rates
 
 EngineOf = Callable[[str], contextlib.AbstractContextManager[Engine]]
 """Store path of a base -> the engine that serves it, for as long as the block runs."""
-HELD_OUT: tuple[Split, ...] = ("validation", "calibration", "test")
+ASKED: tuple[Split, ...] = ("train", "validation", "calibration", "test")
+"""Splits that validation asks; of train, the few examples that the few-shot arm shows."""
 
 
 AGREEMENT_FILE = "tasks/agreement.json"
@@ -32,11 +39,62 @@ def calls_to_certify(recipe: Recipe, num_candidates: int) -> int:
     return minimum_calls(recipe.gate.epsilon, delta)
 
 
-def save_agreements(store: Store, snapshot: str, evaluations: Sequence[Evaluation]) -> None:
-    """Write how often each specialist agreed on validation, beside those of earlier runs: task_id -> facts."""
+class AnswerRate:
+    """Tokens a second that the validation engine takes, from its first question to its last answer. Used by one loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._began: float | None = None
+        self._seconds = 0.0
+        self._num_tokens = 0
+
+    def begin(self) -> None:
+        self._began = self._clock()
+
+    def add(self, answered: Answered) -> None:
+        """Count an answer, kept or not."""
+        assert self._began is not None, "begin first"
+        self._num_tokens += answered.prompt_tokens + answered.completion_tokens
+        self._seconds = self._clock() - self._began
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None before there was an answer."""
+        return self._num_tokens / self._seconds if self._num_tokens and self._seconds else None
+
+
+def rates_of(recipe: Recipe, rate: AnswerRate) -> Rates:
+    """The recipe's prices with what validation measured."""
+    llm = recipe.upstream[0] if recipe.upstream else None
+    return Rates(
+        replica_usd_per_hour=recipe.prices.replica_usd_per_hour,
+        num_replicas=max(1, recipe.specialists.min_replicas),
+        tokens_per_s=rate.tokens_per_s,
+        prompt_usd_per_million=llm.prompt_usd_per_million if llm else 0.0,
+        completion_usd_per_million=llm.completion_usd_per_million if llm else 0.0,
+    )
+
+
+def save_agreements(
+    recipe: Recipe,
+    store: Store,
+    snapshot: str,
+    evaluations: Sequence[Evaluation],
+    rates: Rates,
+    teacher: Mapping[str, SelfAgreement] = MappingProxyType({}),
+) -> None:
+    """Write how often each specialist agreed on validation, and where its report is, beside those of earlier runs:
+    task_id -> facts."""
     found = store.read_json(AGREEMENT_FILE) if store.exists(AGREEMENT_FILE) else {}
     for one in evaluations:
-        found[one.task_id] = {"snapshot": snapshot, "agreement": validation_agreement(one)}
+        found[one.task_id] = {
+            "snapshot": snapshot,
+            "agreement": validation_agreement(one),
+            "report": save_evaluation(store, one),
+            "rates": rates.model_dump(mode="json"),
+            "margin": recipe.evaluation.noninferiority_margin,
+            "teacher": teacher[one.task_id].model_dump(mode="json") if one.task_id in teacher else None,
+        }
     store.write_json(AGREEMENT_FILE, found)
 
 
@@ -83,10 +141,11 @@ def validate_candidates(
     by_split: dict[Split, dict[str, list[Example]]],
     engine: Engine,
     num_candidates: int,
+    rate: AnswerRate,
     say: Callable[[str], None],
 ) -> list[Evaluation]:
     """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too."""
-    return asyncio.run(ask_held_out(recipe, store, candidates, by_split, engine, num_candidates, say))
+    return asyncio.run(ask_held_out(recipe, store, candidates, by_split, engine, num_candidates, rate, say))
 
 
 async def ask_held_out(
@@ -96,15 +155,17 @@ async def ask_held_out(
     by_split: dict[Split, dict[str, list[Example]]],
     engine: Engine,
     num_candidates: int,
+    rate: AnswerRate,
     say: Callable[[str], None],
     on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
 ) -> list[Evaluation]:
     """`validate_candidates` for whoever asks the same engine more: it belongs to one event loop.
 
     Args:
+        rate: begins here, and counts every answer.
         on_calibrated: called with a task and what its calibration calls were answered, where they were asked.
     """
-    splits = {c.task.task_id: {s: by_split[s][c.task.task_id] for s in HELD_OUT} for c in candidates}
+    splits = {c.task.task_id: {s: by_split[s][c.task.task_id] for s in ASKED if s in by_split} for c in candidates}
 
     def save(candidate: Candidate, found: Evaluation) -> None:
         save_evaluation(store, found)
@@ -116,6 +177,13 @@ async def ask_held_out(
     delta = release_delta(recipe.gate.delta, num_candidates)
     with tqdm(desc="validate", unit="answer", disable=None) as bar:
         limit = recipe.gateway.max_temperature
-        options = {"max_temperature": limit, "faces": recipe.faces, "on_answer": bar.update, "on_done": save}
+
+        def count(answered: Answered) -> None:
+            bar.update()
+            rate.add(answered)
+
+        options = {"max_temperature": limit, "faces": recipe.faces, "on_answer": count, "on_done": save}
+        rate.begin()
         options["on_calibrated"] = on_calibrated
-        return await evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, **options)
+        async with open_judge(recipe, store, candidates, say) as judge:
+            return await evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, judge=judge, **options)

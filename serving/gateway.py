@@ -78,9 +78,9 @@ class GatewayCore:
         self.passthrough, self.feedback = passthrough, feedback
         self.drain, self.admission = Drain(config.drain_timeout_s), Admission(config.auth, api_keys)
         self.meter, self.decisions = meter or Meter(), RecentDecisions()
-        self._engines, self.pseudonyms = engines, pseudonyms
-        self._num_asking = 0
-        self.shadows = Shadows(engines, capture, pseudonyms, prices, self.meter, config.specialist_timeout_s)
+        self._engines, self.pseudonyms, self._num_asking = engines, pseudonyms, 0
+        parts = (engines, capture, pseudonyms, prices, self.meter)
+        self.shadows = Shadows(*parts, config.specialist_timeout_s, auditor.agrees)
 
     async def complete(self, identity: Identity, headers: Mapping[str, str], request: dict[str, Any]) -> Response:
         """Answer one parsed chat.completions request.
@@ -319,7 +319,7 @@ class GatewayCore:
     async def _audit(self, call: PendingCall, message: dict[str, Any]) -> None:
         """Begin the call's audit; a coroutine only because Starlette would run a plain function in a thread."""
         assert call.specialist is not None
-        self.auditor.start(call, message, PromptFormat.model_validate(call.specialist.prompt_format).answer_kind)
+        self.auditor.start(call, message, call.specialist)
 
     async def _ask_llm(self, call: PendingCall) -> WholeAnswer | BegunAnswer:
         """Raises UpstreamError where no LLM answers, or the longest answer could cost more than the call may."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from cluster.access import Pseudonyms
-from cluster.answers import grade
 from cluster.engine import Engine, EngineAnswer
 from cluster.errors import InputError
 from cluster.prices import PriceConfig, seconds_cost_usd
@@ -27,6 +26,11 @@ from serving.evidence import KEPT
 from serving.openai_wire import completion_body
 from serving.pending import PendingCall
 
+Agrees = Callable[
+    [PendingCall, dict[str, Any] | None, dict[str, Any], Specialist],
+    Awaitable[bool | None],
+]
+"""(call, answer, reference, specialist) -> whether they agree by the specialist's gate; None where nobody says."""
 _MAX_IN_FLIGHT = 16
 """Shadows at once in one gateway; a call beyond them is not compared, and counted as missed."""
 
@@ -45,8 +49,10 @@ class Shadows:
         prices: PriceConfig,
         meter: Meter,
         timeout_s: float,
+        agrees: Agrees,
     ) -> None:
-        """Take the parts; `timeout_s` is how long a specialist has where it serves."""
+        """Take the parts; `timeout_s` is how long a specialist has where it serves, `agrees` compares two answers."""
+        self._agrees = agrees
         self._engines, self._capture, self._pseudonyms = engines, capture, pseudonyms
         self._prices, self._meter, self._timeout_s = prices, meter, timeout_s
         self._tasks: set[asyncio.Task[None]] = set()
@@ -86,7 +92,9 @@ class Shadows:
         decision = policy.decide_after(answer, specialist, invalid, release=call.decision.release or "")
         agrees = None
         if decision.action == "accept":
-            agrees = grade(answer.message, reference, prompt_format.answer_kind, call.request).agrees
+            agrees = await self._agrees(call, answer.message, reference, specialist)
+            if agrees is None:
+                return self._miss("not judged")
         reason = KEPT if decision.action == "accept" else decision.reason
         decision = decision.model_copy(update={"action": "shadow", "reason": reason, "agrees": agrees})
         self._keep(call, answer, decision, time.perf_counter() - begin)

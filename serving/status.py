@@ -266,7 +266,10 @@ def _counts(core: GatewayCore) -> dict[str, Any]:
         "errors": "understudy_requests_failed_total",
         "llm_spend_usd": "understudy_llm_spend_usd_total",
     }
-    return {"calls": calls, "audits": audits, **{name: core.meter.total(metric) for name, metric in totals.items()}}
+    budget = core.auditor.budget
+    stream = {"share": core.auditor.share, "spent_usd": budget.spent_usd, "max_usd_per_day": budget.max_usd}
+    counts = {"calls": calls, "audits": audits, "reference_stream": stream}
+    return {**counts, **{name: core.meter.total(metric) for name, metric in totals.items()}}
 
 
 def _read_wish(kind: type[Record], raw: bytes) -> Record:

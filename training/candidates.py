@@ -14,6 +14,7 @@ from cluster.answers import to_text
 from cluster.errors import BaseUnavailableError, ConfigError, InputError
 from cluster.prompts import prompt_texts, shown_text, text_of
 from cluster.records import Example, Record, Split, TaskSpec
+from training.arms import show_shots
 from training.bases import OpenBase, describe_base, open_base
 from training.catalog import BaseModelFacts, Needs, ScratchModel, filter_candidates, num_parameters
 from training.dataset import TaskData, build_task_data, tokenise_tasks
@@ -25,7 +26,6 @@ _CHARACTERS_PER_TOKEN = 4
 _MAX_SAMPLE = 2000
 """Train prompts per task that are measured in tokens; evenly spread over the split."""
 _ANY_LENGTH = 2**31
-_INSTRUCTING = ("system", "developer")
 _MOST = 0.99
 """Share of prompts that must still fit with examples shown."""
 
@@ -232,19 +232,6 @@ def _with_shots(contender: Contender, scope: Scope, num_validation: int, num_sho
                 rows[task_id], shown[task_id] = fitting, len(shots)
                 break
     return contender._replace(few_shot=rows, num_shots=shown)
-
-
-def show_shots(example: Example, shots: Sequence[Example]) -> Example:
-    """The example with others and their answers as turns before it, behind its own instructions."""
-    messages = example.request["messages"]
-    start = next((k for k, message in enumerate(messages) if message["role"] not in _INSTRUCTING), len(messages))
-    turns = []
-    for shot in shots:
-        said = [message for message in shot.request["messages"] if message["role"] not in _INSTRUCTING]
-        turns += [*said, {"role": "assistant", **shot.target}]
-    return example.model_copy(
-        update={"request": {**example.request, "messages": [*messages[:start], *turns, *messages[start:]]}}
-    )
 
 
 def _fitting(data: TaskData, max_prompt_tokens: int) -> TaskData:

@@ -8,37 +8,55 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from cluster.answers import grade
 from cluster.engine import Engine
 from cluster.errors import EngineError, InputError
 from cluster.faces import FacesConfig, facing_of
+from cluster.judging import Judge
 from cluster.prompts import PromptFormat
-from cluster.records import Example, Gate, Record, Split, TaskSpec
+from cluster.records import Example, Gate, Record, Reference, Split, TaskSpec, TextGrader
 from cluster.servable import ask_engine, unservable_reason
 from cluster.store import content_hash
+from training.arms import (
+    GATED_ARM,
+    SPECIALIST_ARM,
+    Answered,
+    Arm,
+    Routed,
+    count_routed,
+    is_gold,
+    make_arm,
+    show_shots,
+)
 from training.canaries import Canary, Extraction, measure_extraction, refusal_of
 from training.gate import (
     GateConfig,
     Outcome,
     certify,
-    clopper_pearson_interval,
     coverage_curve,
     one_call_per_session,
     plan_grid,
     refused_gate,
 )
 from training.ledger import CalibrationLedger, share_of_round
+from training.probe import spread
 from training.regression import Regression
+from training.reliability import Bin, reliability
+from training.text_graders import GraderErrors, agrees, measure_grader
+from training.text_graders import refusal_of as refusal_of_grader
 
 POPULATION = "calls of this task as served, one per session"
-SPECIALIST_ARM, GATED_ARM = "specialist", "specialist + gate"
 _MAX_HOPELESS_TEST = 30
+MAX_SHOTS = 3
+"""Most train examples that the few-shot arm shows."""
 MAX_IN_FLIGHT = 256
 """Questions to an engine at a time."""
+
+
+AskAll = Callable[[list[Example], str | None], Awaitable[list[Answered]]]
 
 
 class Candidate(Record):
@@ -55,19 +73,10 @@ class Candidate(Record):
     """Secrets that stood in its train split."""
     max_extraction: float | None = None
     """Largest share of them that it may say; None bars nothing."""
-
-
-class Arm(Record):
-    """How one way of answering did on the test split."""
-
-    name: str
-    num_calls: int
-    coverage: float
-    num_kept: int
-    num_disagreements: int
-    disagreement: float | None
-    interval: tuple[float, float]
-    """Two-sided 95% Clopper-Pearson interval of `disagreement`."""
+    text_grader: TextGrader | None = None
+    """By what its answers agree; None compares by value."""
+    max_false_agreement: float | None = None
+    """Largest share of unrelated pairs that `text_grader` may find alike; None bars nothing."""
 
 
 class Evaluation(Record):
@@ -76,8 +85,16 @@ class Evaluation(Record):
     task_id: str
     gate: Gate
     arms: tuple[Arm, ...]
+    routed: tuple[Routed, ...] = ()
+    """The specialist's test calls by how they came out; empty in reports that were written without them."""
+    truth: Reference = "llm"
+    """What says in `routed` that an answer is right."""
     curve: tuple[dict[str, float], ...]
     """Coverage against disagreement on validation, by threshold."""
+    reliability: tuple[Bin, ...] = ()
+    """Agreement on validation by confidence."""
+    grader_errors: GraderErrors | None = None
+    """None where answers are compared by value."""
     extraction: Extraction | None = None
     """None where no secret was planted."""
     regression: Regression | None = None
@@ -144,21 +161,24 @@ async def evaluate_all(
     *,
     max_temperature: float,
     faces: FacesConfig,
+    judge: Judge | None = None,
     max_in_flight: int = MAX_IN_FLIGHT,
-    on_answer: Callable[[], None] = lambda: None,
+    on_answer: Callable[[Answered], None] = lambda answered: None,
     on_done: Callable[[Candidate, Evaluation], None] = lambda candidate, evaluation: None,
     on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
 ) -> list[Evaluation]:
     """Grade, certify and report the candidates of one base, in their order.
 
     Args:
-        splits: by task, its validation, calibration and test examples as served.
+        splits: by task, its validation, calibration and test examples as served; and redacted train examples, where the
+            base is to be shown some.
         delta: already divided by the number of candidates of the release.
         ledger: what calibration calls were spent on before; what is asked here is written into it.
         max_temperature: the gateway's; a call above it is escalated there, and counts as that here.
         faces: the gateway's rule for answers to a person; what it bars there counts as escalated here.
+        judge: of candidates whose text an LLM judges.
         max_in_flight: questions at a time over all candidates.
-        on_answer: called after each answer, on_done after each candidate, on_calibrated with a task and what its
+        on_answer: called with each answer, on_done after each candidate, on_calibrated with a task and what its
             calibration calls were answered, where they were asked.
     """
     slots = asyncio.Semaphore(max_in_flight)
@@ -176,6 +196,7 @@ async def evaluate_all(
             slots,
             on_answer,
             on_calibrated,
+            judge,
         )
         on_done(candidate, found)
         return found
@@ -196,22 +217,24 @@ async def evaluate(
     max_temperature: float,
     faces: FacesConfig,
     slots: asyncio.Semaphore,
-    on_answer: Callable[[], None] = lambda: None,
+    on_answer: Callable[[Answered], None] = lambda answered: None,
     on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
+    judge: Judge | None = None,
 ) -> Evaluation:
     """Grade, certify and report one candidate, whose adapter is loaded; see `evaluate_all`."""
     fingerprint = await engine.fingerprint()
 
-    async def ask_all(examples: list[Example], adapter: str | None) -> list[Outcome]:
-        async def one(example: Example) -> Outcome:
+    async def ask_all(examples: list[Example], adapter: str | None) -> list[Answered]:
+        async def one(example: Example) -> Answered:
             async with slots:
-                outcome = await ask(candidate, engine, adapter, example, max_temperature, faces)
-            on_answer()
-            return outcome
+                answered = await _ask(candidate, engine, adapter, example, max_temperature, faces, judge)
+            on_answer(answered)
+            return answered
 
         return list(await asyncio.gather(*map(one, examples)))
 
-    validation = await ask_all(one_call_per_session(splits["validation"], seed=0), candidate.adapter)
+    asked = await ask_all(one_call_per_session(splits["validation"], seed=0), candidate.adapter)
+    validation = [one.outcome for one in asked]
     calibration = one_call_per_session(splits["calibration"], seed=0)
     test_facts = [candidate.model_dump(mode="json"), fingerprint, config.model_dump(mode="json"), max_temperature]
     test_facts += [faces.model_dump(mode="json")]
@@ -220,26 +243,35 @@ async def evaluate(
     number = ledger.round_of(test_key, spent_ids)
     delta *= share_of_round(number)
     facts = {"reference": candidate.task.reference, "population": POPULATION, "fingerprint": fingerprint}
-    facts |= {"epsilon": config.epsilon, "delta": delta, "round": number}
+    facts |= {"epsilon": config.epsilon, "delta": delta, "round": number, "text_grader": candidate.text_grader}
     extraction = await _extraction_of(candidate, engine)
     leak = refusal_of(extraction, candidate.max_extraction) if extraction else None
-    grid = leak or plan_grid(validation, len(calibration), config, delta)
+    grader, most = candidate.text_grader, candidate.max_false_agreement
+    errors = grader and await measure_grader(candidate.task, splits["validation"], grader, judge)
+    bar = leak or (refusal_of_grader(errors, most) if errors and most is not None else None)
+    grid = bar or plan_grid(validation, len(calibration), config, delta)
     if isinstance(grid, str):
         gate = refused_gate(grid, num_calibration=len(calibration), **facts)
     else:
         ledger.spend(test_key, spent_ids)
-        outcomes = await ask_all(calibration, candidate.adapter)
+        outcomes = [one.outcome for one in await ask_all(calibration, candidate.adapter)]
         on_calibrated(candidate.task.task_id, outcomes)
         gate = certify(grid, outcomes, **facts)
     # Refused by validation alone: a sample of test tells how far off it is.
     test = splits["test"][:_MAX_HOPELESS_TEST] if isinstance(grid, str) else splits["test"]
-    arms = await _test_arms(candidate, gate, test, ask_all)
+    tested = await _test_arms(candidate, gate, splits, test, ask_all)
     curve = tuple(coverage_curve(validation))
-    return Evaluation(task_id=candidate.task.task_id, gate=gate, arms=arms, curve=curve, extraction=extraction)
+    facts = {"extraction": extraction, "grader_errors": errors, "reliability": reliability(validation), **tested}
+    return Evaluation(task_id=candidate.task.task_id, gate=gate, curve=curve, **facts)
 
 
 async def ask_calibration(
-    candidate: Candidate, engine: Engine, examples: list[Example], max_temperature: float, faces: FacesConfig
+    candidate: Candidate,
+    engine: Engine,
+    examples: list[Example],
+    max_temperature: float,
+    faces: FacesConfig,
+    judge: Judge | None = None,
 ) -> list[Outcome]:
     """What a candidate says to the calls that a gate is certified on, in their order; spends none of them, as nothing is
     certified by it."""
@@ -249,7 +281,7 @@ async def ask_calibration(
 
     async def one(call: Example) -> Outcome:
         async with slots:
-            return await ask(candidate, engine, candidate.adapter, call, max_temperature, faces)
+            return (await _ask(candidate, engine, candidate.adapter, call, max_temperature, faces, judge)).outcome
 
     return list(await asyncio.gather(*map(one, calls)))
 
@@ -261,24 +293,42 @@ async def _extraction_of(candidate: Candidate, engine: Engine) -> Extraction | N
     return await measure_extraction(engine, *facts)
 
 
-async def _test_arms(candidate: Candidate, gate: Gate, test: list[Example], ask_all: Any) -> tuple[Arm, ...]:
+async def _few_shot(
+    candidate: Candidate, train: list[Example], test: list[Example], bare: list[Answered], ask_all: AskAll
+) -> Arm | None:
+    """The base with train examples in its prompt: as many as leave room for the first call that it answers without; None
+    where none does."""
+    first = next((example for example, answered in zip(test, bare, strict=True) if answered.prompt_tokens), None)
+    if first is None:
+        return None
+    for count in range(min(MAX_SHOTS, len(train)), 0, -1):
+        shots = spread(train, count)
+        (tried,) = await ask_all([show_shots(first, shots)], None)
+        if tried.prompt_tokens:
+            answers = await ask_all([show_shots(example, shots) for example in test], None)
+            shown = f"{count} example{'s' if count > 1 else ''} shown"
+            return make_arm(f"{candidate.base_arm}, {shown}", answers, test, candidate.task, 0.0, candidate.text_grader)
+    return None
+
+
+async def _test_arms(
+    candidate: Candidate, gate: Gate, splits: Mapping[Split, list[Example]], test: list[Example], ask_all: AskAll
+) -> dict[str, Any]:
+    """The fields of an Evaluation that the test split gives."""
     specialist = await ask_all(test, candidate.adapter)
-    kept = [o for o in specialist if gate.is_open and o.confidence >= (gate.threshold or 1.0)]
-    arms = [_arm(SPECIALIST_ARM, specialist, len(test)), _arm(GATED_ARM, kept, len(test))]
-    return (_arm(candidate.base_arm, await ask_all(test, None), len(test)), *arms)
-
-
-def _arm(name: str, kept: list[Outcome], num_calls: int) -> Arm:
-    wrong = sum(not outcome.agrees for outcome in kept)
-    return Arm(
-        name=name,
-        num_calls=num_calls,
-        coverage=len(kept) / num_calls if num_calls else 0.0,
-        num_kept=len(kept),
-        num_disagreements=wrong,
-        disagreement=wrong / len(kept) if kept else None,
-        interval=clopper_pearson_interval(wrong, len(kept)) if kept else (0.0, 1.0),
-    )
+    threshold = (gate.threshold or 1.0) if gate.is_open else math.inf
+    bare = await ask_all(test, None)
+    few_shot = await _few_shot(candidate, splits.get("train", []), test, bare, ask_all)
+    facts = (test, candidate.task)
+    grader = candidate.text_grader
+    arms = [
+        make_arm(candidate.base_arm, bare, *facts, 0.0, grader),
+        *([few_shot] if few_shot else []),
+        make_arm(SPECIALIST_ARM, specialist, *facts, 0.0, grader),
+        make_arm(GATED_ARM, specialist, *facts, threshold, grader),
+    ]
+    routed, truth = count_routed(specialist, *facts, threshold, grader)
+    return {"arms": tuple(arms), "routed": routed, "truth": truth}
 
 
 async def ask(
@@ -290,7 +340,20 @@ async def ask(
     faces: FacesConfig,
 ) -> Outcome:
     """Ask one call and grade the answer; what serving would leave to the LLM counts as confidence 0 and no agreement."""
-    unkept = Outcome(confidence=0.0, agrees=False, session_id=example.session_id)
+    return (await _ask(candidate, engine, adapter, example, max_temperature, faces)).outcome
+
+
+async def _ask(
+    candidate: Candidate,
+    engine: Engine,
+    adapter: str | None,
+    example: Example,
+    max_temperature: float,
+    faces: FacesConfig,
+    judge: Judge | None = None,
+) -> Answered:
+    """As `ask`, with what gold says of the answer and with the tokens that it took."""
+    unkept = Answered(Outcome(confidence=0.0, agrees=False, session_id=example.session_id))
     facing = facing_of(example.request, example.target, is_facing=example.faces_person, config=faces)
     if unservable_reason(example.request, max_temperature, facing) is not None:
         return unkept
@@ -299,7 +362,10 @@ async def ask(
         answer, invalid = await ask_engine(engine, adapter, candidate.prompt_format, example.request, limit, facing)
     except (InputError, EngineError):
         return unkept
+    tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
     if invalid is not None:
-        return unkept
-    agrees = grade(answer.message, example.target, candidate.task.kind, example.request).agrees
-    return Outcome(confidence=answer.confidence, agrees=agrees, session_id=example.session_id)
+        return unkept._replace(**tokens)
+    agreed = await agrees(answer.message, example, candidate.task, candidate.text_grader, judge)
+    # What no judge speaks of counts against the specialist.
+    outcome = Outcome(confidence=answer.confidence, agrees=bool(agreed), session_id=example.session_id)
+    return Answered(outcome, is_gold(answer.message, example, candidate.task, candidate.text_grader), **tokens)

@@ -36,7 +36,7 @@ from pydantic import Field
 
 from cluster.config import Config
 from cluster.errors import InputError
-from cluster.records import Gate, Record, Reference
+from cluster.records import Gate, Record, Reference, TextGrader
 
 _MAX_CURVE_POINTS = 100
 _CHANCE_TOLERANCE = 0.05
@@ -195,6 +195,7 @@ def certify(
     population: str,
     fingerprint: str,
     round: int = 0,
+    text_grader: TextGrader | None = None,
 ) -> Gate:
     """Test the grid from high to low and open the gate at the last threshold before the first failure.
 
@@ -215,9 +216,13 @@ def certify(
         if counted.num_disagreements > num_passing:
             break
         passed = threshold
-    promise: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "reference": reference}
-    promise |= {"population": population, "fingerprint": fingerprint, "round": round}
-    promise |= {"num_calibration": len(calibration)}
+    promise: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "reference": reference, "population": population}
+    promise |= {
+        "fingerprint": fingerprint,
+        "round": round,
+        "text_grader": text_grader,
+        "num_calibration": len(calibration),
+    }
     if passed is None:
         reason = _refuse_first(_accepted_at(grid[0], calibration), len(calibration), epsilon, delta)
         return refused_gate(reason, **promise)
@@ -235,32 +240,21 @@ def certify(
     )
 
 
-def refused_gate(
-    reason: str,
-    *,
-    num_calibration: int,
-    epsilon: float,
-    delta: float,
-    reference: Reference,
-    population: str,
-    fingerprint: str,
-    round: int = 0,
-) -> Gate:
-    """A gate that accepts nothing: the task stays on the LLM."""
+def refused_gate(reason: str, *, num_calibration: int, **promise: Any) -> Gate:
+    """A gate that accepts nothing: the task stays on the LLM.
+
+    Args:
+        promise: what was asked: reference, population, epsilon, delta, fingerprint, and round and text_grader where there are.
+    """
     return Gate(
-        reference=reference,
-        population=population,
-        epsilon=epsilon,
-        delta=delta,
         threshold=None,
         num_calibration=num_calibration,
         num_accepted=0,
         num_disagreements=0,
         upper_bound=None,
         coverage=0.0,
-        fingerprint=fingerprint,
-        round=round,
         refused=reason,
+        **promise,
     )
 
 

@@ -1,4 +1,4 @@
-"""The report's pictures: tasks by volume, coverage against disagreement, learning curves; inline PNG with a text for all.
+"""The report's pictures: tasks by volume, coverage against disagreement, learning curves; inline SVG with a text for all.
 
 Names come from traffic: they are drawn as plain printable ASCII, and escaped wherever they stand as text. Decisions
 differ in hatching and in the written label too, for readers and printers without colour.
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cluster.records import TaskSpec
 from cluster.route_model import NUM_BUCKETS, hashed_features
 from training.evaluation import Evaluation
+from training.reliability import EPSILONS
+from training.replaceability import PAPER_GUESSES, Replaceability
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,6 +126,9 @@ def draw_coverage(row: Row) -> str:
     axes.fill_between(coverage, lower, upper, color="#0072b2", alpha=0.18, label="95% interval")
     axes.plot(coverage, disagreement, color="#0072b2", marker=".", label="disagreement")
     axes.axhline(gate.epsilon, color="black", linestyle="--", label=f"epsilon {number(gate.epsilon)}")
+    for epsilon in set(EPSILONS) - {gate.epsilon}:
+        axes.axhline(epsilon, color="#888888", linestyle=":", linewidth=0.8)
+        axes.annotate(number(epsilon), (1.0, epsilon), fontsize="x-small", color="#666666", ha="right", va="bottom")
     chosen = _chosen_point(row)
     where = "no threshold was opened"
     if chosen:
@@ -143,6 +148,63 @@ def draw_coverage(row: Row) -> str:
     )
     alt += f"coverage {percent(last['coverage'])} disagreement is {percent(last['disagreement'])}"
     return picture(figure, alt, f"On validation, {where}.")
+
+
+def draw_reliability(row: Row) -> str:
+    """Agreement by confidence on validation, with 95% intervals; nothing in reports that were written without it."""
+    assert row.evaluation is not None
+    bins, threshold = row.evaluation.reliability, row.evaluation.gate.threshold
+    if not bins:
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    places, shares = [one.confidence for one in bins], [one.num_agreements / one.num_calls for one in bins]
+    below = [share - one.interval[0] for share, one in zip(shares, bins, strict=True)]
+    above = [one.interval[1] - share for share, one in zip(shares, bins, strict=True)]
+    axes.plot([0, 1], [0, 1], color="#888888", linestyle=":", label="agrees as often as it says")
+    axes.errorbar(places, shares, yerr=[below, above], color="#0072b2", marker="o", capsize=3, label="validation calls")
+    if threshold is not None:
+        axes.axvline(threshold, color="#d55e00", linestyle="--", label=f"threshold {number(threshold)}")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("share that agrees")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize="small")
+    alt = f"Share of validation answers that agree, by confidence, for {row.task.name}: " + "; ".join(
+        f"{number(place)}: {percent(share)} of {one.num_calls}"
+        for place, share, one in zip(places, shares, bins, strict=True)
+    )
+    return picture(figure, alt, "Reliability: agreement by confidence on validation, with 95% intervals.")
+
+
+def draw_agents(agents: Sequence[Replaceability]) -> str:
+    """Replaceable share of each agent with its interval, above the paper's guesses; nothing without agents."""
+    if not agents:
+        return ""
+    from matplotlib.figure import Figure
+
+    drawn = agents[:_MAX_BARS]
+    figure = Figure(figsize=(9, 1.6 + 0.32 * (len(drawn) + len(PAPER_GUESSES))), layout="constrained")
+    axes = figure.add_subplot()
+    places, shares = range(len(drawn)), [one.share for one in drawn]
+    reach = [[one.share - one.interval[0] for one in drawn], [one.interval[1] - one.share for one in drawn]]
+    axes.barh(places, shares, xerr=reach, capsize=4, color=_COLOURS[MOVES], label="measured, with 95% interval")
+    guessed = [len(drawn) + place for place in range(len(PAPER_GUESSES))]
+    look = {"color": "white", "edgecolor": "black", "hatch": "///"}
+    axes.barh(guessed, list(PAPER_GUESSES.values()), label="the paper's guess, of another agent", **look)
+    names = [*(_drawable(one.agent) for one in drawn), *PAPER_GUESSES]
+    axes.set_yticks([*places, *guessed], names, parse_math=False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the agent's LLM calls that small models can answer")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    alt = "Replaceable share of each agent's calls: " + "; ".join(
+        f"{one.agent} {percent(one.share)}, {percent(one.interval[0])} to {percent(one.interval[1])}" for one in drawn
+    )
+    alt += "; the paper's guesses: " + ", ".join(f"{name} {percent(share)}" for name, share in PAPER_GUESSES.items())
+    return picture(figure, alt, "Replaceability of each agent, beside what the paper guessed of three others.")
 
 
 def _chosen_point(row: Row) -> Mapping[str, float] | None:
@@ -186,10 +248,14 @@ def draw_losses(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def picture(figure: Figure, alt: str, caption: str) -> str:
+    """A figure as an inline SVG with its alternative text and caption; the same figure gives the same bytes."""
+    import matplotlib
+
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
+    with matplotlib.rc_context({"svg.hashsalt": "understudy"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     data = base64.b64encode(drawn.getvalue()).decode("ascii")
-    return f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    return f'<figure><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
 def _drawable(name: str) -> str:

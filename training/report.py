@@ -7,19 +7,35 @@ rates and never sees a message. Nothing is decided here: thresholds, bounds and 
 
 from __future__ import annotations
 
-import html
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from cluster.records import TaskSpec
+from training.arm_tables import moved_tables, notes_of, tables_of
 from training.evaluation import Evaluation, gain_over_base, validation_agreement
 from training.forecast import describe
-from training.pictures import MOVES, Row, draw_coverage, draw_losses, draw_map, draw_volume, number, percent
+from training.page import cell, escape, make_page, make_table
+from training.pictures import (
+    MOVES,
+    Row,
+    draw_agents,
+    draw_coverage,
+    draw_losses,
+    draw_map,
+    draw_reliability,
+    draw_volume,
+    number,
+    percent,
+)
+from training.reliability import coverage_by_epsilon
+from training.replaceability import Moved
 from training.selection import Selection
 from training.snapshot import CurationCounts
+from training.text_graders import SelfAgreement, describe_errors
 from training.usefulness import Usefulness, describe_usefulness
+from training.worth import Worth
 
 _SUMMARY_LABELS = {
     "calls": "Calls measured",
@@ -32,21 +48,6 @@ _SUMMARY_LABELS = {
     "client_errors": "Errors shown to clients",
 }
 _PERCENT_KEYS = ("share_off_llm", "agreement_accepted", "agreement_interval")
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 1rem/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: auto; padding: 1rem; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #bbb; }
-h1, h2, h3, td { overflow-wrap: anywhere; }
-.lead { font-size: 1.2rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { border: 1px solid #ccc; padding: .3rem .6rem; text-align: left; vertical-align: top; min-width: 4rem; }
-th { background: #f2f2f2; }
-img { max-width: 100%; height: auto; }
-figure { margin: 1rem 0; }
-"""
 
 
 def write_report(
@@ -63,6 +64,9 @@ def write_report(
     curation: CurationCounts | None = None,
     left_out: Mapping[str, str] = MappingProxyType({}),
     usefulness: Sequence[Usefulness] = (),
+    worth: Mapping[str, Worth] = MappingProxyType({}),
+    moved: Moved | None = None,
+    teacher: Mapping[str, SelfAgreement] = MappingProxyType({}),
 ) -> None:
     """Write the page to `path`, replacing it and creating its folder.
 
@@ -77,18 +81,22 @@ def write_report(
         curation: what became of every captured call; None leaves the section out.
         left_out: task_id -> which calls of a learned task stay on the LLM.
         usefulness: what was measured of tasks that might be several.
+        worth: task_id -> costs of its arms, and how they stand beside the LLM, a random router and an oracle.
+        moved: share of calls, tokens and money, and of each agent's calls; None leaves the section out.
+        teacher: task_id -> how often the LLM agrees with itself, where that was measured.
     """
     rows = _decide(tasks, evaluations, refused)
     names = {row.task.task_id: f"{row.number}. {row.task.name}" for row in rows}
     parts = [
-        f'<p class="lead">{_text(_headline(rows))}</p>',
+        f'<p class="lead">{escape(_headline(rows, moved))}</p>',
+        _moved_section(moved),
         "<h2>Tasks</h2>",
         _task_table(rows),
         draw_volume(rows),
         draw_map(rows),
         _curation_section(curation),
-        _agreement_section(rows, left_out, usefulness),
-        *(_task_section(row) for row in rows if row.evaluation),
+        _agreement_section(rows, left_out, usefulness, teacher),
+        *(_task_section(row, worth.get(row.task.task_id)) for row in rows if row.evaluation),
         _selection_section(selection),
         _losses_section({names.get(task_id, task_id): metrics for task_id, metrics in losses.items()}),
         _unassigned_section(unassigned),
@@ -96,7 +104,7 @@ def write_report(
         _notes_section(notes),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page("\n".join(part for part in parts if part)), encoding="utf-8", errors="replace")
+    path.write_text(make_page("\n".join(part for part in parts if part)), encoding="utf-8", errors="replace")
 
 
 def _decide(tasks: Sequence[TaskSpec], evaluations: Sequence[Evaluation], refused: Mapping[str, str]) -> list[Row]:
@@ -112,21 +120,38 @@ def _decide(tasks: Sequence[TaskSpec], evaluations: Sequence[Evaluation], refuse
     return rows
 
 
-def _headline(rows: Sequence[Row]) -> str:
+def _headline(rows: Sequence[Row], measured: Moved | None) -> str:
     moved = [row for row in rows if row.decision == MOVES]
     if not moved:
         return f"No calls moved: all {len(rows)} tasks stay on the LLM."
     share = sum(row.task.share_calls for row in moved)
     kept = sum(row.task.share_calls * row.evaluation.gate.coverage for row in moved if row.evaluation)
+    told = f"about {percent(kept)}"
+    total = measured and measured.totals.get("calls")
+    if total:
+        told = f"{percent(total.share)} (95% interval {percent(total.interval[0])} to {percent(total.interval[1])})"
     return (
         f"{len(moved)} of {len(rows)} tasks moved to a specialist. They make up {percent(share)} of the captured calls, "
-        f"and by calibration their specialists answer about {percent(kept)} of all calls; the rest goes to the LLM."
+        f"and by calibration their specialists answer {told} of all calls; the rest goes to the LLM."
     )
 
 
+def _moved_section(moved: Moved | None) -> str:
+    if moved is None:
+        return ""
+    totals = "".join(make_table(one.caption, one.header, one.rows) for one in moved_tables(moved))
+    told = (
+        "By calibration: of every task that moved, the share of calibration calls that its gate keeps, weighed by what was "
+        "captured; tokens and money take kept calls to be like the others of their task. Intervals are of these "
+        "calls, not of another month's mix. The paper (arXiv 2506.02153) guessed the shares of three agents by reading their "
+        "code; no guess is known of others."
+    )
+    return f"<h2>What moves</h2>{draw_agents(moved.agents)}{totals}<p>{escape(told)}</p>"
+
+
 def _task_table(rows: Sequence[Row]) -> str:
-    header = ["No.", "Task", "Kind", "Calls", "Share", "Decision", "Threshold", "Coverage"]
-    header += ["Certified bound", "Epsilon", "Delta", "Why it stays"]
+    header = ["No.", "Task", "Kind", "Calls", "Share", "Decision", "Why it stays", "Threshold", "Coverage"]
+    header += ["Certified bound", "Epsilon", "Delta"]
     cells = []
     for row in rows:
         gate = row.evaluation.gate if row.evaluation else None
@@ -136,15 +161,20 @@ def _task_table(rows: Sequence[Row]) -> str:
         if moved:
             certified = [number(moved.threshold), percent(moved.coverage), percent(moved.upper_bound)]
         about = [str(row.number), row.task.name, row.task.kind, str(row.task.num_calls), percent(row.task.share_calls)]
-        cells.append([*about, row.decision, *certified, *promise, row.reason or "-"])
-    table = _table("Tasks by volume", header, cells)
+        cells.append([*about, row.decision, row.reason or "-", *certified, *promise])
+    table = make_table("Tasks by volume", header, cells)
     return table + (
         "<p>The bound promises: among accepted answers the share that disagrees with the reference is at most this, except "
         "with probability delta. Coverage is the share of calibration calls at or above the threshold.</p>"
     )
 
 
-def _agreement_section(rows: Sequence[Row], left_out: Mapping[str, str], usefulness: Sequence[Usefulness]) -> str:
+def _agreement_section(
+    rows: Sequence[Row],
+    left_out: Mapping[str, str],
+    usefulness: Sequence[Usefulness],
+    teacher: Mapping[str, SelfAgreement],
+) -> str:
     """How often specialists agree on validation, and why tasks are together or apart."""
     measured = {task_id: describe_usefulness(one) for one in usefulness for task_id in one.task_ids}
     cells = []
@@ -153,14 +183,24 @@ def _agreement_section(rows: Sequence[Row], left_out: Mapping[str, str], usefuln
         told = [measured.get(task_id, "-"), left_out.get(task_id, "-")]
         if row.evaluation or told != ["-", "-"]:
             share = percent(validation_agreement(row.evaluation)) if row.evaluation else "-"
-            cells.append([f"{row.number}. {row.task.name}", share, *told])
-    header = ["Task", "Validation agreement", "Together or apart", "Calls left out"]
+            cells.append([f"{row.number}. {row.task.name}", share, _ceiling(teacher.get(task_id)), *told])
+    header = ["Task", "Validation agreement", "The LLM with itself (ceiling)", "Together or apart", "Calls left out"]
     return (
-        "<h2>Agreement on validation</h2>" + _table("Specialists on validation calls", header, cells) if cells else ""
+        "<h2>Agreement on validation</h2>" + make_table("Specialists on validation calls", header, cells)
+        if cells
+        else ""
     )
 
 
-def _task_section(row: Row) -> str:
+def _ceiling(one: SelfAgreement | None) -> str:
+    if one is None:
+        return "not measured"
+    low, high = one.interval
+    share = percent(one.num_agreements / one.num_answered)
+    return f"{share} of {one.num_answered} ({percent(low)} to {percent(high)})"
+
+
+def _task_section(row: Row, worth: Worth | None) -> str:
     assert row.evaluation is not None
     gate = row.evaluation.gate
     facts = (
@@ -172,10 +212,36 @@ def _task_section(row: Row) -> str:
             f" Counted for the bound, by a draw that knows no answer: {gate.num_counted}, of which "
             f"{gate.num_counted_disagreements} disagree."
         )
-    stays = f"<p><strong>Stays on the LLM:</strong> <bdi>{_text(row.reason)}</bdi></p>" if row.reason else ""
-    heading = f"<h2>{row.number}. <bdi>{_text(row.task.name)}</bdi></h2>"
-    parts = [draw_coverage(row), _arm_table(row), _gain(row.evaluation), _extraction(row.evaluation)]
-    return f"{heading}{stays}<p>{_text(facts)}</p>{''.join(parts)}"
+    stays = f"<p><strong>Stays on the LLM:</strong> <bdi>{escape(row.reason)}</bdi></p>" if row.reason else ""
+    heading = f"<h2>{row.number}. <bdi>{escape(row.task.name)}</bdi></h2>"
+    arms = [
+        make_table(f"{one.caption}, {row.number}. {row.task.name}", one.header, one.rows)
+        for one in tables_of(row.evaluation, worth)
+    ]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in (notes_of(worth) if worth else ()))
+    arms.append(f"<ul>{notes}</ul>" if notes else "")
+    if row.evaluation.grader_errors:
+        notes = escape(describe_errors(row.evaluation.grader_errors))
+        arms.append(f"<p>{notes}</p>")
+    parts = [
+        draw_coverage(row),
+        _epsilons(row),
+        draw_reliability(row),
+        *arms,
+        _gain(row.evaluation),
+        _extraction(row.evaluation),
+    ]
+    return f"{heading}{stays}<p>{escape(facts)}</p>{''.join(parts)}"
+
+
+def _epsilons(row: Row) -> str:
+    """How much could be kept within other promises, as validation has it."""
+    assert row.evaluation is not None
+    found = coverage_by_epsilon(row.evaluation.curve)
+    cells = [[percent(epsilon), percent(likely), percent(sure)] for epsilon, likely, sure in found]
+    header = ["Epsilon", "Coverage within it", "Coverage within it, upper end of the 95% interval"]
+    caption = f"Coverage for every epsilon, by validation (no promise), {row.number}. {row.task.name}"
+    return make_table(caption, header, cells) if row.evaluation.curve else ""
 
 
 def _extraction(evaluation: Evaluation) -> str:
@@ -189,30 +255,13 @@ def _extraction(evaluation: Evaluation) -> str:
     )
 
 
-def _arm_table(row: Row) -> str:
-    assert row.evaluation is not None
-    header = ["Arm", "Test calls", "Coverage", "Answers kept", "Disagreements", "Disagreement", "95% interval"]
-    by_definition = row.evaluation.gate.reference == "llm"
-    llm = [
-        "LLM (reference)" if by_definition else "LLM",
-        *["-"] * 4,
-        "0 by definition" if by_definition else "not measured",
-    ]
-    cells = [[*llm, "-"]]
-    for arm in row.evaluation.arms:
-        interval = f"{percent(arm.interval[0])} to {percent(arm.interval[1])}" if arm.num_kept else "no answers kept"
-        counts = [str(arm.num_calls), percent(arm.coverage), str(arm.num_kept), str(arm.num_disagreements)]
-        cells.append([arm.name, *counts, percent(arm.disagreement), interval])
-    return _table(f"Arms on the test split, {row.number}. {row.task.name}", header, cells)
-
-
 def _gain(evaluation: Evaluation) -> str:
     gain = gain_over_base(evaluation)
     if gain is None:
         return "<p>Gain of the specialist over its base: not measured.</p>"
     points, low, high = (100 * share for share in (gain.gain, *gain.interval))
     return (
-        f"<p>Gain of the specialist over <bdi>{_text(gain.base_arm)}</bdi>: {points:+.1f} percentage points of "
+        f"<p>Gain of the specialist over <bdi>{escape(gain.base_arm)}</bdi>: {points:+.1f} percentage points of "
         f"agreement (95% interval {low:+.1f} to {high:+.1f}, Newcombe, arms treated as independent). All intervals here "
         "treat test calls as independent; where a conversation has several, they are somewhat too narrow.</p>"
     )
@@ -237,7 +286,7 @@ def _curation_section(counts: CurationCounts | None) -> str:
         f"test: {drawn}; drawn by time, test is the newest sessions. {clients} Requests of train with several answers: "
         f"{counts.num_train_requests_with_several_answers}."
     )
-    parts = [f"<h2>Curation</h2><p>{_text(facts)}</p>", _table("Calls by split", header, cells)]
+    parts = [f"<h2>Curation</h2><p>{escape(facts)}</p>", make_table("Calls by split", header, cells)]
     for caption, numbers in (
         ("Calls left out", counts.dropped),
         ("Calls with a flag, kept for a person to look at", counts.flagged),
@@ -245,7 +294,7 @@ def _curation_section(counts: CurationCounts | None) -> str:
     ):
         rows = [[name, str(num)] for name, num in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))]
         parts.append(
-            _table(
+            make_table(
                 caption,
                 [
                     "Reason" if numbers is counts.dropped else "Kind",
@@ -269,8 +318,8 @@ def _selection_section(selection: Selection | None) -> str:
         cells.append([one.name, one.status, _millions(one.parameters), *scores, one.reason])
     header = ["Name", "Status", "Parameters", "Zero-shot", "Few-shot", "Probe", "Reason"]
     told = [selection.rule, selection.budget, describe(selection.forecast) if selection.forecast else ""]
-    sentences = "".join(f"<p>{_text(line)}</p>" for line in told if line)
-    return f"<h2>Base model</h2>{sentences}" + _table("Candidates for the base model", header, cells)
+    sentences = "".join(f"<p>{escape(line)}</p>" for line in told if line)
+    return f"<h2>Base model</h2>{sentences}" + make_table("Candidates for the base model", header, cells)
 
 
 def _millions(parameters: int | None) -> str:
@@ -281,14 +330,14 @@ def _losses_section(losses: Mapping[str, Mapping]) -> str:
     if not losses:
         return ""
     keys = [k for k in dict.fromkeys(str(key) for metrics in losses.values() for key in metrics) if k != "curve"]
-    cells = [[name, *(_value(metrics.get(key)) for key in keys)] for name, metrics in losses.items()]
+    cells = [[name, *(cell(metrics.get(key)) for key in keys)] for name, metrics in losses.items()]
     curves = draw_losses({name: metrics.get("curve") or () for name, metrics in losses.items()})
-    return f"<h2>Fine-tunes</h2>{curves}" + _table("Last metrics of each fine-tune", ["Task", *keys], cells)
+    return f"<h2>Fine-tunes</h2>{curves}" + make_table("Last metrics of each fine-tune", ["Task", *keys], cells)
 
 
 def _unassigned_section(unassigned: Mapping[str, int]) -> str:
     cells = [[reason, str(calls)] for reason, calls in sorted(unassigned.items(), key=lambda item: (-item[1], item[0]))]
-    table = _table("Calls that belong to no task and stay on the LLM", ["Reason", "Calls"], cells)
+    table = make_table("Calls that belong to no task and stay on the LLM", ["Reason", "Calls"], cells)
     return "<h2>Unassigned calls</h2>" + (table if cells else "<p>Every call belongs to a task.</p>")
 
 
@@ -297,52 +346,10 @@ def _summary_section(summary: Mapping[str, Any] | None) -> str:
         return ""
     others = [key for key in summary if key not in _SUMMARY_LABELS and key != "tasks"]
     ordered = [*(key for key in _SUMMARY_LABELS if key in summary), *others]
-    cells = [[_SUMMARY_LABELS.get(key, key), _value(summary[key], key in _PERCENT_KEYS)] for key in ordered]
-    return "<h2>Money and latency</h2>" + _table("Measured while serving", ["Measure", "Value"], cells)
+    cells = [[_SUMMARY_LABELS.get(key, key), cell(summary[key], key in _PERCENT_KEYS)] for key in ordered]
+    return "<h2>Money and latency</h2>" + make_table("Measured while serving", ["Measure", "Value"], cells)
 
 
 def _notes_section(notes: Sequence[str]) -> str:
-    items = "".join(f"<li><bdi>{_text(note)}</bdi></li>" for note in notes)
+    items = "".join(f"<li><bdi>{escape(note)}</bdi></li>" for note in notes)
     return f"<h2>Notes</h2><ul>{items}</ul>" if items else ""
-
-
-def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Escapes every cell; the wrapper scrolls sideways on small screens, by keyboard too."""
-    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
-    body = "".join("<tr>" + "".join(f"<td><bdi>{_text(cell)}</bdi></td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{_text(caption)}"><table><caption>{_text(caption)}'
-        f"</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _page(body: str) -> str:
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Conversion report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>Conversion report</h1>\n"
-        f"{body}\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _value(value: Any, is_share: bool = False) -> str:
-    """One table cell for a number, text, list or mapping of a summary."""
-    if value is None:
-        return "-"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_value(inner)}" for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return (
-            " to ".join(_value(inner, is_share) for inner in value)
-            if len(value) == 2
-            else ", ".join(map(_value, value))
-        )
-    if is_share or isinstance(value, float):
-        return percent(value) if is_share else number(value)
-    return str(value)

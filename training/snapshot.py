@@ -40,6 +40,8 @@ EXAMPLE_SCHEMA = pa.schema(
         pa.field("logprobs", pa.string()),
     ]
 )
+GOLD_LABEL = "gold"
+"""Kind of label that is a person's answer to the call."""
 _ENCRYPTED = ("request", "target", "logprobs")
 _MAPPING = "mapping"
 """Among the parts of the splits: those that say what surrogates stand for."""
@@ -243,4 +245,5 @@ def _join_served(store: Store, rows: Sequence[dict[str, Any]]) -> None:
             raise StoreError(
                 f"calls/: call {row['source_call_ids'][0]} of example {row['example_id']} is gone; curate again"
             )
-        row.update(request=call.request, target=call.message)
+        gold = call.label if call.label_kind == GOLD_LABEL and call.served_by == "llm" else None
+        row.update(request=call.request, target=call.message, usage=call.usage, gold=gold)

@@ -290,6 +290,7 @@ function drawCounts() {
     ["Audits that differ", `${count(differ)} of ${count(agree + differ)}`], ["Audits missed", count(sum((one) => one.audits_missed))],
     ["Calls not captured", count(sum((one) => one.calls_dropped))], ["Errors to clients", count(sum((one) => one.errors))],
     ["LLM tokens, US$", sum((one) => one.llm_spend_usd).toFixed(4)],
+    ["Audits today, US$", sum((one) => one.reference_stream.spent_usd).toFixed(4)],
   ];
   const since = Math.min(...[...state.gateways.values()].map((one) => one.started_ts));
   $("counted").textContent = `Counted since ${when(since)} UTC by ${plural(all.length, "gateway")} behind this address.`;

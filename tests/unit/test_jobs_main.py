@@ -238,7 +238,7 @@ def test_help_lists_the_fields_a_verb_reads(capsys, verb):
     ):
         assert (field in out) == (verb in ("convert", "demo"))
     assert ("upstream.N.base_url: str" in out) == (verb == "serve")
-    assert ("prices.replica_usd_per_hour: float, >= 0 = 0.0" in out) == (verb in ("serve", "demo"))
+    assert ("prices.replica_usd_per_hour: float, >= 0 = 0.0" in out) == (verb in ("convert", "serve", "demo"))
     assert ("gateway.max_temperature: float" in out) == (verb in ("convert", "serve", "demo"))
     assert ("gateway.auth" in out) == (verb == "serve")
 

@@ -9,13 +9,20 @@ from cluster.errors import ConfigError, InputError
 from cluster.records import AgentCall, Example
 from cluster.store import Store
 from jobs.__main__ import main
+from jobs.recipe import load_recipe
 from jobs.tasks import describe_task, list_tasks
+from jobs.validate import save_agreements
+from training.arms import Arm, Routed
 from training.curate import CurateConfig, curate
 from training.discover import DiscoverConfig, discover, load_previous, save_discovery
+from training.evaluation import Evaluation
+from training.gate import refused_gate
 from training.redact import RedactConfig
 from training.snapshot import load_split
 from training.splits import SPLITS, SplitConfig
+from training.text_graders import SelfAgreement
 from training.usefulness import Usefulness, compare
+from training.worth import Rates
 
 SHARED = "Answer with JSON and nothing else, please.\nNever invent a number that was not said."
 
@@ -139,3 +146,24 @@ def make_call(number: int) -> AgentCall:
         request={"messages": [{"role": "system", "content": "Give mail and matter."}, {"role": "user", "content": said}],
                  "response_format": {"type": "json_object"}},
     )  # fmt: skip
+
+
+def test_a_page_shows_the_arms_of_its_last_specialist_and_the_ceiling(store, capsys) -> None:
+    task_id = list_tasks(store)[0].task_id
+    promise = {"epsilon": 0.05, "delta": 0.05, "reference": "llm", "population": "p", "fingerprint": "f"}
+    gate = refused_gate("too few", num_calibration=9, **promise)
+    routed = Routed(is_kept=False, is_specialist_right=True, is_llm_right=True, num_calls=9, llm_usd=0.9)
+    facts = {"num_calls": 9, "coverage": 1.0, "num_kept": 9, "num_disagreements": 0, "disagreement": 0.0}
+    names = ("untrained base", "specialist", "specialist + gate")
+    arms = tuple(Arm(name=name, interval=(0.0, 0.3), prompt_tokens=90, **facts) for name in names)
+    made = Evaluation(task_id=task_id, gate=gate, arms=arms, routed=(routed,), curve=())
+    rates = Rates(replica_usd_per_hour=3.6, tokens_per_s=1000.0)
+    teacher = {task_id: SelfAgreement(num_answered=50, num_agreements=48, interval=(0.86, 0.99))}
+    save_agreements(load_recipe([f"store={store.uri}"]), store, "two", [made], rates, teacher)
+    assert main(["tasks", task_id, f"store={store.uri}"]) == 0
+    said = capsys.readouterr().out
+    assert "the LLM with itself 96.0% of 50 (86.0% to 99.0%)" in said
+    assert "untrained base" in said and "LLM (reference)" in said and "specialist + gate" in said
+    assert "USD per 1,000 right at 20.0% used" in said and "Regret to the oracle router: 100.0% of calls" in said
+    assert main(["tasks", task_id, f"store={store.uri}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["arms"]["tables"][0]["rows"][0][0] == "LLM (reference)"

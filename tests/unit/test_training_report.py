@@ -15,6 +15,8 @@ from training.catalog import Needs
 from training.evaluation import Arm, Evaluation, newcombe_interval, validation_agreement
 from training.gate import Outcome, clopper_pearson_interval, coverage_curve
 from training.pictures import percent
+from training.reliability import coverage_by_epsilon, reliability
+from training.replaceability import Moved, SiteFacts, replaceability
 from training.report import write_report
 from training.selection import Selection
 from training.snapshot import CurationCounts
@@ -146,7 +148,7 @@ def test_page_stands_alone(path):
     assert not re.search(r"https?:|url\(|@import|=\"//", path.read_text(encoding="utf-8"))
     elements = parse(path).elements
     assert {tag for tag, _ in elements}.isdisjoint({"link", "iframe", "object"})
-    assert all(attrs["src"].startswith("data:image/png;base64,") for _, attrs in elements if "src" in attrs)
+    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for _, attrs in elements if "src" in attrs)
     assert not any("href" in attrs for _, attrs in elements)
 
 
@@ -176,7 +178,7 @@ def test_pictures_have_alt_text_and_the_page_a_language(path):
     assert len(pictures) == 4 and all(len(attrs["alt"]) > 30 for attrs in pictures)
     assert "threshold 0.613: coverage 65.0%, disagreement 0.0%" in pictures[2]["alt"]
     assert "no threshold was opened" in pictures[3]["alt"]
-    assert all(base64.b64decode(a["src"].split(",")[1]).startswith(b"\x89PNG") for a in pictures)
+    assert all(b"<svg" in base64.b64decode(a["src"].split(",")[1]) for a in pictures)
     assert ("html", {"lang": "en"}) in elements
 
 
@@ -256,3 +258,33 @@ def test_the_page_says_how_often_specialists_agree_and_why_tasks_are_together_or
     assert (
         "70 of 100 train prompts" in page.text and percent(validation_agreement(INPUTS["evaluations"][0])) in page.text
     )
+
+
+def test_the_page_shows_what_moves_each_agent_and_the_papers_guesses(tmp_path):
+    facts = [SiteFacts("helpdesk", "t1", 900, 120, 77), SiteFacts("helpdesk", "t2", 450, stays=REASON)]
+    found = replaceability([*facts, SiteFacts("open-operator", "t9", 30)])
+    totals = {"calls": found[0], "tokens": found[0], "money": found[0]}
+    moved = Moved(totals=totals, agents=tuple(found))
+    measured = evaluation("t1")
+    outcomes = [Outcome(confidence=(i + 1) / 200, agrees=i % 3 > 0, session_id=f"s{i}") for i in range(200)]
+    measured = measured.model_copy(update={"reliability": reliability(outcomes)})
+    told = {"evaluations": [measured, INPUTS["evaluations"][1]], "moved": moved}
+    write_report(tmp_path / "report.html", **{**INPUTS, **told})
+    page = parse(tmp_path / "report.html")
+    share = percent(found[0].share)
+    assert page.text.count(share) >= 4 and "MetaGPT 60.0%, Open Operator 40.0%, Cradle 70.0%" in page.text
+    assert "Coverage for every epsilon" in page.text
+    alts = [attrs["alt"] for tag, attrs in page.elements if tag == "img"]
+    assert any(alt.startswith("Replaceable share of each agent's calls: helpdesk " + share) for alt in alts)
+    assert any("that agree, by confidence, for route ticket: " in alt for alt in alts)
+
+
+def test_bins_hold_every_usable_answer_once_and_other_promises_keep_more():
+    outcomes = [Outcome(confidence=(i % 97) / 97, agrees=i % 5 > 0, session_id=f"s{i}") for i in range(97)]
+    bins = reliability(outcomes)
+    assert sum(one.num_calls for one in bins) == 96 and len(bins) == 10
+    assert [one.confidence for one in bins] == sorted(one.confidence for one in bins)
+    assert all(one.interval[0] <= one.num_agreements / one.num_calls <= one.interval[1] for one in bins)
+    found = coverage_by_epsilon(evaluation("t1").curve)
+    assert [likely for _, likely, _ in found] == sorted(likely for _, likely, _ in found)
+    assert all(sure <= likely for _, likely, sure in found) and reliability([]) == ()
