@@ -29,6 +29,7 @@ from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usag
 from cluster.route_model import RouteGuess
 from cluster.servable import REJECTED_REASON, ask_engine
 from cluster.telemetry import Meter, log_event
+from cluster.tracing import span
 from cluster.upstream import LLMNodeConfig
 from serving import policy, rollout
 from serving.admission import Admission
@@ -50,6 +51,7 @@ from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
 from serving.shadow import Shadows
 from serving.table import ServingTable, Snapshot
+from serving.traces import note_call
 
 CLIENT_GONE = 499
 """Status of a captured call whose client left before the last byte (as nginx writes it)."""
@@ -104,17 +106,8 @@ class GatewayCore:
         reason = "the client asks for the LLM" if is_for_llm else "undecided"
         undecided = RouteDecision(action="llm", reason=reason, release=snapshot.release)
         facing = Facing(self.faces, faces_before(agent_of(headers), headers.get(FACES_HEADER), self.faces))
-        call = PendingCall(
-            uuid.uuid4().hex,
-            time.time(),
-            time.perf_counter(),
-            identity.client,
-            request,
-            headers,
-            undecided,
-            facing,
-            limits,
-        )
+        now, begin, client = time.time(), time.perf_counter(), identity.client
+        call = PendingCall(uuid.uuid4().hex, now, begin, client, request, headers, undecided, facing, limits)
         # A call that the router did not send says nothing of the task's traffic.
         call.is_reference = not (task_id or is_for_llm) and self.auditor.is_drawn(call.call_id)
         try:
@@ -236,7 +229,8 @@ class GatewayCore:
         begin = time.perf_counter()
         self._num_asking += 1
         try:
-            found = self._decide_before(call, snapshot, task_id)
+            with span("route"):
+                found = self._decide_before(call, snapshot, task_id)
             if isinstance(found, RouteDecision):
                 call.decision = found
                 return None
@@ -392,6 +386,7 @@ class GatewayCore:
         )
         call.is_finished = True
         self.decisions.note(captured)
+        note_call(captured)
         action = call.decision.action
         self.meter.count("understudy_calls_total", action=action, task_id=call.decision.task_id or "")
         self.meter.observe("understudy_call_latency_ms", captured.latency_ms or 0.0, action=action)
