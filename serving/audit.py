@@ -24,6 +24,7 @@ from cluster.telemetry import Meter, log_event
 from serving.capture import Capture
 from serving.fallback import FallbackLLM
 from serving.pending import PendingCall
+from serving.savings import Savings
 
 
 class AuditConfig(Config):
@@ -56,6 +57,8 @@ class Auditor:
     ) -> None:
         self._config, self._fallback, self._capture = config, fallback, capture
         self._pseudonyms, self._meter = pseudonyms, meter
+        self.savings = Savings(meter)
+        """What kept answers save; audits say what they would have cost."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -97,6 +100,7 @@ class Auditor:
         captured = audit.captured(
             self._pseudonyms, response=reply.body, llm_cost=cost, served_by="llm", status=200, error=None
         )
+        self.savings.note(captured, cost.usd)
         message = captured.message
         if message is None:
             self._capture.put(captured)

@@ -386,6 +386,7 @@ class GatewayCore:
         )
         call.is_finished = True
         self.decisions.note(captured)
+        self.auditor.savings.note(captured, cost and cost.usd)
         note_call(captured)
         action = call.decision.action
         self.meter.count("understudy_calls_total", action=action, task_id=call.decision.task_id or "")
