@@ -4,7 +4,7 @@
 const LIVE_MS = 1000, FACTS_MS = 5000, FORGOTTEN_MS = 60000, SILENT_S = 30, KEY = "understudy-key";
 const STAGES = ["curate", "discover", "select", "base", "finetune", "validate", "release"];
 const $ = (id) => document.getElementById(id);
-const state = { session: null, facts: null, drawn: {}, gateways: new Map(), decisions: new Map(), paused: false, round: 0 };
+const state = { session: null, facts: null, drawn: {}, gateways: new Map(), decisions: new Map(), paused: false, round: 0, asked: 0, shown: 0 };
 
 // --- words -------------------------------------------------------------------------------------------------------
 
@@ -167,9 +167,10 @@ function draw(id, value, make) {
 }
 
 async function drawFacts(round) {
-  const before = state.facts, facts = await ask("status/overview");
-  if (round !== state.round) return;
-  state.facts = facts;
+  const turn = ++state.asked, facts = await ask("status/overview");
+  if (round !== state.round || turn < state.shown) return; // An action's look may overtake one that was under way.
+  const before = state.facts;
+  Object.assign(state, { facts, shown: turn });
   announce(before, facts);
   await show();
 }
@@ -229,7 +230,7 @@ function drawBoard() {
     ["Made, UTC", (one) => when(one.created_ts), "nowrap"],
     ["Specialists", (one) => count(one.num_specialists), "number"],
     ["Refused", (one) => count(one.num_refused), "number"],
-    ["", (one) => one.is_served ? badge("served", "live") : state.session.can_administer
+    ["Served", (one) => one.is_served ? badge("served", "live") : state.session.can_administer
       ? el("button", { type: "button", id: `promote-${one.release}`, "aria-label": `Promote ${short(one.release)}`, onclick: () => promote(one) }, "Promote…") : "waits"],
   ], facts.releases)]);
   draw("events", facts.events, () => [table("Changes of what is served, the newest first", [
@@ -428,14 +429,15 @@ function confirmed({ title, text, yes, danger = false, fields = [] }) {
 }
 
 async function act(path, body, done) {
+  let release;
   try {
     state.session = await ask("status/session"); // A token is good for an hour, a page stays open for days.
-    const { release } = await ask(path, { body, token: state.session.token });
-    say(done(release));
-    await drawFacts(state.round);
+    ({ release } = await ask(path, { body, token: state.session.token }));
   } catch (error) {
-    say(`Not done: ${error.message}`);
+    return say(`Not done: ${error.message}`);
   }
+  try { await drawFacts(state.round); } catch (error) { trouble(error.message); }
+  say(done(release)); // Last, instead of what the new facts announce by themselves.
 }
 
 async function promote(one) {
