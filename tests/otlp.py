@@ -50,7 +50,18 @@ class Collector:
 
 @contextlib.asynccontextmanager
 async def collector(service: str = "test") -> AsyncIterator[Collector]:
-    """A collector on a free loopback port, to which this process sends its spans in the block."""
+    """A collector to which this process sends its spans in the block."""
+    async with listening() as found:
+        start_tracing(TelemetryConfig(otlp_endpoint=found.url), service)
+        try:
+            yield found
+        finally:
+            stop_tracing()
+
+
+@contextlib.asynccontextmanager
+async def listening() -> AsyncIterator[Collector]:
+    """A collector on a free loopback port."""
     found = Collector()
     app = web.Application()
     app.router.add_post("/v1/traces", found.take)
@@ -58,11 +69,9 @@ async def collector(service: str = "test") -> AsyncIterator[Collector]:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     found.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    start_tracing(TelemetryConfig(otlp_endpoint=found.url), service)
     try:
         yield found
     finally:
-        stop_tracing()
         await runner.cleanup()
 
 
