@@ -8,7 +8,7 @@ endpoint does on these paths says nothing of its chat completions. Knows nothing
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import NamedTuple
 
 import aiohttp
@@ -16,6 +16,7 @@ import yarl
 
 from cluster.breaker import Breaker, Permit
 from cluster.endpoint_key import authorization
+from cluster.tracing import outgoing
 from cluster.upstream import UpstreamConfig
 from cluster.upstream_errors import EndpointErrors
 
@@ -122,7 +123,7 @@ class RawUpstream:
             response = await self._session.post(
                 address,
                 data=sent(),
-                headers=[*headers, *self._authorization.items()],
+                headers=[*_replaced(headers, outgoing()), *self._authorization.items()],
                 timeout=timeout,
                 allow_redirects=False,
             )
@@ -140,6 +141,11 @@ class RawUpstream:
         except (aiohttp.ClientError, TimeoutError) as error:
             reason = f"broke off its reply ({type(error).__name__}); send the request again"
             raise self._errors.error(502, reason) from None
+
+
+def _replaced(headers: Headers, ours: Mapping[str, str]) -> Headers:
+    """With ours instead of those of the same name."""
+    return [*(one for one in headers if one[0] not in ours), *ours.items()] if ours else headers
 
 
 def _kept(headers: Iterable[tuple[str, str]], left_out: frozenset[str]) -> Headers:

@@ -65,6 +65,12 @@ METRICS: dict[str, MetricSpec] = {
         "US dollars of LLM tokens, by endpoint number and whether the LLM reported the tokens or they are estimated",
         ("endpoint", "basis"),
     ),
+    "understudy_avoided_usd_total": MetricSpec(
+        "counter", "US dollars that LLMs would have asked for kept answers, estimated, by task", ("task_id",)
+    ),
+    "understudy_specialist_usd_total": MetricSpec(
+        "counter", "US dollars that specialists, audits and LLMs asked in vain cost, by task", ("task_id",)
+    ),
     "understudy_requests_failed_total": MetricSpec(
         "counter", "Requests answered with an error, by status", ("status",)
     ),

@@ -28,6 +28,7 @@ from cluster.retries import LONGEST_PAUSE_S, LONGEST_RETRY_AFTER_S, backoff_s, i
 from cluster.slots import Slots
 from cluster.sse import parse_object
 from cluster.stream_usage import StreamUsage
+from cluster.tracing import outgoing
 from cluster.upstream_errors import EndpointErrors
 
 MAX_REPLY_BYTES = 64 * 2**20
@@ -297,7 +298,7 @@ class Upstream:
                 response = await self._client().post(
                     f"{self.config.base_url.rstrip('/')}/chat/completions",
                     data=data,
-                    headers=self._headers,
+                    headers={**self._headers, **outgoing()},
                     timeout=timeout,
                     allow_redirects=False,
                 )

@@ -26,6 +26,7 @@ from cluster.errors import InputError
 from cluster.records import Example, Record, Release, Specialist, Split, TaskSpec
 from cluster.registry import publish_release
 from cluster.store import Store, content_hash
+from jobs.following import Followed, followed
 from jobs.paraphrase import paraphrase_of
 from jobs.provenance import save_config
 from jobs.recipe import Recipe, work_folder
@@ -96,10 +97,16 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
     """
     for config in (recipe.pretrain, recipe.finetune):
         check_log_to(config.log_to)
+    with followed(Store(recipe.store)) as clock:
+        conversion = _convert(recipe, say, engine_of, clock)
+        clock.release = conversion.release
+    return conversion
+
+
+def _convert(recipe: Recipe, say: Callable[[str], None], engine_of: EngineOf | None, clock: Followed) -> Conversion:
     store = Store(recipe.store)
     work = work_folder(recipe)
     namer = namer_of(recipe)
-    clock = _Clock()
     snapshot = curate(store, recipe.curate, work=work, paraphrase=paraphrase_of(recipe))
     say(
         f"curate: {snapshot.counts.num_calls} calls -> {snapshot.counts.num_examples}; dropped {snapshot.counts.dropped}"
@@ -148,7 +155,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
         evaluations=tuple(evaluations),
         refused=release.refused,
         losses=trained.losses,
-        seconds=clock.laps,
+        seconds=clock.seconds,
         curation=snapshot.counts,
         left_out=trained.left_out,
         own_names=own_names,
@@ -209,16 +216,6 @@ def write_conversion_report(
         moved=conversion.moved,
         teacher=conversion.teacher,
     )
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name], self._last = round(now - self._last, 2), now
 
 
 def _learnable(

@@ -1,5 +1,7 @@
 """`understudy plan`: what a conversion would ask for and where its training would live in memory, with the arithmetic.
 
+Time and money are carried over from the store's earlier conversions (jobs/plan_time.py).
+
 Nothing is started and no weights are read. With RAY_ADDRESS the cluster is asked for its memory; else this machine's is
 taken, or finetune.device_gib, which also plans for GPUs that are elsewhere. The rows are the longest that the engine
 takes: a task's own are shorter, and its run is planned again from them before it starts.
@@ -28,7 +30,7 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
     """Add `plan` to the verbs of the command line."""
     plan = verbs.add_parser(
         "plan",
-        help="show ZeRO stage, offload and memory of the training, base by base; starts nothing",
+        help="show resources, memory base by base, time and money of a conversion; starts nothing",
         sections=sections,
         examples=[
             "understudy plan recipe=local store=store",
@@ -42,15 +44,17 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
 
 def _plan(options: argparse.Namespace) -> None:
     from jobs.plan import plan_conversion, show_plan
+    from jobs.plan_time import plan_time
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(options.words)
     parts = plan_conversion(recipe)
-    trainings = plan_training(recipe)
+    trainings, time = plan_training(recipe), plan_time(recipe)
     problems = [f"{one.base}, {one.section}: {one.problem}" for one in trainings if one.problem]
     if options.json:
         told = [one.model_dump(mode="json", exclude={"lines"}) for one in trainings]
-        print(json.dumps({**show_plan(recipe, parts), "trainings": told}, indent=1))
+        known = {"trainings": told, "time": time and time.model_dump(mode="json")}
+        print(json.dumps({**show_plan(recipe, parts), **known}, indent=1))
         return _refuse(parts, problems, recipe)
     for part in parts:
         print(
@@ -60,6 +64,8 @@ def _plan(options: argparse.Namespace) -> None:
     _show_teacher(show_plan(recipe, parts).get("teacher"))
     for one in trainings:
         print("\n".join([f"\n{one.base}, {one.section}:", *(f"  {line}" for line in one.lines)]))
+    unknown = ["time: not known before a first conversion of this store; a recipe with few steps tells it soon"]
+    print("\n".join(["", *(time.lines() if time else unknown)]))
     _refuse(parts, problems, recipe)
 
 

@@ -14,6 +14,7 @@ from cluster.faces import FacesConfig
 from cluster.prices import PriceConfig
 from cluster.resources import LimitsConfig
 from cluster.store import StoreAddress
+from cluster.tracing import TelemetryConfig
 from serving.audit import AuditConfig
 from serving.capture import CaptureConfig
 from serving.endpoint import ServeConfig
@@ -73,6 +74,7 @@ class Recipe(Config):
     serve: ServeConfig = ServeConfig()
     limits: LimitsConfig = LimitsConfig()
     prices: PriceConfig = PriceConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
     def _check_plan(self) -> Recipe:

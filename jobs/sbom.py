@@ -1,6 +1,8 @@
 """`understudy sbom`: what is installed here, as CycloneDX 1.6 JSON, for whoever checks an image against advisories.
 
-Read from the installed packages' own metadata, without network: name, version, licence and what depends on what. Source:
+Read from the installed packages' own metadata, without network: name, version, licence and what depends on what. A hash of
+the file that a package was installed from is not known any more; instead each has that of its RECORD, which holds the hash
+of every file of it as installed. What it may be installed from is pinned in requirements-cpu.hashes. Source:
 CycloneDX 1.6 JSON; the package-url specification (pkg:pypi, names lower-case with hyphens).
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -16,6 +19,7 @@ from typing import Any
 
 DISTRIBUTION = "understudy"
 NOT_STATED = "not stated in its metadata"
+RECORD_PROPERTY = "understudy:record-sha256"
 _MAX_LICENCE_CHARS = 70
 
 
@@ -76,6 +80,9 @@ def licence_of(name: str) -> str:
 
 def _component(name: str, one: importlib.metadata.Distribution, ref: str) -> dict[str, Any]:
     component: dict[str, Any] = {"type": "library", "bom-ref": ref, "name": name, "version": one.version, "purl": ref}
+    if record := one.read_text("RECORD"):
+        digest = hashlib.sha256(record.encode()).hexdigest()
+        component["properties"] = [{"name": RECORD_PROPERTY, "value": digest}]
     expression = one.metadata["License-Expression"]
     told = licence_of(one.metadata["Name"])
     if expression:

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import UpstreamError
+from cluster.tracing import is_tracing, stop_tracing
 from serving.body import read_body
 from serving.feedback import MAX_FEEDBACK_BYTES
 from serving.gateway import GatewayCore
@@ -25,6 +26,7 @@ from serving.passthrough import OWN_PATHS
 from serving.policy import no_such_model
 from serving.status import status_routes
 from serving.table import model_entries
+from serving.traces import TracedRequests
 
 MAX_REQUEST_BYTES = 32 * 2**20
 _READY_WAIT_S = 120.0
@@ -80,6 +82,9 @@ def build_api(core: GatewayCore) -> FastAPI:
     for path, (method, endpoint) in routes.items():
         api.router.add_route(path, endpoint, methods=[method])
     api.add_middleware(InFlightLimit, max_ongoing=core.config.max_ongoing, meter=core.meter)
+    if is_tracing():
+        posted = [path for path, (method, _) in routes.items() if method == "POST" and path.startswith("/v1/")]
+        api.add_middleware(TracedRequests, paths=posted)
     _answer_errors(api, core, {path: method for path, (method, _) in routes.items()})
     return api
 
@@ -140,5 +145,6 @@ def _lifespan_of(core: GatewayCore) -> Any:
             await core.feedback.backlog.close()
             await core.fallback.close()
             await core.passthrough.close()
+            await asyncio.to_thread(stop_tracing)
 
     return lifespan

@@ -28,6 +28,7 @@ from cluster.records import Release
 from cluster.session import let_ingress_listen_again, on_replica_stop
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
+from cluster.tracing import TelemetryConfig, start_tracing
 from cluster.upstream import Upstream, UpstreamConfig
 from serving.api import build_api
 from serving.audit import AuditConfig, Auditor
@@ -42,6 +43,7 @@ from serving.scaling import STOP_MARGIN_S, autoscaling_of
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, idle_s_of
 from serving.steward import StewardConfig, build_steward
 from serving.table import ServingTable, crowded_base
+from serving.traces import traced_engine, traced_llm
 from serving.working_set import measure_working_set, size_specialists
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class ServeArgs(Config):
     specialists: SpecialistConfig = SpecialistConfig()
     steward: StewardConfig = StewardConfig()
     prices: PriceConfig = PriceConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
 
 def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
@@ -92,7 +95,7 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         _check_room(release, specialists.num_resident)
     args = args.model_copy(update={"specialists": specialists})
 
-    handles = {base: build_specialists(base, args.specialists, args.store) for base in bases}
+    handles = {base: build_specialists(base, args.specialists, args.store, args.telemetry) for base in bases}
     llms = {
         number: build_cluster_llm(config)
         for number, config in enumerate(args.upstream)
@@ -136,11 +139,12 @@ class Gateway:
         configure_logging()
         let_ingress_listen_again()
         config = validate(ServeArgs, args)
+        start_tracing(config.telemetry, "understudy-gateway")
         store, meter = Store(config.store), Meter(export=True)
         idle_s = idle_s_of(config.specialists)
-        engines = {base: ServeEngine(handle, idle_s) for base, handle in handles.items()}
+        engines = {base: traced_engine(ServeEngine(handle, idle_s)) for base, handle in handles.items()}
         llms = [
-            Upstream(one) if isinstance(one, UpstreamConfig) else ClusterLLM(one, llm_handles[number])
+            traced_llm(Upstream(one) if isinstance(one, UpstreamConfig) else ClusterLLM(one, llm_handles[number]))
             for number, one in enumerate(config.upstream)
         ]
         capture = Capture(store, config.capture, meter, store.content_keys)

@@ -28,6 +28,7 @@ from serving.billing import Cost
 from serving.capture import Capture
 from serving.fallback import FallbackLLM
 from serving.pending import PendingCall
+from serving.savings import Savings
 
 
 class AuditConfig(Config):
@@ -66,6 +67,8 @@ class Auditor:
         self._pseudonyms, self._meter = pseudonyms, meter
         self.budget = AuditBudget(config.max_usd_per_day)
         self._shown_share: float | None = None
+        self.savings = Savings(meter)
+        """What kept answers save; audits say what they would have cost."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -150,6 +153,7 @@ class Auditor:
         captured = audit.captured(
             self._pseudonyms, response=reply.body, llm_cost=cost, served_by="llm", status=200, error=None
         )
+        self.savings.note(captured, cost.usd)
         message = captured.message
         if message is None:
             self._capture.put(captured)

@@ -29,6 +29,7 @@ from cluster.records import AgentCall, RouteDecision, ServedBy, Specialist, Usag
 from cluster.route_model import RouteGuess
 from cluster.servable import REJECTED_REASON, ask_engine
 from cluster.telemetry import Meter, log_event
+from cluster.tracing import span
 from cluster.upstream import LLMNodeConfig
 from serving import policy, rollout
 from serving.admission import Admission
@@ -50,6 +51,7 @@ from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
 from serving.shadow import Shadows
 from serving.table import ServingTable, Snapshot
+from serving.traces import note_call
 
 
 class GatewayCore:
@@ -101,7 +103,8 @@ class GatewayCore:
         reason = "the client asks for the LLM" if is_for_llm else "undecided"
         undecided = RouteDecision(action="llm", reason=reason, release=snapshot.release)
         facing = Facing(self.faces, faces_before(agent_of(headers), headers.get(FACES_HEADER), self.faces))
-        ids = (uuid.uuid4().hex, time.time(), time.perf_counter(), identity.client)
+        now, begin, client = time.time(), time.perf_counter(), identity.client
+        ids = (uuid.uuid4().hex, now, begin, client)
         call = PendingCall(*ids, request, headers, undecided, facing, limits, is_named=task_id is not None)
         # A call that the router did not send says nothing of the task's traffic.
         call.is_reference = not (call.is_named or is_for_llm) and self.auditor.is_drawn(call.call_id)
@@ -224,7 +227,8 @@ class GatewayCore:
         begin = time.perf_counter()
         self._num_asking += 1
         try:
-            found = self._decide_before(call, snapshot, task_id)
+            with span("route"):
+                found = self._decide_before(call, snapshot, task_id)
             if isinstance(found, RouteDecision):
                 call.decision = found
                 return None
@@ -379,6 +383,8 @@ class GatewayCore:
         )
         call.is_finished = True
         self.decisions.note(captured)
+        self.auditor.savings.note(captured, cost and cost.usd)
+        note_call(captured)
         action = call.decision.action
         self.meter.count("understudy_calls_total", action=action, task_id=call.decision.task_id or "")
         self.meter.observe("understudy_call_latency_ms", captured.latency_ms or 0.0, action=action)

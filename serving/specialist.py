@@ -20,12 +20,15 @@ from cluster.engine import EngineAnswer, rendering_version
 from cluster.errors import EngineError, StoreError
 from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
+from cluster.tracing import TelemetryConfig, outgoing, start_tracing
 from serving.generation import Generated, generate
 from serving.presence import Presence
 from serving.scaling import ScaleConfig, autoscaling_of
+from serving.traces import traced_answers
 
 ADAPTER_MODE = "lora"
 LOGPROB_MODE = "raw_logprobs"
+NO_TELEMETRY = TelemetryConfig()
 _FINGERPRINTED = ("dtype", "enforce_eager", "max_lora_rank", "max_model_len", "logprobs_mode")
 """Engine options that could change an answer or its confidence."""
 MIN_ADAPTERS = 8
@@ -78,7 +81,9 @@ class SpecialistConfig(ScaleConfig):
         return rank
 
 
-def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> Any:
+def build_specialists(
+    base: str, config: SpecialistConfig, store_uri: str, telemetry: TelemetryConfig = NO_TELEMETRY
+) -> Any:
     """Bind the deployment that serves one base model.
 
     Args:
@@ -105,7 +110,7 @@ def build_specialists(base: str, config: SpecialistConfig, store_uri: str) -> An
         llm_config,
         deployment_cls=_server_class(),
         override_serve_options={"name": name},
-        bind_kwargs={"store_uri": store_uri, "base": base, "config": config},
+        bind_kwargs={"store_uri": store_uri, "base": base, "config": config, "telemetry": telemetry},
     )
 
 
@@ -235,7 +240,9 @@ class ServeEngine:
         await self._presence.check()
         handle = self._handle.options(multiplexed_model_id=adapter) if adapter else self._handle
         with self._presence.watch():
-            response = handle.answer.remote(adapter, prompt_format, request, max_answer_tokens, stop_below)
+            asked = (adapter, prompt_format, request, max_answer_tokens, stop_below)
+            trace = {"trace": headers} if (headers := outgoing()) else {}
+            response = handle.answer.remote(*asked, **trace)
             try:
                 return await response
             except asyncio.CancelledError:
@@ -328,19 +335,28 @@ async def add_adapter(client: Any, lora: Any) -> None:
         raise EngineError(f"{lora.lora_name}: {error}") from None
 
 
+def _fetch_adapter(store: Store, adapter: str) -> Any:
+    try:
+        return store.fetch(adapter)
+    except StoreError as error:
+        raise EngineError(f"{adapter}: {error}") from None
+
+
 def _server_class() -> Any:
     """Made in a function, because Ray Serve LLM imports the engine."""
     from ray.llm._internal.serve.core.server.llm_server import LLMServer
 
     class SpecialistServer(LLMServer):
-        async def __init__(self, llm_config: Any, *, store_uri: str, base: str, config: SpecialistConfig) -> None:
+        async def __init__(
+            self, llm_config: Any, *, store_uri: str, base: str, config: SpecialistConfig, telemetry: TelemetryConfig
+        ) -> None:
             from ray import serve
             from transformers import AutoTokenizer
 
+            start_tracing(telemetry, "understudy-specialist")
             self._store = Store(store_uri)
             # On this node too; the path is the one that `build_specialists` gave to the engine.
-            source = self._store.fetch(base)
-            self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(self._store.fetch(base), trust_remote_code=False)
             # It would download the model in a Ray task of its own, which imports the engine once more (13 s on a CPU).
             llm_config.get_or_create_callback().ctx.run_init_node = False
             self._numbers: dict[str, int] = {}
@@ -366,6 +382,7 @@ def _server_class() -> Any:
             """Make the adapter resident in this replica, so that no request to it pays for that."""
             await self._adapters.get(adapter)
 
+        @traced_answers
         async def answer(
             self,
             adapter: str | None,
@@ -384,10 +401,7 @@ def _server_class() -> Any:
             from vllm.lora.request import LoRARequest
 
             number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
-            try:
-                folder = await asyncio.to_thread(self._store.fetch, adapter)
-            except StoreError as error:
-                raise EngineError(f"{adapter}: {error}") from None
+            folder = await asyncio.to_thread(_fetch_adapter, self._store, adapter)
             lora = LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
             await add_adapter(self.engine._engine_client, lora)
             await self._generate(lora, [self._tokenizer.eos_token_id], 1)

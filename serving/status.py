@@ -31,6 +31,7 @@ from cluster.telemetry import log_event
 from serving.body import read_body
 from serving.gateway import GatewayCore
 from serving.openai_wire import Denied, parse_strictly
+from serving.savings import AVOIDED, SPENT
 from serving.status_facts import overview, task_page
 
 TOKEN_S = 3600
@@ -141,7 +142,7 @@ def _views(core: GatewayCore, facts: _Remembered) -> dict[str, tuple[str, Endpoi
         core.admission.admit(request.headers, "read_metadata")
         snapshot = core.table.snapshot
         here = {"gateway": core.decisions.gateway, "release": snapshot.release, "skipped": dict(snapshot.skipped)}
-        return JSONResponse({**await facts.overview(), "here": here}, headers=_NO_STORE)
+        return JSONResponse({**await facts.overview(), "here": here, "now": time.time()}, headers=_NO_STORE)
 
     async def show_task(request: Request) -> Response:
         core.admission.admit(request.headers, "read_metadata")
@@ -255,11 +256,14 @@ def _counts(core: GatewayCore) -> dict[str, Any]:
     """What this gateway has counted since it started."""
     calls: dict[str, float] = {}
     audits: dict[str, dict[str, float]] = {}
+    usd: dict[str, dict[str, float]] = {}
     for (name, *tags), value in list(core.meter.counts.items()):
         if name == "understudy_calls_total":
             calls[tags[0]] = calls.get(tags[0], 0) + value
         elif name == "understudy_audits_total":
             audits.setdefault(tags[0], {})["agree" if tags[1] == "true" else "differ"] = value
+        elif name in (AVOIDED, SPENT):
+            usd.setdefault(tags[0], {})["avoided" if name == AVOIDED else "spent"] = value
     totals = {
         "audits_missed": "understudy_audits_missed_total",
         "calls_dropped": "understudy_calls_dropped_total",
@@ -268,7 +272,7 @@ def _counts(core: GatewayCore) -> dict[str, Any]:
     }
     budget = core.auditor.budget
     stream = {"share": core.auditor.share, "spent_usd": budget.spent_usd, "max_usd_per_day": budget.max_usd}
-    counts = {"calls": calls, "audits": audits, "reference_stream": stream}
+    counts = {"calls": calls, "audits": audits, "reference_stream": stream, "usd": usd}
     return {**counts, **{name: core.meter.total(metric) for name, metric in totals.items()}}
 
 

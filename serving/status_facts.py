@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster import registry
+from cluster.conversions import read_conversion
 from cluster.errors import ReleaseError, StoreError
 from cluster.events import Event, read_events
 from cluster.records import Release
@@ -65,13 +66,14 @@ def overview(store: Store) -> dict[str, Any]:
     """All tasks with their states, the releases, and the last changes.
 
     Returns:
-        {release, created_ts, roll_back_to, is_frozen, frozen_reason, tasks, releases, events}; tasks are ordered by volume.
+        {release, created_ts, roll_back_to, is_frozen, frozen_reason, tasks, releases, events, conversion}; tasks are ordered by volume.
 
     Raises:
         ReleaseError: CURRENT, a release or the steward's state cannot be read.
     """
     found = registry.current(store)
     frozen = _read(store, registry.FROZEN)
+    conversion = read_conversion(store)
     return {
         "release": found and found[0],
         "created_ts": found and found[1].created_ts,
@@ -81,6 +83,7 @@ def overview(store: Store) -> dict[str, Any]:
         "tasks": _tasks(store, found),
         "releases": _releases(store, found and found[0]),
         "events": [_event(one) for one in reversed(read_events(store, _NUM_EVENTS))],
+        "conversion": conversion and conversion.model_dump(mode="json"),
     }
 
 

@@ -41,6 +41,7 @@ from serving.gateway import GatewayCore
 from serving.gateway_config import GatewayConfig
 from serving.passthrough import PassThrough
 from serving.table import ServingTable
+from serving.traces import traced_engine, traced_llm
 
 BASE, ADAPTER, ROUTES = "bases/tiny", "adapters/triage", "routes/one"
 FINGERPRINT = "engine-1"
@@ -175,6 +176,8 @@ class FakeLLM:
         self.gives_counts = True
         """Whether streams bring token counts where they are asked for."""
         self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        """Of the requests, by lower-case name."""
         self.num_left = 0
         """Calls whose client left before their end."""
         self._runner: web.AppRunner | None = None
@@ -199,6 +202,7 @@ class FakeLLM:
     async def _complete(self, http_request: web.Request) -> web.StreamResponse:
         request = await http_request.json()
         self.requests.append(request)
+        self.headers.append({name.lower(): value for name, value in http_request.headers.items()})
         if self.status != 200:
             return web.json_response({"error": self.error}, status=self.status)
         try:
@@ -295,7 +299,7 @@ async def gateway(
     key = keys.create("billing", "agent")
     capture, fallback = (
         Capture(store, CaptureConfig(flush_interval_s=1000.0), meter),
-        FallbackLLM([Upstream(one) for one in upstream], meter),
+        FallbackLLM([traced_llm(Upstream(one)) for one in upstream], meter),
     )
     pseudonyms, settings = Pseudonyms(b"k" * 32), GatewayConfig(**config)
     raw = None if is_cluster_only else RawUpstream(upstream[0])
@@ -305,7 +309,7 @@ async def gateway(
         fallback=fallback,
         auditor=Auditor(audit, fallback, capture, pseudonyms, meter),
         table=ServingTable(store, {BASE: engine}, max_adapters=8),
-        engines={BASE: engine},
+        engines={BASE: traced_engine(engine)},
         pseudonyms=pseudonyms,
         api_keys=keys,
         prices=prices,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 from fakes import ROUTES, make_specialist
 
 from cluster import registry
+from cluster.conversions import ConversionProgress, RunProgress, write_conversion
 from cluster.events import Cause
 from cluster.records import Release, Rollout, Specialist, TaskSpec
 from cluster.store import Store
@@ -50,7 +53,20 @@ def stage(store: Store) -> str:
     seen = [Comparison(f"c{n}", n, f"s{n}", "audit", name, n % 60 != 0) for n in range(1, 241)]
     state = State(evidence=count(evidence, seen, now=1_000.0, idle_s=300.0))
     store.write_json(STATE_FILE, state.model_dump(mode="json"))
+    write_conversion(store, conversion())
     return sha
+
+
+def conversion(**changes: object) -> ConversionProgress:
+    """One that fine-tunes two tasks now."""
+    now = time.time()
+    runs = (
+        RunProgress(name="search", step=120, num_steps=400, loss=0.412, agreement=0.83, tokens_per_s=2_140.0),
+        RunProgress(name="summary", step=0, num_steps=400),
+    )
+    seconds = {"curate": 12.4, "discover": 31.0, "select": 0.2, "base": 240.0}
+    facts = {"started_ts": now - 400, "updated_ts": now, "state": "running", "stage": "finetune"}
+    return ConversionProgress.model_validate({**facts, "seconds": seconds, "runs": runs, **changes})
 
 
 def other_release(store: Store) -> str:

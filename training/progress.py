@@ -10,10 +10,13 @@ import json
 import pathlib
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
 _POLL_S = 0.5
+_RUNNING: dict[pathlib.Path, tuple[str, int]] = {}
+"""Progress file -> name and steps of each run that this process waits for."""
 
 
 _SHOWN = {
@@ -36,16 +39,26 @@ def write_progress(path: pathlib.Path, facts: Mapping[str, float]) -> None:
     beside.replace(path)
 
 
+def running() -> list[dict[str, Any]]:
+    """The runs that this process waits for: {name, step, num_steps} and what their files hold of what is shown."""
+    return [
+        {"name": name, "num_steps": num_steps, "step": 0, **_read(path)}
+        for path, (name, num_steps) in list(_RUNNING.items())
+    ]
+
+
 @contextlib.contextmanager
 def show_progress(path: pathlib.Path, name: str, num_steps: int) -> Iterator[None]:
     """Draw a bar on a terminal while the block runs; elsewhere nothing."""
     is_over = threading.Event()
+    _RUNNING[path] = name, num_steps
     with tqdm(total=num_steps, desc=name, unit="step", disable=None) as bar:
         watcher = threading.Thread(target=_follow, args=(path, bar, is_over), name=f"progress of {name}", daemon=True)
         watcher.start()
         try:
             yield
         finally:
+            del _RUNNING[path]
             is_over.set()
             watcher.join()
 
@@ -58,6 +71,14 @@ def describe_progress(facts: Mapping[str, float]) -> str:
         'loss 0.500, tokens/s 2,100'
     """
     return ", ".join(f"{name} {form.format(facts[key])}" for key, (name, form) in _SHOWN.items() if key in facts)
+
+
+def _read(path: pathlib.Path) -> dict[str, float]:
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):  # Not begun, or its folder is cleared away.
+        return {}
+    return {name: facts[name] for name in ("step", "loss", "agreement", "tokens_per_s") if name in facts}
 
 
 def _follow(path: pathlib.Path, bar: tqdm, is_over: threading.Event) -> None:

@@ -1,9 +1,10 @@
 // The gateway's page: asks status/... with the key of this tab, draws what comes as text nodes, and sends an admin's
 // actions. Nothing here makes markup of text. Source of the fields: serving/status.py, serving/status_facts.py.
 
-const LIVE_MS = 1000, FACTS_MS = 5000, FORGOTTEN_MS = 60000, KEY = "understudy-key";
+const LIVE_MS = 1000, FACTS_MS = 5000, FORGOTTEN_MS = 60000, SILENT_S = 30, KEY = "understudy-key";
+const STAGES = ["curate", "discover", "select", "base", "finetune", "validate", "release"];
 const $ = (id) => document.getElementById(id);
-const state = { session: null, facts: null, drawn: {}, gateways: new Map(), decisions: new Map(), paused: false, round: 0 };
+const state = { session: null, facts: null, drawn: {}, gateways: new Map(), decisions: new Map(), paused: false, round: 0, asked: 0, shown: 0 };
 
 // --- words -------------------------------------------------------------------------------------------------------
 
@@ -13,6 +14,8 @@ const count = (value) => (missing(value) ? "" : value.toLocaleString("en"));
 const short = (sha) => (sha ? sha.slice(0, 12) : "none");
 const ms = (value) => (missing(value) ? "" : value < 10 ? `${value.toFixed(1)} ms` : `${Math.round(value).toLocaleString("en")} ms`);
 const when = (ts) => new Date(ts * 1000).toISOString().replace("T", " ").slice(0, 19);
+const usd = (value) => (missing(value) ? "" : `${value < 0 ? "-" : ""}$${Math.abs(value).toFixed(Math.abs(value) < 1 ? 4 : 2)}`);
+const lasting = (s) => (s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`);
 const plural = (number, what) => `${count(number)} ${what}${number === 1 ? "" : "s"}`;
 
 function el(tag, options = {}, ...children) {
@@ -124,7 +127,7 @@ function logOut(why) {
   Object.assign(state, { session: null, facts: null, drawn: {} });
   state.gateways.clear();
   state.decisions.clear();
-  for (const id of ["stage", "actions", "tasks", "counts", "live", "releases", "events", "task-body"]) $(id).replaceChildren();
+  for (const id of ["stage", "actions", "conversion", "tasks", "counts", "live", "releases", "events", "task-body"]) $(id).replaceChildren();
   for (const id of ["board", "task", "leave"]) $(id).hidden = true;
   $("login").hidden = false;
   $("who").textContent = "";
@@ -164,9 +167,10 @@ function draw(id, value, make) {
 }
 
 async function drawFacts(round) {
-  const before = state.facts, facts = await ask("status/overview");
-  if (round !== state.round) return;
-  state.facts = facts;
+  const turn = ++state.asked, facts = await ask("status/overview");
+  if (round !== state.round || turn < state.shown) return; // An action's look may overtake one that was under way.
+  const before = state.facts;
+  Object.assign(state, { facts, shown: turn });
   announce(before, facts);
   await show();
 }
@@ -207,8 +211,9 @@ function drawBoard() {
       : el("p", {}, `This gateway still serves ${short(facts.here.release)}; it follows within seconds, or its log says why not.`),
   ].filter(Boolean));
   drawActions(facts);
-  const latencies = [...state.gateways.values()].map((one) => one.latencies);
-  draw("tasks", [facts.tasks, facts.here.skipped, latencies], () => [table("Tasks by volume", [
+  draw("conversion", [facts.conversion, silence(facts.conversion)], () => conversionParts(facts.conversion));
+  const latencies = [...state.gateways.values()].map((one) => one.latencies), saved = savings();
+  draw("tasks", [facts.tasks, facts.here.skipped, latencies, [...saved]], () => [table("Tasks by volume", [
     ["Task", (task) => el("a", { id: `go-${task.task_id}`, href: `#/tasks/${encodeURIComponent(task.task_id)}` }, task.name ?? task.task_id), "wide"],
     ["State", stageOf],
     ["Calls found", (task) => count(task.num_calls), "number"],
@@ -218,13 +223,14 @@ function drawBoard() {
     ["Epsilon", (task) => percent(task.epsilon), "number"],
     ["Live disagreement", disagreement],
     ["Latency", (task) => latencyOf(task.task_id, latencies), "nowrap"],
+    ["Saved", (task) => usd(saved.get(task.task_id)), "number"],
   ], facts.tasks, { nothing: "No tasks yet; next: understudy convert store=STORE" })]);
   draw("releases", [facts.releases, state.session.can_administer, facts.release], () => [table("Releases, the newest first", [
     ["Release", (one) => el("code", { title: one.release }, short(one.release))],
     ["Made, UTC", (one) => when(one.created_ts), "nowrap"],
     ["Specialists", (one) => count(one.num_specialists), "number"],
     ["Refused", (one) => count(one.num_refused), "number"],
-    ["", (one) => one.is_served ? badge("served", "live") : state.session.can_administer
+    ["Served", (one) => one.is_served ? badge("served", "live") : state.session.can_administer
       ? el("button", { type: "button", id: `promote-${one.release}`, "aria-label": `Promote ${short(one.release)}`, onclick: () => promote(one) }, "Promote…") : "waits"],
   ], facts.releases)]);
   draw("events", facts.events, () => [table("Changes of what is served, the newest first", [
@@ -238,6 +244,43 @@ function drawBoard() {
 function evidenceOf(event) {
   return Object.entries(event.tasks).map(([task, one]) =>
     `${task}: ${one.from} to ${one.to}, ${one.num_disagreements} of ${one.num_compared} differ`).join("; ");
+}
+
+// Seconds without a word of a conversion that should run, in steps of ten; 0 where it speaks.
+function silence(one) {
+  const silentS = one?.state === "running" ? state.facts.now - one.updated_ts : 0;
+  return silentS > SILENT_S ? Math.round(silentS / 10) * 10 : 0;
+}
+
+function conversionParts(one) {
+  if (!one) return [el("p", { class: "quiet" }, "None yet; next: understudy convert store=STORE")];
+  const silentS = silence(one), is = { running: "runs", done: "is done", failed: "has failed" };
+  const kind = (stage) => stage in one.seconds ? "over" : stage !== one.stage ? null : one.state === "failed" || silentS ? "stopped" : "now";
+  const steps = STAGES.map((stage) => el("li", { class: kind(stage), "aria-current": kind(stage) === "now" ? "step" : null },
+    stage in one.seconds ? `${stage}, ${lasting(one.seconds[stage])}` : stage));
+  const told = [`It ${silentS ? "has said nothing" : is[one.state]}`, silentS ? ` for ${lasting(silentS)}; it may have been killed` : "",
+    one.error ? ` (${one.error}; its log says why)` : "", `. Begun ${when(one.started_ts)} UTC, last word after ${lasting(one.updated_ts - one.started_ts)}.`];
+  return [el("p", {}, ...told, one.release ? " It made release " : null, one.release ? el("code", { title: one.release }, short(one.release)) : null),
+    el("ol", { class: "steps", "aria-label": "Stages" }, ...steps),
+    one.runs.length ? el("div", { class: "runs" }, ...one.runs.map(runProgress)) : null].filter(Boolean);
+}
+
+function runProgress(run, place) {
+  const name = state.facts.tasks.find((task) => task.task_id === run.name)?.name ?? run.name;
+  const seen = [`step ${count(run.step)} of ${count(run.num_steps)}`, missing(run.loss) ? "" : `loss ${run.loss.toFixed(3)}`,
+    missing(run.agreement) ? "" : `agreement ${percent(run.agreement)}`, missing(run.tokens_per_s) ? "" : `${count(Math.round(run.tokens_per_s))} tokens/s`];
+  return el("div", {}, el("label", { for: `run-${place}` }, name), el("progress", { id: `run-${place}`, max: run.num_steps, value: run.step }),
+    el("div", { class: "quiet small" }, seen.filter(Boolean).join(", ")));
+}
+
+// task_id -> US dollars: what the LLM would have asked for kept answers, less what they and the checks on them cost. Nothing
+// while no LLM has asked for anything: its price is not stated then.
+function savings() {
+  const found = new Map();
+  if (![...state.gateways.values()].some((one) => one.counts.llm_spend_usd > 0)) return found;
+  for (const { counts } of state.gateways.values())
+    for (const [task, one] of Object.entries(counts.usd)) found.set(task, (found.get(task) ?? 0) + (one.avoided ?? 0) - (one.spent ?? 0));
+  return found;
 }
 
 // Of the gateway that has answered most of this task's last calls.
@@ -289,8 +332,9 @@ function drawCounts() {
     ["Escalated", part(calls("escalate"))], ["Fell back", part(calls("fall_back"))], ["LLM alone", part(calls("llm"))],
     ["Audits that differ", `${count(differ)} of ${count(agree + differ)}`], ["Audits missed", count(sum((one) => one.audits_missed))],
     ["Calls not captured", count(sum((one) => one.calls_dropped))], ["Errors to clients", count(sum((one) => one.errors))],
-    ["LLM tokens, US$", sum((one) => one.llm_spend_usd).toFixed(4)],
-    ["Audits today, US$", sum((one) => one.reference_stream.spent_usd).toFixed(4)],
+    ["LLM tokens", usd(sum((one) => one.llm_spend_usd))],
+    ["Audits today", usd(sum((one) => one.reference_stream.spent_usd))],
+    ["Saved, estimated", savings().size ? usd([...savings().values()].reduce((a, b) => a + b, 0)) : "no price yet"],
   ];
   const since = Math.min(...[...state.gateways.values()].map((one) => one.started_ts));
   $("counted").textContent = `Counted since ${when(since)} UTC by ${plural(all.length, "gateway")} behind this address.`;
@@ -318,7 +362,7 @@ function taskParts(task) {
   const gate = task.gate, most = Math.max(0.01, ...task.arms.map((arm) => arm.interval[1])), parts = [stageOf(task), el("dl", { class: "tiles" }, ...tiles([
     ["Task", el("code", {}, task.task_id), "text"], ["Kind", task.kind ?? "", "text"], ["Calls found", count(task.num_calls)],
     ["Share of calls", percent(task.share_calls)], ["Share of cost", percent(task.share_cost)],
-    ["Clients", count(task.num_clients)], ["Sessions", count(task.num_sessions)],
+    ["Clients", count(task.num_clients)], ["Sessions", count(task.num_sessions)], ["Saved, estimated", usd(savings().get(task.task_id))],
   ].filter(([, value]) => value !== "")))];
   parts.push(el("h3", {}, "What is promised"));
   if (gate && missing(gate.refused) && !missing(gate.threshold)) {
@@ -386,14 +430,15 @@ function confirmed({ title, text, yes, danger = false, fields = [] }) {
 }
 
 async function act(path, body, done) {
+  let release;
   try {
     state.session = await ask("status/session"); // A token is good for an hour, a page stays open for days.
-    const { release } = await ask(path, { body, token: state.session.token });
-    say(done(release));
-    await drawFacts(state.round);
+    ({ release } = await ask(path, { body, token: state.session.token }));
   } catch (error) {
-    say(`Not done: ${error.message}`);
+    return say(`Not done: ${error.message}`);
   }
+  try { await drawFacts(state.round); } catch (error) { trouble(error.message); }
+  say(done(release)); // Last, instead of what the new facts announce by themselves.
 }
 
 async function promote(one) {

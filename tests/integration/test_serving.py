@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pathlib
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 import httpx
 import openai
 import pytest
+from background_loop import background_loop
+from otlp import Collector, listening
 from teaching import teach
 
 from cluster import registry
@@ -60,6 +63,8 @@ class Endpoint(NamedTuple):
     store: Store
     release: str
     specialist: Specialist
+    traces: Collector
+    """What the gateway's and the engine's processes send their spans to."""
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +75,25 @@ def endpoint(serve_port: int, toy: Any, tmp_path_factory: pytest.TempPathFactory
     store = Store(str(folder / "store"))
     release, specialist = _publish(store, toy, folder)
     key = ApiKeys(keys_folder(store.uri) / KEYS_FILE).create("test-agent", "agent")
+    stack = contextlib.ExitStack()
     llm, llm_url = _start_llm()
     try:
+        traces = stack.enter_context(_collector())
         upstream = [{"base_url": f"{llm_url}/v1"}]
-        args = {"store": store.uri, "upstream": upstream, "specialists": SPECIALISTS}
+        telemetry = {"otlp_endpoint": traces.url}
+        args = {"store": store.uri, "upstream": upstream, "specialists": SPECIALISTS, "telemetry": telemetry}
         serve.run(build(ServeArgs.model_validate(args)), name=APP, route_prefix="/")
         with openai.OpenAI(
             base_url=f"http://127.0.0.1:{serve_port}/v1", api_key=key, max_retries=0, timeout=READY_TIMEOUT_S
         ) as client:
             _wait_for_release(client, release)
-            yield Endpoint(client, store, release, specialist)
+            yield Endpoint(client, store, release, specialist, traces)
     finally:
         serve.delete(APP)
         llm.terminate()
         llm.wait(timeout=10)
         llm.stdout.close()
+        stack.close()
 
 
 def test_a_learned_call_is_accepted_with_its_headers_and_captured(endpoint: Endpoint, toy: Any) -> None:
@@ -196,6 +205,38 @@ def test_models_of_the_llm_and_the_specialists_are_listed(endpoint: Endpoint) ->
     assert {LLM, f"understudy/{TASK}"} <= {model.id for model in endpoint.client.models.list()}
 
 
+def test_a_trace_goes_from_the_client_through_the_gateway_into_the_engine_s_replica(
+    endpoint: Endpoint, toy: Any
+) -> None:
+    trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {"traceparent": f"00-{trace_id}-{parent_id}-01"}
+    endpoint.client.chat.completions.create(model=LLM, extra_headers=headers, **toy.examples[0].request)
+    name, deadline = f"chat {endpoint.specialist.adapter}", time.monotonic() + CAPTURE_TIMEOUT_S
+    while len(seen := [one for one in endpoint.traces.spans if one.trace_id == trace_id]) < 4:
+        assert time.monotonic() < deadline, [one.name for one in seen]
+        time.sleep(0.1)
+    (root,) = (one for one in seen if one.kind == "server" and one.service == "understudy-gateway")
+    (asked,) = (one for one in seen if one.name == name and one.kind == "client")
+    (answered,) = (one for one in seen if one.name == name and one.service == "understudy-specialist")
+    assert root.parent_id == parent_id and asked.parent_id == root.span_id and answered.parent_id == asked.span_id
+    assert answered.facts["gen_ai.usage.output_tokens"] > 0 and root.facts["understudy.action"] == "accept"
+
+
+def test_the_page_and_what_it_shows_come_through_serve(endpoint: Endpoint) -> None:
+    keys = ApiKeys(keys_folder(endpoint.store.uri) / KEYS_FILE)
+    base = str(endpoint.client.base_url).removesuffix("/v1/")
+    with httpx.Client(base_url=base, headers={"authorization": f"Bearer {keys.create('ann', 'viewer')}"}) as viewer:
+        assert "<title>Understudy</title>" in viewer.get("/").text
+        assert viewer.get("/status/page.js").headers["content-type"].startswith("text/javascript")
+        facts = viewer.get("/status/overview").json()
+        assert facts["release"] == facts["here"]["release"] == endpoint.release
+        assert [(task["task_id"], task["state"]) for task in facts["tasks"]] == [(TASK, "live")]
+        assert viewer.get("/status/live").json()["decisions"] and viewer.get(f"/status/tasks/{TASK}").json()["gate"]
+        assert viewer.post("/status/freeze", json={}).status_code == 403
+    agent = {"authorization": f"Bearer {endpoint.client.api_key}"}
+    assert httpx.get(f"{base}/status/overview", headers=agent).status_code == 403
+
+
 def test_a_wrong_key_is_turned_away(endpoint: Endpoint) -> None:
     with pytest.raises(openai.AuthenticationError):
         endpoint.client.with_options(api_key="us-wrong").chat.completions.create(model=LLM, messages=UNKNOWN)
@@ -220,6 +261,17 @@ def test_feedback_becomes_the_outcome_of_its_call(endpoint: Endpoint) -> None:
         assert time.monotonic() < deadline, "the feedback was not stored"
         time.sleep(0.2)
     assert outcome == {"score": 0.25}
+
+
+@contextlib.contextmanager
+def _collector() -> Iterator[Collector]:
+    with background_loop() as loop:
+        context = listening()
+        found = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(10)
+        try:
+            yield found
+        finally:
+            asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(10)
 
 
 def _publish(store: Store, toy: Any, folder: pathlib.Path) -> tuple[str, Specialist]:

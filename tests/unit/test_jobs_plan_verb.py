@@ -1,8 +1,16 @@
 """`understudy plan`: the arithmetic of every base's training, and exit code 2 with numbers where one fits nowhere."""
 
-import pytest
+import json
 
+import pytest
+from fakes import make_specialist
+
+from cluster import registry
+from cluster.records import Release
+from cluster.store import Store
 from jobs.__main__ import main
+from jobs.provenance import save_config
+from jobs.recipe import load_recipe
 
 GPUS = ["finetune.gpus_per_worker=1", "finetune.bf16=true", "specialists.max_model_tokens=1024"]
 
@@ -60,3 +68,43 @@ def test_what_fits_nowhere_is_refused_with_what_would(plan):
 def test_gpus_that_nobody_describes_are_asked_for(plan):
     code, _, err = plan(*GPUS, "select.base=qwen3-8b")
     assert code == 2 and "next: finetune.device_gib=80" in err
+
+
+def convert_once(store: Store, created_ts: float, seconds: dict[str, float], *words: str) -> str:
+    """Leave behind what a conversion leaves of its time."""
+    recipe = load_recipe(["recipe=demo", f"store={store.uri}", *words])
+    release = Release(
+        specialists={"triage": make_specialist()},
+        refused={},
+        route_model="r",
+        snapshot=str(created_ts),
+        created_ts=created_ts,
+    )
+    sha = registry.publish_release(store, release)
+    save_config(store, sha, recipe)
+    store.write_json(f"releases/{sha}.report.json", {"seconds": seconds})
+    return sha
+
+
+def test_time_and_money_are_those_of_the_store_s_own_conversions(plan, tmp_path):
+    words = ["recipe=demo", "fleet.max_parallel=1"]
+    code, out, _ = plan(*words)
+    assert code == 0 and "time: not known before a first conversion of this store" in out
+    assert not (tmp_path / "store").exists()
+    store = Store(str(tmp_path / "store"))
+    full = {"curate": 10.0, "base": 300.0, "finetune": 100.0, "validate": 50.0}
+    convert_once(store, 1.0, full)
+    # The second one found its base trained; it does not count as quick training. One of another base says nothing.
+    sha = convert_once(store, 2.0, {**full, "curate": 20.0, "base": 0.1})
+    convert_once(store, 3.0, {"curate": 900.0}, "select.base=scratch-small")
+    store.write_json("releases/x.report.json", {})
+    _, out, _ = plan(
+        *words, "pretrain.num_steps=860", "finetune.num_steps=300", "prices.replica_usd_per_hour=3.6", "--json"
+    )
+    time = json.loads(out)["time"]
+    assert time["by_stage"] == {"curate": 20.0, "base": 600.0, "finetune": 200.0, "validate": 50.0}
+    assert time["seconds"] == 870.0 and time["usd"] == pytest.approx(0.87) and time["from_release"] == sha
+    _, out, _ = plan(*words)
+    assert (
+        "time: about 7.8 min (curate 20 s, base 5.0 min" in out and f"as release {sha[:12]} took; money: $0.0131" in out
+    )

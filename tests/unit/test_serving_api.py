@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 from aiohttp import web
 from fakes import PATH, REQUEST, Running, gateway
+from otlp import collector
 
 from cluster.access import ApiKeys, Pseudonyms
 from cluster.feedback import read_feedback
@@ -187,6 +188,27 @@ def test_what_passes_through_is_byte_for_byte_the_clients_and_the_endpoints(
                 assert not {"cookie", "openai-organization", "x-session-id", "x-hop"} & set(got)
                 assert run.core.meter.counts[("understudy_passthrough_total", path, "200")] == 1
             assert not await run.captured()
+
+    asyncio.run(scenario())
+
+
+def test_what_passes_through_carries_the_client_s_trace_or_where_tracing_is_on_the_gateway_s(
+    tmp_path: pathlib.Path,
+) -> None:
+    trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {"traceparent": f"00-{trace_id}-{parent_id}-01"}
+
+    async def carried(folder: pathlib.Path) -> str:
+        async with gateway(folder) as run, endpoint(run) as upstream:
+            assert (await run.http.post(EMBEDDINGS, json={"input": "x"}, headers=headers)).status_code == 200
+            return upstream.requests[-1][2]["traceparent"]
+
+    async def scenario() -> None:
+        assert await carried(tmp_path / "off") == headers["traceparent"]
+        async with collector() as seen:
+            told = await carried(tmp_path / "on")
+            (root,) = seen.named(f"POST {EMBEDDINGS}")
+            assert root.parent_id == parent_id and told.split("-")[1:3] == [trace_id, root.span_id]
 
     asyncio.run(scenario())
 

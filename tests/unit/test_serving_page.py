@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
+import time
 
 import pytest
+from axe import RUN, NoAxe, axe_source
 from browser import CHROMIUM, Page, browser
-from fakes import gateway
+from fakes import Running, gateway
 from loopback import served
-from staged import CONTENT, NAMES, stage
+from staged import CONTENT, NAMES, conversion, other_release, stage
 
 from cluster import registry
 from cluster.access import ApiKeys
+from cluster.conversions import write_conversion
 from cluster.store import Store
 
 ENTER, ESCAPE, TAB = ("Enter", 13), ("Escape", 27), ("Tab", 9)
@@ -44,7 +47,18 @@ CONTRAST = """(() => {
 })()"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; next: apt-get install chromium")
+MAX_PAYLOAD_BYTES = 64 * 1024
+"""Of the page without what it shows; one screen on a slow phone's connection."""
+MEASURED = """(() => { const all = [...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]
+    .filter((one) => !/status\\/(session|overview|live|tasks)/.test(one.name));
+    return {paint_ms: performance.getEntriesByName('first-contentful-paint')[0]?.startTime, requests: all.length,
+        bytes: all.reduce((sum, one) => sum + one.transferSize, 0)}; })()"""
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine; next: apt-get install chromium"
+)
+
+
+@needs_chromium
 def test_the_page_in_a_browser(tmp_path: pathlib.Path) -> None:
     async def scenario() -> None:
         async with gateway(tmp_path) as run:
@@ -69,6 +83,129 @@ def test_the_page_in_a_browser(tmp_path: pathlib.Path) -> None:
     asyncio.run(scenario())
 
 
+@needs_chromium
+def test_an_admin_s_actions_and_a_conversion_s_ends_in_a_browser(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            served_sha = stage(run.store)
+            other = other_release(run.store)
+            registry.freeze(run.store, "holiday")
+            key = ApiKeys(tmp_path / "keys.json").create("ann", "admin")
+            await run.ask()
+            async with served(run.api) as url, browser(tmp_path / "profile") as page:
+                await page.show(width=1200, scheme="light")
+                await page.open(url)
+                await page.type(key)
+                await page.key(*ENTER)
+                await page.until("document.getElementById('do-freeze')?.textContent.startsWith('Unfreeze')")
+                write_conversion(run.store, conversion(started_ts=time.time() - 1_000, updated_ts=time.time() - 600))
+                await _confirm(page, "do-freeze", "No longer frozen")
+                assert not registry.is_frozen(run.store)
+                await _see_conversion(page, "It has said nothing for 10 min; it may have been killed")
+                write_conversion(run.store, conversion(state="failed", error="TrainingError", runs=()))
+                choice = "document.getElementById('stage-choice').value = 'canary'"
+                await _confirm(page, f"promote-{other}", "is promoted", choice)
+                found = registry.current(run.store)
+                assert found and found[0] != served_sha and "refund" not in found[1].specialists
+                await _see_conversion(page, "It has failed (TrainingError; its log says why)")
+                write_conversion(run.store, conversion(state="done", stage=None, release="f" * 64, runs=()))
+                await _confirm(page, "do-rollback", "Rolled back")
+                assert registry.current_sha(run.store) == served_sha
+                await _see_conversion(page, "It made release ffffffffffff")
+                await _watch_decisions(page, run)
+                assert page.complaints == []
+
+    asyncio.run(scenario())
+
+
+@needs_chromium
+def test_axe_finds_nothing_serious_on_any_page_and_the_page_is_small(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        axe = axe_source(tmp_path)
+    except NoAxe as error:
+        pytest.skip(str(error))
+    seen: dict[str, list[str]] = {}
+
+    async def check(page: Page, name: str) -> None:
+        for width in (1200, 360):
+            for scheme in ("light", "dark"):
+                await page.show(width=width, scheme=scheme)
+                seen[f"{name} {width} {scheme}"] = await page.value(RUN)
+
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+            stage(run.store)
+            other_release(run.store)
+            await run.ask()
+            key = ApiKeys(tmp_path / "keys.json").create("ann", "admin")
+            async with served(run.api) as url, browser(tmp_path / "profile") as page:
+                await page.open(url)
+                await page.until("performance.getEntriesByName('first-contentful-paint').length")
+                measured = await page.value(MEASURED)
+                with capsys.disabled():
+                    print(
+                        f"\npage: first paint {measured['paint_ms']:.0f} ms, {measured['bytes']} bytes, {measured['requests']} requests"
+                    )
+                assert measured["requests"] == 3 and 0 < measured["bytes"] < MAX_PAYLOAD_BYTES
+                await page.value(axe + "; 0")
+                await check(page, "login")
+                await page.type(key)
+                await page.key(*ENTER)
+                await page.until(
+                    "document.querySelectorAll('#tasks tbody tr').length === 6 && document.getElementById('do-freeze')"
+                )
+                await check(page, "board")
+                for button in ("do-freeze", "do-rollback"):
+                    await page.value(f"document.getElementById('{button}').click()")
+                    await check(page, button)
+                    await page.key(*ESCAPE)
+                await page.value("location.hash = '#/tasks/triage'")
+                await page.until("document.querySelectorAll('#task-body table').length")
+                await check(page, "task")
+
+    asyncio.run(scenario())
+    assert len(seen) == 20
+    with capsys.disabled():
+        print(f"axe: {sorted({one.split(':')[0] for found in seen.values() for one in found}) or 'nothing'}")
+    assert [
+        (where, one) for where, found in seen.items() for one in found if one.startswith(("serious", "critical"))
+    ] == []
+
+
+async def _confirm(page: Page, button: str, said: str, before: str = "0") -> None:
+    """Press a button of the page and the dialog's yes; `before` runs while it is open."""
+    await page.until(f"document.getElementById('{button}') && !document.getElementById('{button}').disabled")
+    await page.value(f"document.getElementById('{button}').click()")
+    await page.until("document.getElementById('dialog').open")
+    await _picture(page, f"dialog-{button[:11]}")
+    await page.value(before)
+    await page.value("document.getElementById('dialog-yes').click()")
+    await page.until(f"document.getElementById('said').textContent.includes('{said}')")
+
+
+async def _watch_decisions(page: Page, run: Running) -> None:
+    rows = "document.querySelectorAll('#live tbody tr').length"
+    before = await page.value(rows)
+    await run.ask()
+    await page.until(f"{rows} === {before + 1}")
+    await page.value("document.getElementById('pause').click()")
+    run.engine.confidence = 0.1
+    await run.ask()
+    await page.until(f"Number(document.querySelector('#counts dd').textContent) === {before + 2}")
+    assert await page.value(rows) == before + 1
+    # The LLM has told its price: what it would have asked for the kept calls, 100 tokens in and 10 out each.
+    saved = f"Saved, estimated\\n${(before + 1) * 120e-6:.4f}"
+    await page.until(f"document.getElementById('counts').innerText.includes('{saved}')")
+    assert await page.value("document.getElementById('pause').getAttribute('aria-pressed')") == "true"
+
+
+async def _see_conversion(page: Page, said: str) -> None:
+    assert said in await page.value("document.getElementById('conversion').innerText")
+    await _picture(page, f"conversion-{said.split()[-1]}")
+
+
 async def _log_in(page: Page, url: str, key: str) -> None:
     await page.show(width=1200, scheme="light")
     await page.open(url)
@@ -82,6 +219,9 @@ async def _log_in(page: Page, url: str, key: str) -> None:
     await page.until(BOARD)
     text = await page.value("document.body.innerText")
     assert all(name in text for name in NAMES.values()) and "4 of 240 differ" in text
+    assert "step 120 of 400, loss 0.412" in text and "no price yet" in text
+    assert await page.value("document.querySelector('#conversion [aria-current=step]').textContent") == "finetune"
+    assert await page.value("document.querySelectorAll('#conversion progress').length") == 2
     assert await page.value("document.cookie + Object.keys(localStorage).join()") == ""
 
 
