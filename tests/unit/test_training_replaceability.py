@@ -22,7 +22,9 @@ def test_sites_weigh_by_the_agents_own_calls_and_what_stays_counts_as_none():
 
 def test_what_nothing_is_known_of_is_not_claimed_and_widens_the_interval_in_full():
     (found,) = replaceability([SiteFacts("a", "new", 300), SiteFacts("a", "old", 700, stays="refused")])
-    assert found.share == 0.0 and found.interval == (0.0, pytest.approx(0.3)) and found.share_known == pytest.approx(0.7)
+    assert (
+        found.share == 0.0 and found.interval == (0.0, pytest.approx(0.3)) and found.share_known == pytest.approx(0.7)
+    )
 
 
 def test_an_agent_without_calls_says_nothing():
