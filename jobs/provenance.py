@@ -54,6 +54,19 @@ def code() -> dict[str, Any]:
     }
 
 
+def provenance(command: str) -> dict[str, Any]:
+    """What a measurement has to say of itself: the command, the commit, the machine, the packages and the day."""
+    here = machine()
+    return {
+        "command": command,
+        "git_sha": here["git_sha"],
+        "source_sha256": here["source_sha256"],
+        "hardware": {key: here[key] for key in ("processor", "cores", "memory_gib")},
+        "versions": {"python": here["python"], **{name: _version(name) for name in _PACKAGES if _version(name)}},
+        "date": here["date"],
+    }
+
+
 def machine() -> dict[str, Any]:
     """What a measurement ran on: processor, cores this process may use, memory in GiB, Python and code."""
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")

@@ -96,7 +96,9 @@ def write_report(
         _notes_section(notes),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page("\n".join(part for part in parts if part)), encoding="utf-8", errors="replace")
+    path.write_text(
+        html_page("Conversion report", "\n".join(part for part in parts if part)), encoding="utf-8", errors="replace"
+    )
 
 
 def _decide(tasks: Sequence[TaskSpec], evaluations: Sequence[Evaluation], refused: Mapping[str, str]) -> list[Row]:
@@ -137,7 +139,7 @@ def _task_table(rows: Sequence[Row]) -> str:
             certified = [number(moved.threshold), percent(moved.coverage), percent(moved.upper_bound)]
         about = [str(row.number), row.task.name, row.task.kind, str(row.task.num_calls), percent(row.task.share_calls)]
         cells.append([*about, row.decision, *certified, *promise, row.reason or "-"])
-    table = _table("Tasks by volume", header, cells)
+    table = html_table("Tasks by volume", header, cells)
     return table + (
         "<p>The bound promises: among accepted answers the share that disagrees with the reference is at most this, except "
         "with probability delta. Coverage is the share of calibration calls at or above the threshold.</p>"
@@ -156,7 +158,9 @@ def _agreement_section(rows: Sequence[Row], left_out: Mapping[str, str], usefuln
             cells.append([f"{row.number}. {row.task.name}", share, *told])
     header = ["Task", "Validation agreement", "Together or apart", "Calls left out"]
     return (
-        "<h2>Agreement on validation</h2>" + _table("Specialists on validation calls", header, cells) if cells else ""
+        "<h2>Agreement on validation</h2>" + html_table("Specialists on validation calls", header, cells)
+        if cells
+        else ""
     )
 
 
@@ -203,7 +207,7 @@ def _arm_table(row: Row) -> str:
         interval = f"{percent(arm.interval[0])} to {percent(arm.interval[1])}" if arm.num_kept else "no answers kept"
         counts = [str(arm.num_calls), percent(arm.coverage), str(arm.num_kept), str(arm.num_disagreements)]
         cells.append([arm.name, *counts, percent(arm.disagreement), interval])
-    return _table(f"Arms on the test split, {row.number}. {row.task.name}", header, cells)
+    return html_table(f"Arms on the test split, {row.number}. {row.task.name}", header, cells)
 
 
 def _gain(evaluation: Evaluation) -> str:
@@ -237,7 +241,7 @@ def _curation_section(counts: CurationCounts | None) -> str:
         f"test: {drawn}; drawn by time, test is the newest sessions. {clients} Requests of train with several answers: "
         f"{counts.num_train_requests_with_several_answers}."
     )
-    parts = [f"<h2>Curation</h2><p>{_text(facts)}</p>", _table("Calls by split", header, cells)]
+    parts = [f"<h2>Curation</h2><p>{_text(facts)}</p>", html_table("Calls by split", header, cells)]
     for caption, numbers in (
         ("Calls left out", counts.dropped),
         ("Calls with a flag, kept for a person to look at", counts.flagged),
@@ -245,7 +249,7 @@ def _curation_section(counts: CurationCounts | None) -> str:
     ):
         rows = [[name, str(num)] for name, num in sorted(numbers.items(), key=lambda item: (-item[1], item[0]))]
         parts.append(
-            _table(
+            html_table(
                 caption,
                 [
                     "Reason" if numbers is counts.dropped else "Kind",
@@ -270,7 +274,7 @@ def _selection_section(selection: Selection | None) -> str:
     header = ["Name", "Status", "Parameters", "Zero-shot", "Few-shot", "Probe", "Reason"]
     told = [selection.rule, selection.budget, describe(selection.forecast) if selection.forecast else ""]
     sentences = "".join(f"<p>{_text(line)}</p>" for line in told if line)
-    return f"<h2>Base model</h2>{sentences}" + _table("Candidates for the base model", header, cells)
+    return f"<h2>Base model</h2>{sentences}" + html_table("Candidates for the base model", header, cells)
 
 
 def _millions(parameters: int | None) -> str:
@@ -283,12 +287,12 @@ def _losses_section(losses: Mapping[str, Mapping]) -> str:
     keys = [k for k in dict.fromkeys(str(key) for metrics in losses.values() for key in metrics) if k != "curve"]
     cells = [[name, *(_value(metrics.get(key)) for key in keys)] for name, metrics in losses.items()]
     curves = draw_losses({name: metrics.get("curve") or () for name, metrics in losses.items()})
-    return f"<h2>Fine-tunes</h2>{curves}" + _table("Last metrics of each fine-tune", ["Task", *keys], cells)
+    return f"<h2>Fine-tunes</h2>{curves}" + html_table("Last metrics of each fine-tune", ["Task", *keys], cells)
 
 
 def _unassigned_section(unassigned: Mapping[str, int]) -> str:
     cells = [[reason, str(calls)] for reason, calls in sorted(unassigned.items(), key=lambda item: (-item[1], item[0]))]
-    table = _table("Calls that belong to no task and stay on the LLM", ["Reason", "Calls"], cells)
+    table = html_table("Calls that belong to no task and stay on the LLM", ["Reason", "Calls"], cells)
     return "<h2>Unassigned calls</h2>" + (table if cells else "<p>Every call belongs to a task.</p>")
 
 
@@ -298,7 +302,7 @@ def _summary_section(summary: Mapping[str, Any] | None) -> str:
     others = [key for key in summary if key not in _SUMMARY_LABELS and key != "tasks"]
     ordered = [*(key for key in _SUMMARY_LABELS if key in summary), *others]
     cells = [[_SUMMARY_LABELS.get(key, key), _value(summary[key], key in _PERCENT_KEYS)] for key in ordered]
-    return "<h2>Money and latency</h2>" + _table("Measured while serving", ["Measure", "Value"], cells)
+    return "<h2>Money and latency</h2>" + html_table("Measured while serving", ["Measure", "Value"], cells)
 
 
 def _notes_section(notes: Sequence[str]) -> str:
@@ -306,8 +310,8 @@ def _notes_section(notes: Sequence[str]) -> str:
     return f"<h2>Notes</h2><ul>{items}</ul>" if items else ""
 
 
-def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Escapes every cell; the wrapper scrolls sideways on small screens, by keyboard too."""
+def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; escapes every cell; the wrapper scrolls sideways on small screens, by keyboard too."""
     head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
     body = "".join("<tr>" + "".join(f"<td><bdi>{_text(cell)}</bdi></td>" for cell in row) + "</tr>" for row in rows)
     return (
@@ -316,13 +320,14 @@ def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -
     )
 
 
-def _page(body: str) -> str:
+def html_page(title: str, body: str) -> str:
+    """A whole page of HTML that stands alone. `body` is HTML, `title` text."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Conversion report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>Conversion report</h1>\n"
+        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{_text(title)}</h1>\n"
         f"{body}\n</main>\n</body>\n</html>\n"
     )
 
