@@ -372,10 +372,11 @@ def _cannot_show(reports: Sequence[SiteReport], num_sessions: int, total: int, r
             "too narrow."
         )
     small = sum(one.num_calls for one in reports if one.verdict == "unknown")
+    small_open = sum(one.num_calls for one in reports if one.verdict == "unknown" and one.kind == "text")
     if small:
         told.append(
-            f"Anything of {small} of {total} calls, whose sites were seen fewer than {recipe.discover.min_calls} "
-            "times: more traffic would tell."
+            f"Anything of {small} of {total} calls, whose sites were seen fewer than {recipe.discover.min_calls} times: more "
+            f"traffic would tell. The sites of {small_open} of them answer in open text so far."
         )
     if not any(one.num_repeated for one in reports):
         told.append("Whether the LLM answers the same request the same way: no request came twice.")

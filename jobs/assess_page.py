@@ -15,8 +15,8 @@ from training.report import html_page, html_table
 
 _COLOURS: dict[Verdict, str] = {"shown": "#0072b2", "plausible": "#56b4e9", "unknown": "#d9d9d9", "stays": "#e69f00"}
 _MEANING: dict[Verdict, str] = {
-    "shown": "shown to be replaceable",
-    "plausible": "not ruled out: closed or structured, recurs, fits",
+    "shown": "a repeater of known answers passes the gate",
+    "plausible": "not ruled out, closed or structured, recurs, fits",
     "unknown": "seen too seldom to say",
     "stays": "stays on the LLM",
 }
@@ -162,10 +162,11 @@ def _draw_shares(reports: Sequence[AgentReport]) -> str:
             parts.append(f'<path d="M{x:.1f} {top - 3}v28" stroke="#000" stroke-width="2"/>')
             parts.append(_label(x + 4, top + 34, "paper's estimate", "start"))
     alt = html.escape(" ".join(map(sentence_of, reports)))
+    meaning = "; ".join(f"{verdict}: {_MEANING[verdict]}" for verdict in VERDICTS)
     return (
         f'<figure><svg role="img" aria-label="{alt}" viewBox="0 0 {_LEFT + _WIDE + 20} {height}" '
         f'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13">{"".join(parts)}</svg>'
-        "<figcaption>Share of each agent's calls by verdict.</figcaption></figure>"
+        f"<figcaption>Share of each agent's calls by verdict. {meaning}.</figcaption></figure>"
     )
 
 
@@ -173,8 +174,8 @@ def _legend() -> str:
     parts, left = [], 8
     for verdict in VERDICTS:
         parts.append(f'<rect x="{left}" y="6" width="14" height="14" fill="{_COLOURS[verdict]}"/>')
-        parts.append(_label(left + 20, 18, _MEANING[verdict], "start"))
-        left += 44 + 7 * len(_MEANING[verdict])
+        parts.append(_label(left + 20, 18, verdict, "start"))
+        left += 120
     return "".join(parts)
 
 
@@ -183,7 +184,9 @@ def _label(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _with_interval(share: float, interval: tuple[float, float] | None) -> str:
-    return percent(share) + (f" ({percent(interval[0])} to {percent(interval[1])})" if interval else "")
+    """A verdict on no site has no calls in any draw, and on all sites has all: that is no narrow interval, but none."""
+    is_drawn = interval is not None and interval[0] < interval[1]
+    return percent(share) + (f" ({percent(interval[0])} to {percent(interval[1])})" if interval and is_drawn else "")
 
 
 def _guess(guess: float | None) -> str:

@@ -6,7 +6,6 @@ import argparse
 import functools
 import json
 import pathlib
-import shlex
 import sys
 from typing import Any
 
@@ -101,7 +100,7 @@ def _assess_calls(calls: list[Any], recipe: Any, options: argparse.Namespace) ->
         {
             "criterion": criterion(recipe),
             "agents": [one.model_dump(mode="json") for one in reports],
-            "provenance": provenance(shlex.join(["understudy", *sys.argv[1:]])),
+            "provenance": provenance(sys.argv[1:]),
         },
     )
     if options.report:
