@@ -109,6 +109,7 @@ def test_answers_that_never_repeat_are_told_by_what_they_fill(tmp_path: pathlib.
 def test_every_promised_number_is_there(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNDERSTUDY_DATA", str(tmp_path))
     monkeypatch.delenv(gate_tracer.PYTHON_ENV, raising=False)
+    monkeypatch.setattr(gate_tracer, "install_peer", lambda *words: words[-1]("TRACER is left out"))
     monkeypatch.setattr(gate, "EPSILONS", (0.1, 0.1))
     monkeypatch.setattr(gate, "measure_drift", lambda sets, say: gate_drift.measure_drift(sets, say, 2))
     monkeypatch.setattr(gate, "measure_refine", lambda sets, say: gate_refine.measure_refine(sets, say, 2))
