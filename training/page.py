@@ -35,14 +35,14 @@ def make_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]
     )
 
 
-def make_page(body: str) -> str:
-    """The whole document around its body."""
+def make_page(title: str, body: str) -> str:
+    """The whole document around its body. `body` is HTML, `title` text."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Conversion report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>Conversion report</h1>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n"
         f"{body}\n</main>\n</body>\n</html>\n"
     )
 

@@ -104,7 +104,9 @@ def write_report(
         _notes_section(notes),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(make_page("\n".join(part for part in parts if part)), encoding="utf-8", errors="replace")
+    path.write_text(
+        make_page("Conversion report", "\n".join(part for part in parts if part)), encoding="utf-8", errors="replace"
+    )
 
 
 def _decide(tasks: Sequence[TaskSpec], evaluations: Sequence[Evaluation], refused: Mapping[str, str]) -> list[Row]:

@@ -30,16 +30,23 @@ _TRAFFIC = (
     "agents/http_crewai.calls.jsonl.gz",
 )
 SIZES = (10_000, 200_000)
+_QUICK_SIZES = (500, 2_000)
+_QUICK_PII = ("templates_x_tau",)
+_QUICK_REQUESTS = 200
 
 
 def bench_curate(
-    pii: Sequence[pathlib.Path] = (), calls: Sequence[pathlib.Path] = (), say: Callable[[str], None] = print
+    pii: Sequence[pathlib.Path] = (),
+    calls: Sequence[pathlib.Path] = (),
+    say: Callable[[str], None] = print,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Run all three. Takes about a quarter of an hour on two cores, most of it for 200,000 calls.
 
     Args:
         pii: files with {"id", "text", "spans"} lines instead of the shared ones.
         calls: call logs instead of the shared ones: tool calls that could break, and the traffic that is multiplied.
+        quick: one file, few requests, small stores: shows that it runs, and measures nothing.
 
     Raises:
         InputError: a file is missing.
@@ -49,18 +56,19 @@ def bench_curate(
     from jobs.bench.pii import measure_pii
 
     data = pathlib.Path(os.environ.get(DATA_ENV, "../shared/data"))
-    pii = pii or [data / f"pii/{name}.jsonl.gz" for name in _PII]
+    pii = pii or [data / f"pii/{name}.jsonl.gz" for name in (_QUICK_PII if quick else _PII)]
     agents = calls or [data / name for name in _AGENT_CALLS]
     traffic = calls or [data / name for name in _TRAFFIC]
-    negatives = [path for path in (data / name for name in _NEGATIVES) if path.is_file()]
+    negatives = [] if quick else [path for path in (data / name for name in _NEGATIVES) if path.is_file()]
+    sizes = _QUICK_SIZES if quick else SIZES
     _check([*pii, *agents, *traffic])
     result: dict[str, Any] = {"machine": machine()}
     say(f"bench curate: personal data in {len(pii)} files")
     result |= measure_pii(list(pii), list(agents), negatives)
     say("bench curate: capture off, async, sync")
-    result |= measure_capture()
-    say(f"bench curate: {SIZES[0]:,} and {SIZES[-1]:,} calls")
-    return result | measure_curate(list(traffic), SIZES)
+    result |= measure_capture(*([_QUICK_REQUESTS] if quick else []))
+    say(f"bench curate: {sizes[0]:,} and {sizes[-1]:,} calls")
+    return result | measure_curate(list(traffic), sizes)
 
 
 def _check(paths: Sequence[pathlib.Path]) -> None:

@@ -38,6 +38,8 @@ _REPORTED_ONLY = ("bfcl", "http_")
 _INTENT_SETS = ("clinc150", "nlupp")
 _CLASS_SETS = ("snips", "banking77")
 _NO_CLASS = "oos"
+QUICK_FILES = ("snips", "metagpt")
+"""Of the shared data, where it is only to be shown that it runs."""
 _NUM_TIMED = 2_000
 _TABLE_SIZES = (10, 100, 1000)
 

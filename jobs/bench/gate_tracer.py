@@ -1,7 +1,7 @@
 """TRACER's gate (tracer-llm 0.3.3) on the draws that ours is measured on, in a Python of its own.
 
-It needs other versions than ours (numpy below 2.1), so it is run by the interpreter that UNDERSTUDY_TRACER_PYTHON names,
-such as of `python3.11 -m venv tracer; tracer/bin/pip install tracer-llm==0.3.3`. Only its threshold search is taken
+It needs other versions than ours (numpy below 2.1), so it is run by the interpreter that UNDERSTUDY_TRACER_PYTHON names, else
+of an environment that is made for it (jobs/bench/peers.py). Only its threshold search is taken
 (`tracer.fit.pipeline._calibrate_threshold`, defaults): it gets validation and calibration draw together, the same scores,
 and what ours would call agreement. Its own pipeline also fits the classifier, which is not compared here.
 """
@@ -20,8 +20,10 @@ import numpy as np
 
 from cluster.errors import ConfigError
 from jobs.bench.gate_pools import Pool
+from jobs.bench.peers import install_peer
 
 PYTHON_ENV = "UNDERSTUDY_TRACER_PYTHON"
+VERSION = "0.3.3"
 NUM_RESAMPLES = 50
 """Its search takes a fraction of a second for each."""
 _SCRIPT = """
@@ -39,17 +41,15 @@ print(json.dumps(found))
 
 
 def find_tracer(say: Callable[[str], object]) -> str | None:
-    """The interpreter that has tracer-llm, or None with a word about how to get one.
+    """The interpreter that has tracer-llm, or None with a word about why it cannot be had.
 
     Raises:
         ConfigError: the one that is named has it not.
     """
     python = os.environ.get(PYTHON_ENV)
     if not python:
-        say(
-            f"gate: TRACER is left out; next: {PYTHON_ENV}=VENV/bin/python of a virtual environment with tracer-llm==0.3.3"
-        )
-        return None
+        home = install_peer("tracer", VERSION, f"tracer-llm=={VERSION}", say)
+        return home and str(home / "bin" / "python")
     try:
         subprocess.run([python, "-c", "import tracer.fit.pipeline"], check=True, capture_output=True, cwd="/")
     except (OSError, subprocess.CalledProcessError) as error:

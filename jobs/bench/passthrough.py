@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 from jobs.bench.core_gateway import core_command
 from jobs.bench.fake_llm import answer_text
 from jobs.bench.http_load import Reply, Turn, http_request, load, spread_ms
+from jobs.bench.peers import install_peer
 from jobs.bench.processes import free_port, module, server, usage_of
 
 Mode = Literal["unary", "stream"]
@@ -31,7 +31,6 @@ MODES: tuple[Mode, ...] = ("unary", "stream")
 CONCURRENCIES = (1, 8, 32)
 BODY_KB = (0.5, 5, 50)
 LITELLM = "1.106.2"
-CACHE = pathlib.Path("~/.cache/understudy/bench").expanduser()
 MARK = "#17#"
 _TURN_S, _QUICK_TURN_S = 2.0, 0.5
 _SETTLE_S, _IDLE_S = 1.1, 4.0
@@ -260,21 +259,8 @@ def _litellm(folder: pathlib.Path, llm: str, command: str) -> Iterator[Target]:
 
 def litellm_command(say: Callable[[str], object]) -> str | None:
     """LiteLLM's proxy in a virtual environment of its own, made at the first use; None where it cannot be installed."""
-    home = CACHE / f"litellm-{LITELLM}"
-    command, ready = home / "bin" / "litellm", home / ".ready"
-    if not ready.exists():
-        say(f"litellm {LITELLM}: installing into {home}")
-        home.parent.mkdir(parents=True, exist_ok=True)
-        for words in (
-            [sys.executable, "-m", "venv", str(home)],
-            [str(home / "bin" / "pip"), "install", "--quiet", f"litellm[proxy]=={LITELLM}"],
-        ):
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode != 0:
-                say(f"litellm {LITELLM}: left out, it cannot be installed: {done.stderr[-300:]}")
-                return None
-        ready.touch()
-    return str(command)
+    home = install_peer("litellm", LITELLM, f"litellm[proxy]=={LITELLM}", say)
+    return home and str(home / "bin" / "litellm")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import contextlib
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
+_WATCH_EVERY_S = 1.0
 
 
 class Usage(NamedTuple):
@@ -55,6 +57,51 @@ def usage_of(pid: int) -> Usage:
             handles += process.num_fds()
             cpu_s[process.pid] = times.user + times.system
     return Usage(cpu_s, rss / 2**20, handles, names)
+
+
+class Watched(NamedTuple):
+    """A command that has ended."""
+
+    status: int
+    wall_s: float
+    cpu_s: float
+    """Of all its processes, as they were last seen: what one used in its last second is missing."""
+    timed_out: bool
+
+
+def watch(command: Sequence[str], log: pathlib.Path, limit_s: float | None = None) -> Watched:
+    """Run a command to its end with its output in `log`, counting the CPU of all that it starts.
+
+    Args:
+        limit_s: after so many seconds it is told to end, and killed a minute later; None waits.
+    """
+    import psutil
+
+    begin, seen, timed_out = time.monotonic(), dict[int, float](), False
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seen |= usage_of(process.pid).cpu_s
+            if limit_s is not None and time.monotonic() - begin > limit_s:
+                timed_out = True
+                _end_group(process)
+            time.sleep(_WATCH_EVERY_S)
+    finally:
+        if process.poll() is None:
+            _end_group(process)
+    return Watched(process.wait(), time.monotonic() - begin, sum(seen.values()), timed_out)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C first, so that servers and clusters are put down in order."""
+    for number, wait_s in ((signal.SIGINT, STOP_TIMEOUT_S), (signal.SIGKILL, STOP_TIMEOUT_S)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
+            return
 
 
 @contextlib.contextmanager

@@ -2,19 +2,24 @@
 
 multi_lora: adapters per hour of solo runs and of many adapters in one run, and whether they are equal; packing: tokens per
 second of packed and bucketed batches; memory: predicted against measured peaks; scaling: one and two workers, ZeRO stages;
-makespan: a fleet against its lower bound; faults: workers, nodes and drivers killed. Each part is a file beside this one
+makespan: a fleet against its lower bound; trainer: the same adapters by PEFT with transformers.Trainer; faults: workers, nodes and drivers killed. Each part is a file beside this one
 that says how it measures. Speeds are compared within a part alone, so parts may be run at different times.
 """
 
 from __future__ import annotations
 
+import json
+import pathlib
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, TrainingError
 from cluster.session import check_alone
+from jobs.bench.processes import module
 
-PARTS = ("multi_lora", "packing", "memory", "scaling", "makespan", "faults")
+PARTS = ("multi_lora", "packing", "memory", "scaling", "makespan", "trainer", "faults")
 _NUM_TRIALS = 20
 _NUM_PLACES = 4
 """Runs at a time in the simulated fleets."""
@@ -86,8 +91,33 @@ def _measures(
     yield "memory", lambda: measure_memory(say, quick)
     yield "scaling", scaling
     yield "makespan", lambda: measure_makespan(*_measured_runs(found))
+    yield "trainer", lambda: _measure_trainer(say, quick)
     yield "faults", faults
     _leave_ray()
+
+
+def _measure_trainer(say: Callable[[str], object], quick: bool) -> dict[str, Any]:
+    """Beside HF's Trainer, in a process of its own: its process group and its threads are not ours."""
+    import torch
+
+    sizes = ["0.5B", "1.5B"] if torch.cuda.is_available() and not quick else ["tiny"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "trainer.json"
+        words = [
+            "--size",
+            *sizes,
+            "--steps",
+            "5" if quick else "50",
+            "--tasks",
+            "2" if quick else "8",
+            "--json",
+            str(path),
+        ]
+        done = subprocess.run(module("jobs.bench.gpu_training", *words), capture_output=True, text=True)
+        say(done.stderr)
+        if done.returncode:
+            raise TrainingError(f"bench train, part trainer: ended with status {done.returncode}: {done.stderr[-500:]}")
+        return json.loads(path.read_text())
 
 
 def _leave_ray() -> None:
@@ -125,6 +155,16 @@ def gather_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
             "loss_diff_growth": {size: one["growth"] for size, one in many.items()},
             "max_weight_diff": max(run["max_weight_diff"] for run in compared),
             "negative_control_fails": all(one["negative_control_fails"] for one in many.values()),
+        }
+    if trainer := found.get("trainer"):
+        ways = {size: one["ways"] for size, one in trainer["sizes"].items()}
+        numbers["trainer_tokens_per_s"] = {
+            size: {"multi_lora": one["multi_lora"]["tokens_per_s"], "trainer": one["trainer"]["tokens_per_s"]}
+            for size, one in ways.items()
+        }
+        numbers["trainer_adapters_per_hour"] = {
+            size: {"multi_lora": one["multi_lora"]["adapters_per_hour"], "trainer": one["trainer"]["adapters_per_hour"]}
+            for size, one in ways.items()
         }
     if packing := found.get("packing"):
         numbers["packing_ratio"] = packing["packing_ratio"]

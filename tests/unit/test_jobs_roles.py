@@ -34,6 +34,7 @@ MATRIX: dict[str, Needs | None] = {
     "keys revoke": Needs("admin", ("nobody",)),
     "ingest": Needs("curator", ("LOG",)),
     "calls": Needs("viewer", ("count",)),
+    "assess": Needs("curator"),
     "convert": Needs("curator", ("--dry-run", BASE)),
     "tasks": Needs("viewer"),
     **{f"release {action}": Needs("viewer") for action in ("list", "show", "events")},
