@@ -7,6 +7,7 @@ median between them with probability 1 - 2^(1-n) (order statistics; Conover 1999
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -100,7 +101,7 @@ def coverage_of(num: int) -> float:
 
 
 class Peer(NamedTuple):
-    """Two numbers that are to be read side by side; `*` stands for the same words in both."""
+    """Two numbers that are to be read side by side; `*` stands for the same word of a name in both, `**` for any words."""
 
     part: str
     what: str
@@ -130,10 +131,10 @@ PEERS = (
         "PEFT with transformers.Trainer",
         True,
     ),
-    Peer("serve", "CPU ms per passed call, *", "cpu_ms.*.ours", "cpu_ms.*.litellm", "LiteLLM's proxy", False),
-    Peer("serve", "CPU ms per passed call, *", "cpu_ms.*.ours", "cpu_ms.*.floor", "bare FastAPI and aiohttp", False),
-    Peer("gate", "share kept, *", "coverage.*.ours", "coverage.*.tracer", "TRACER's gate", True),
-    Peer("gate", "promises broken, *", "violation_rate.*", "tracer_violation_rate.*", "TRACER's gate", False),
+    Peer("serve", "CPU ms per passed call, *", "cpu_ms.**.ours", "cpu_ms.**.litellm", "LiteLLM's proxy", False),
+    Peer("serve", "CPU ms per passed call, *", "cpu_ms.**.ours", "cpu_ms.**.floor", "bare FastAPI and aiohttp", False),
+    Peer("gate", "share kept, *", "coverage.**.ours", "coverage.**.tracer", "TRACER's gate", True),
+    Peer("gate", "promises broken, *", "violation_rate.**", "tracer_violation_rate.**", "TRACER's gate", False),
 )
 
 
@@ -152,7 +153,7 @@ def pairs(part: str, numbers: Mapping[str, Spread]) -> list[Pair]:
     found = []
     for one in PEERS:
         for words, ours in _matches(one.ours, numbers) if one.part == part else ():
-            peer = numbers.get(one.peer.replace("*", words))
+            peer = numbers.get(one.peer.replace("**", words).replace("*", words))
             if peer is not None:
                 what = one.what.replace("*", words)
                 found.append(Pair(what, ours, peer, one.peer_name, one.more_is_better))
@@ -160,9 +161,8 @@ def pairs(part: str, numbers: Mapping[str, Spread]) -> list[Pair]:
 
 
 def _matches(pattern: str, numbers: Mapping[str, Spread]) -> Iterable[tuple[str, Spread]]:
-    before, star, after = pattern.partition("*")
+    """Each number whose name fits, with what the stars stand for."""
+    told = re.escape(pattern).replace(r"\*\*", "(.+)").replace(r"\*", "([^.]+)")
     for name, value in numbers.items():
-        if not star and name == pattern:
-            yield "", value
-        elif star and name.startswith(before) and name.endswith(after) and len(name) > len(before) + len(after):
-            yield name[len(before) : len(name) - len(after)], value
+        if found := re.fullmatch(told, name):
+            yield "".join(found.groups()), value
