@@ -119,7 +119,7 @@ def test_a_conversion_that_is_promoted_begins_there_too(
     store: Store, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha, first, where = with_other(store), served(store)[0], f"store={store.uri}"
-    monkeypatch.setattr("jobs.convert.convert", lambda recipe: types.SimpleNamespace(release=sha))
+    monkeypatch.setattr("jobs.convert.convert", lambda recipe: types.SimpleNamespace(release=sha, moved=None))
     monkeypatch.setattr("jobs.plan.connect_for", lambda plan, recipe: None)
     monkeypatch.setattr("jobs.__main__._save_report", lambda store, conversion, copy: "report.html")
     assert main(["convert", "--promote", where, "select.base=scratch-tiny"]) == 0

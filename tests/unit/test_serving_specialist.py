@@ -12,8 +12,8 @@ from cluster import engine
 from cluster.engine import rendering_version
 from cluster.errors import EngineError
 from serving import specialist
+from serving.shared_loads import SharedLoads
 from serving.specialist import (
-    SharedLoads,
     SpecialistConfig,
     add_adapter,
     engine_environment,
