@@ -309,14 +309,15 @@ def _write_trials(plans: Sequence[ProbePlan], measuring: Measuring, run: str) ->
         few_shot = {} if plan.contender.name in asked else plan.contender.few_shot
         asked.add(plan.contender.name)
         base = measuring.folder.resolve() / f"base-{place}-{pathlib.Path(plan.contender.name).name}"
-        settings = _trial_settings(plan, measuring, base, few_shot)
+        settings = trial_settings(plan, measuring, base, few_shot)
         trials.append({**settings, "size_penalty": penalty, "name": f"{run}-{number}"})
     return trials
 
 
-def _trial_settings(
+def trial_settings(
     plan: ProbePlan, measuring: Measuring, base: pathlib.Path, few_shot: Mapping[str, Sequence[dict[str, Any]]]
 ) -> dict[str, Any]:
+    """Write a probe's datasets below `base`, and the untrained weights of a scratch base; name all that its loop needs."""
     contender, config, finetune = plan.contender, measuring.config, measuring.finetune
     training, num_steps = measuring.training_of(contender), plan.times_steps * config.probe_steps
     own = base / f"{plan.num_examples}"
