@@ -90,7 +90,10 @@ def provenance_of(cell: Cell, seconds: float) -> dict[str, Any]:
 
 
 def measure_here(
-    cells: Sequence[Cell], measure: Callable[[dict[str, Any]], dict[str, Any]], book: CellBook, say: Callable[[str], object]
+    cells: Sequence[Cell],
+    measure: Callable[[dict[str, Any]], dict[str, Any]],
+    book: CellBook,
+    say: Callable[[str], object],
 ) -> list[Measured]:
     """Measure in this process, one after the other; for cells that bring their own Ray runs or need none."""
     found = []
@@ -138,7 +141,9 @@ def measure_on_tune(
 def describe(parameters: Mapping[str, Any]) -> str:
     """A cell's plain parameters in one line."""
     told = {name: value for name, value in parameters.items() if isinstance(value, str | int | float)}
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in told.items())
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in told.items()
+    )
 
 
 def _run_trials(

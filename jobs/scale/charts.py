@@ -70,7 +70,9 @@ def draw_lines(
             plot.plot(*zip(*curve, strict=True), color=f"C{place % 10}", linewidth=1)
     for label, height in (levels or {}).items():
         plot.axhline(height, color="black", linestyle="--", linewidth=0.8)
-        plot.annotate(drawable(label), (0.01, height), xycoords=("axes fraction", "data"), fontsize="small", va="bottom")
+        plot.annotate(
+            drawable(label), (0.01, height), xycoords=("axes fraction", "data"), fontsize="small", va="bottom"
+        )
     plot.set_xscale("log" if axes.is_x_log else "linear")
     plot.set_yscale("log" if axes.is_y_log else "linear")
     plot.set_ylim(axes.y_limits) if axes.y_limits else None

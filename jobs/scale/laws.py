@@ -129,7 +129,9 @@ def fit_law(grid: Grid, variables: Sequence[str], *, num_draws: int = NUM_DRAWS,
     logs = np.log(points / pivot)
     num_calls = grid.wrong.shape[1]
     means = np.array([grid.wrong[rows].mean() for rows in groups])
-    best = min((_minimise(logs, means, num_calls, start) for start in _starts(means, logs.shape[1])), key=lambda f: f[1])
+    best = min(
+        (_minimise(logs, means, num_calls, start) for start in _starts(means, logs.shape[1])), key=lambda f: f[1]
+    )
     rng = np.random.default_rng(seed)
     draws = [_minimise(logs, _redraw(grid, groups, rng), num_calls, best[0])[0] for _ in range(num_draws)]
     natural = np.array([_natural(theta, pivot) for theta in [best[0], *draws]])
@@ -187,9 +189,7 @@ def _redraw(grid: Grid, groups: Sequence[Sequence[int]], rng: np.random.Generato
 
 def _starts(means: np.ndarray, num_variables: int) -> list[np.ndarray]:
     height = _logit(np.clip(means.mean(), 0.01, 0.99))
-    return [
-        np.array([height, _logit(falling), *[rate] * num_variables]) for falling in _FALLING for rate in _STARTS
-    ]
+    return [np.array([height, _logit(falling), *[rate] * num_variables]) for falling in _FALLING for rate in _STARTS]
 
 
 def _minimise(logs: np.ndarray, means: np.ndarray, num_calls: int, start: np.ndarray) -> tuple[np.ndarray, float]:
@@ -219,9 +219,7 @@ def _natural(theta: np.ndarray, pivot: np.ndarray) -> list[float]:
     return [height * (1 - falling), height * falling * float(np.exp(np.log(pivot) @ rates)), *rates]
 
 
-def _solve(
-    floor: float, scale: float, rates: Sequence[float], error: float, others: Sequence[float]
-) -> float | None:
+def _solve(floor: float, scale: float, rates: Sequence[float], error: float, others: Sequence[float]) -> float | None:
     """Size of the first variable at which the law is `error`; None where it never is."""
     if error <= floor or rates[0] <= 0:
         return None

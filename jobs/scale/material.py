@@ -42,8 +42,8 @@ class Material(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Short, for pictures and tables."""
-        return f"{self.source} {self.task.task_id[:4]}" if self.source else self.task.name
+        """For pictures and tables."""
+        return f"{self.source}: {self.task.name}" if self.source else self.task.name
 
 
 def load_logs(paths: Sequence[pathlib.Path], recipe: Recipe) -> list[Material]:

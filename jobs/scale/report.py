@@ -82,7 +82,9 @@ def _page(name: str, findings: Findings, facts: Mapping[str, Any]) -> str:
         + ", ".join(f"{package} {version}" for package, version in facts["packages"].items())
     )
     head = "".join(f"<th scope=col>{html.escape(one)}</th>" for one in findings.head)
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(_told(cell))}</td>' for cell in row)}</tr>" for row in findings.rows)
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(_told(cell))}</td>' for cell in row)}</tr>" for row in findings.rows
+    )
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in findings.notes)
     mark = "<p><strong>Simulated in part:</strong> see the notes.</p>" if findings.is_simulated else ""
     return (

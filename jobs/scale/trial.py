@@ -247,5 +247,3 @@ def _bits(values: Any) -> str:
 def wrong_of(facts: Mapping[str, Any], what: str = "right") -> list[bool]:
     """Of each test call, whether it was answered wrongly (`right`) or not kept (`kept`)."""
     return [letter == "0" for letter in facts[what]]
-
-
