@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
+    from jobs.scale.economy import GivenConfig
     from jobs.scale.laboratory import Laboratory
     from jobs.scale.material import Material
 
@@ -22,9 +23,12 @@ EXPERIMENTS = {
     "data": "examples of a task -> agreement and certified coverage",
     "model": "parameters x examples at equal compute -> agreement",
     "tasks": "a specialist for each task, for each group, for all, at equal total compute",
+    "fleet": "tasks x workers -> makespan, efficiency, lower bound; simulated up to 1,000 GPUs, checked by real fleets",
+    "rank": "LoRA rank, targets, DoRA, full fine-tune at equal compute",
+    "economy": "share of calls moved and utilisation -> cost; break-even volume of a task",
 }
 """Name, also of the module in jobs/scale/ -> what it measures."""
-_TRAINING = ("data", "model", "tasks")
+_TRAINING = ("data", "model", "tasks", "rank")
 """Need Ray, and examples."""
 
 
@@ -34,7 +38,11 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
         "scale",
         help="scaling experiments: a grid that resumes, a picture, a fitted law with intervals",
         sections=sections,
-        examples=["understudy scale data --quick", "understudy scale data --out out/data recipe=local store=store"],
+        examples=[
+            "understudy scale data --quick",
+            "understudy scale data --out out/data recipe=local store=store",
+            "understudy scale economy recipe=my.toml --given calls_per_s=12 --given kept=0.6",
+        ],
     )
     listed = "; ".join(f"{name}: {meaning}" for name, meaning in EXPERIMENTS.items())
     scale.add_argument("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=listed)
@@ -51,9 +59,17 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
     scale.add_argument(
         "--calls",
         type=pathlib.Path,
-        nargs="+",
+        action="append",
         default=[],
-        help="call logs to take tasks from; default the shared sets (UNDERSTUDY_DATA), or the calls of store=PATH",
+        metavar="PATH",
+        help="call logs to take tasks from, may be given again; default the shared sets (UNDERSTUDY_DATA), or the calls of store=PATH",
+    )
+    scale.add_argument(
+        "--given",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="economy: a number measured elsewhere, such as kept=0.6; may be given again; the report names all",
     )
     scale.set_defaults(run=_scale)
 
@@ -61,6 +77,8 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
 def _scale(options: argparse.Namespace) -> None:
     if options.quick and options.full:
         raise ConfigError("--quick and --full: one is less and the other more; next: leave one out")
+    if options.given and options.experiment != "economy":
+        raise ConfigError(f"--given: {options.experiment} measures its numbers itself; next: leave it out")
     out = options.out or pathlib.Path("out/scale") / options.experiment
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is no folder; allowed: a folder, or a path where none is yet")
@@ -78,11 +96,18 @@ def _scale(options: argparse.Namespace) -> None:
     module = importlib.import_module(f"jobs.scale.{options.experiment}")
     lab = _laboratory(options, recipe, out.resolve(), takes_store)
     if options.experiment in _TRAINING:
-        lab.load()  # what is missing is told before Ray starts
+        # What is missing is told before Ray starts.
+        if options.experiment != "model":
+            lab.check_base()
+        lab.load()
         _connect()
-    findings = module.run(lab)
+    elif options.experiment == "fleet":
+        _connect()
+    findings = module.run(lab, _given(options.given)) if options.experiment == "economy" else module.run(lab)
     size = ["--quick"] * options.quick + ["--full"] * options.full
-    words = ["understudy", "scale", options.experiment, *size, *options.words]
+    calls = [word for path in options.calls for word in ("--calls", str(path))]
+    given = [word for one in options.given for word in ("--given", one)]
+    words = ["understudy", "scale", options.experiment, *size, *options.words, *calls, *given]
     write_findings(out, options.experiment, findings, words)
     shutil.rmtree(_material_folder(out), ignore_errors=True)
 
@@ -113,6 +138,14 @@ def _laboratory(options: argparse.Namespace, recipe: Recipe, out: pathlib.Path, 
         save=save,
         say=functools.partial(print, file=sys.stderr, flush=True),
     )
+
+
+def _given(words: list[str]) -> GivenConfig:
+    from cluster.config import load_config
+    from jobs.recipe import RECIPES
+    from jobs.scale.economy import GivenConfig
+
+    return load_config(GivenConfig, words, RECIPES)
 
 
 def _material_folder(out: pathlib.Path) -> pathlib.Path:

@@ -37,16 +37,15 @@ class Laboratory(NamedTuple):
 
     @property
     def base(self) -> str:
-        """Of the specialists; a scratch one where the recipe names none.
+        """Of the specialists; a scratch one where the recipe names none."""
+        return self.recipe.select.base or "scratch-micro"
 
-        Raises:
-            ConfigError: the recipe names candidates instead.
-        """
+    def check_base(self) -> None:
+        """Raises ConfigError where the recipe names candidates instead of one base."""
         if self.recipe.select.candidates:
             raise ConfigError(
                 f"select.candidates={list(self.recipe.select.candidates)}: an experiment has one base; next: select.base=NAME"
             )
-        return self.recipe.select.base or "scratch-micro"
 
     def cells(self, experiment: str, data: str, parameters: Sequence[Mapping[str, Any]]) -> list[Cell]:
         """The grid's cells: parameters with what else decides a result."""

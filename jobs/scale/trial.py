@@ -8,6 +8,7 @@ validation; the gate is certified on calibration calls and counted on test calls
 
 from __future__ import annotations
 
+import json
 import pathlib
 import random
 import tempfile
@@ -27,8 +28,11 @@ from training.grading import Graded
 from training.paired import keys_in_order, row_key
 from training.probe import Contender, Measuring, ProbeConfig, ProbePlan, train_flops, trial_settings
 from training.probe_loop import run_probe
+from training.scratch import pretrain, texts_of, train_tokenizer
 
 HELD_OUT: tuple[Split, ...] = ("validation", "calibration", "test")
+NUMBERS_FILE = "task_numbers.json"
+"""Beside a scratch base: task_id -> the task token that it learned."""
 _FINGERPRINT = "training/grading.py"
 
 
@@ -53,7 +57,8 @@ def train_cell(bench: Workbench, parameters: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         parameters: tasks (ids), base (name, or the fields of a ScratchModel), examples (a task, at most), steps, seed;
-            maybe finetune (changed fields of its config), or batch_size.
+            maybe batch_size, finetune (changed fields of its config), start (folder of a scratch base that is trained
+            already, as `pretrain_base` makes it: it is fine-tuned and not trained anew).
 
     Returns:
         {tasks: {task_id: facts}, parameters, steps, released_step, num_tokens, flops, seconds, cpu_seconds, told}.
@@ -65,7 +70,7 @@ def train_cell(bench: Workbench, parameters: Mapping[str, Any]) -> dict[str, Any
     material = [read_material(bench.material, task_id) for task_id in parameters["tasks"]]
     seed, count = int(parameters["seed"]), int(parameters["examples"])
     train = {one.task.task_id: draw(one.splits["train"], count, seed) for one in material}
-    contender, asked = _tokenise(bench.recipe, material, train, parameters["base"])
+    contender, asked = _tokenise(bench.recipe, material, train, parameters["base"], parameters.get("start"))
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(bench.recipe, contender, asked, parameters, pathlib.Path(folder))
         orders = {name: keys_in_order(path, settings) for name, path in settings["validation_paths"].items()}
@@ -103,6 +108,31 @@ def draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     return order[:count]
 
 
+def pretrain_base(
+    recipe: Recipe, material: Sequence[Material], entry: ScratchModel, steps: int, work: pathlib.Path
+) -> pathlib.Path:
+    """Train a scratch base on all tasks, as a conversion does, for cells that fine-tune it. Returns its folder."""
+    train = {one.task.task_id: list(one.splits["train"]) for one in material}
+    lines = {one.task.task_id: one.task.static_lines for one in material}
+    texts = [text for task_id, own in train.items() for text in texts_of(own, lines[task_id])]
+    tokenizer = train_tokenizer(texts, entry.vocab_size)
+    data = tokenise_tasks(
+        [one.task for one in material],
+        train,
+        {one.task.task_id: list(one.splits["validation"]) for one in material},
+        tokenizer,
+        is_scratch=True,
+        max_prompt_tokens=recipe.specialists.max_model_tokens * 3 // 4,
+    )
+    config = recipe.pretrain.model_copy(
+        update={"num_steps": steps, "checkpoint_every": steps, "warmup_steps": steps // 10}
+    )
+    folder, _ = pretrain(entry, config, tokenizer, list(data.values()), work)
+    numbers = {task_id: one.prompt_format.task_number for task_id, one in data.items()}
+    (folder / NUMBERS_FILE).write_text(json.dumps(numbers))
+    return folder
+
+
 def mean_tokens(recipe: Recipe, material: Material, base: Any) -> float:
     """Tokens of a train example, prompt and answer, in a base's tokens; from a sample."""
     contender, _ = _tokenise(
@@ -116,9 +146,14 @@ def mean_tokens(recipe: Recipe, material: Material, base: Any) -> float:
 
 
 def _tokenise(
-    recipe: Recipe, material: Sequence[Material], train: Mapping[str, list[Example]], base: Any
+    recipe: Recipe,
+    material: Sequence[Material],
+    train: Mapping[str, list[Example]],
+    base: Any,
+    start: str | None = None,
 ) -> tuple[Contender, dict[str, _Asked]]:
     """The base, the tasks' rows in its tokens, and by `TASK@SPLIT` who is asked."""
+    numbers: dict[str, int] = {}
     window = recipe.specialists.max_model_tokens
     tasks = [one.task for one in material]
     held_out = {one.task.task_id: [e for split in HELD_OUT for e in one.splits[split]] for one in material}
@@ -131,6 +166,11 @@ def _tokenise(
     contender = examine(entry.name if isinstance(base, dict) and entry else base, entry, needs, scope, num_validation=1)
     if not isinstance(contender, Contender):
         raise TrainingError(f"base {contender.name}: {contender.status}: {contender.reason}")
+    if start:
+        from transformers import AutoTokenizer
+
+        contender = contender._replace(tokenizer=AutoTokenizer.from_pretrained(start, trust_remote_code=False))
+        numbers = json.loads((pathlib.Path(start) / NUMBERS_FILE).read_text())
     data = tokenise_tasks(
         tasks,
         train,
@@ -138,6 +178,7 @@ def _tokenise(
         contender.tokenizer,
         is_scratch=contender.is_scratch,
         max_prompt_tokens=scope.max_prompt_tokens,
+        numbers=numbers,
     )
     rows, asked = {}, {}
     for one in material:
@@ -186,6 +227,8 @@ def _settings(
     )
     plan = ProbePlan(contender, None, int(parameters["examples"]))
     settings = trial_settings(plan, measuring, folder / "base", {})
+    if start := parameters.get("start"):
+        settings |= {**finetune.model_dump(mode="json"), "zero_stage": 0, "num_steps": steps, "base_path": start}
     # Untrained, a scratch base answers nothing: its zero-shot score is not worth its seconds.
     return {**settings, "rungs": [quarter * steps // 4 for quarter in (1, 2, 3, 4)], "size_penalty": 0.0}
 
