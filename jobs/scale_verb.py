@@ -25,6 +25,7 @@ EXPERIMENTS = {
     "tasks": "a specialist for each task, for each group, for all, at equal total compute",
     "fleet": "tasks x workers -> makespan, efficiency, lower bound; simulated up to 1,000 GPUs, checked by real fleets",
     "rank": "LoRA rank, targets, DoRA, full fine-tune at equal compute",
+    "serve": "replicas x adapters x concurrency -> throughput, latency, adapter loads; many replicas simulated",
     "economy": "share of calls moved and utilisation -> cost; break-even volume of a task",
 }
 """Name, also of the module in jobs/scale/ -> what it measures."""

@@ -22,6 +22,7 @@ from cluster.session import connect, let_ingress_listen
 from jobs.bench.processes import free_port
 from jobs.bench.stage import BASE, FINGERPRINT
 from serving.app import ServeArgs, bind_gateway
+from serving.specialist import router_options
 
 APP = "stub"
 LOAD_S = 0.2
@@ -103,17 +104,18 @@ def stub_confidence(adapter: str, number: int) -> float:
     return round(threshold + (0.05 if number % 2 else -0.05), 2)
 
 
-def bind_stub_graph(args: ServeArgs, num_engines: int = 1) -> Any:
+def bind_stub_graph(args: ServeArgs, num_engines: int = 1, engine_class: type[StubEngine] = StubEngine) -> Any:
     """The graph of serving/app.py, with stubs for the engine of the one base that they serve."""
     from ray import serve
 
     engine = serve.deployment(
-        StubEngine,
+        engine_class,
         name="stub-engine",
         num_replicas=num_engines,
         max_ongoing_requests=1_000,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=1.0,
+        **router_options(args.specialists),
     )
     return bind_gateway(args, {BASE: engine.bind(args.specialists.max_adapters)}, {})
 
