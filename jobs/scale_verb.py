@@ -124,7 +124,12 @@ def names_store(words: Sequence[str]) -> bool:
 
 def _laboratory(options: argparse.Namespace, recipe: Recipe, out: pathlib.Path, takes_store: bool) -> Laboratory:
     from jobs.scale.laboratory import Laboratory
-    from jobs.scale.material import load_logs, load_store, save_material
+    from jobs.scale.material import load_logs, load_store, save_material, shorten
+
+    @functools.cache
+    def load() -> Sequence[Material]:
+        found = load_store(recipe) if takes_store else load_logs(options.calls, recipe)
+        return shorten(found) if options.quick else found
 
     def save(material: Sequence[Material]) -> tuple[pathlib.Path, str]:
         return _material_folder(out), save_material(material, _material_folder(out))

@@ -21,6 +21,7 @@ from cluster.store import content_hash
 from jobs import provenance
 
 _NUM_KEY_CHARS = 16
+_UNTOLD = ("batch_size", "start")
 
 
 class Cell(Record):
@@ -32,6 +33,8 @@ class Cell(Record):
     """Hash of the source files."""
     data: str
     """Hash of the examples, or of whatever else it is measured on."""
+    recipe: str = ""
+    """Hash of the recipe."""
 
     @property
     def key(self) -> str:
@@ -140,7 +143,7 @@ def measure_on_tune(
 
 def describe(parameters: Mapping[str, Any]) -> str:
     """A cell's plain parameters in one line."""
-    told = {name: value for name, value in parameters.items() if isinstance(value, str | int | float)}
+    told = {k: v for k, v in parameters.items() if isinstance(v, str | int | float) and k not in _UNTOLD}
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in told.items()
     )

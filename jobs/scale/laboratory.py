@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -49,10 +50,12 @@ class Laboratory(NamedTuple):
 
     def cells(self, experiment: str, data: str, parameters: Sequence[Mapping[str, Any]]) -> list[Cell]:
         """The grid's cells: parameters with what else decides a result."""
-        config = self.recipe.model_dump(mode="json", exclude={"store", "work"})
+        config = json.dumps(self.recipe.model_dump(mode="json", exclude={"store", "work"}), sort_keys=True)
+        recipe = hashlib.sha256(config.encode()).hexdigest()[:_NUM_HASH_CHARS]
         code = provenance.machine()["source_sha256"][:_NUM_HASH_CHARS]
-        settled = {"recipe": hashlib.sha256(repr(config).encode()).hexdigest()[:_NUM_HASH_CHARS]}
-        return [Cell(experiment=experiment, parameters={**one, **settled}, code=code, data=data) for one in parameters]
+        return [
+            Cell(experiment=experiment, parameters=dict(one), code=code, data=data, recipe=recipe) for one in parameters
+        ]
 
     def train(
         self, experiment: str, material: Sequence[Material], parameters: Sequence[Mapping[str, Any]]

@@ -39,15 +39,22 @@ _HEAD = ["task", "base", "parameters", "examples", "steps", "seeds", "agreement"
 
 def run(lab: Laboratory) -> Findings:
     """Measure the grid and fit the law of each task."""
-    material = list(lab.load())[: lab.pick(quick=1, small=2, full=4)]
+    material = list(lab.load())[: lab.pick(quick=1, small=1, full=3)]
     bases, seeds = _bases(lab), lab.pick(quick=2, small=3)
-    flops = lab.pick(quick=2e10, small=1.2e12, full=1e13)
+    flops = lab.pick(quick=5e10, small=1.2e12, full=6e12)
     parameters = []
     for one in material:
-        counts = sizes_of(len(one.splits["train"]), lab.pick(quick=6, small=4), first=lab.pick(quick=100, small=200))
+        counts = sizes_of(len(one.splits["train"]), lab.pick(quick=3, small=4), first=lab.pick(quick=100, small=200))
         for base, size in bases:
             steps = _steps(lab, one, base, size, flops)
-            common = {"tasks": [one.task.task_id], "base": base, "steps": steps, "batch_size": _BATCH, "flops": flops}
+            common = {
+                "task": one.name,
+                "tasks": [one.task.task_id],
+                "base": base,
+                "steps": steps,
+                "batch_size": _BATCH,
+                "flops": flops,
+            }
             parameters += [{**common, "examples": n, "seed": s} for n in counts for s in range(seeds)]
     measured = lab.train("model", material, parameters)
     grids = {one.name: [m for m in measured if one.task.task_id in m.result["tasks"]] for one in material}
@@ -70,7 +77,7 @@ def _bases(lab: Laboratory) -> list[tuple[Any, int]]:
         entries = [(name, find_entry(name)) for name in names]
         found: list[tuple[Any, int]] = [(name, (entry and num_parameters(entry)) or 0) for name, entry in entries]
         return sorted(found, key=lambda pair: pair[1])
-    wanted = lab.pick(quick=2, small=5, full=6)
+    wanted = lab.pick(quick=3, small=5, full=6)
     return [(entry.model_dump(), num_parameters(entry) or 0) for entry in map(_entry, list(_SHAPES)[:wanted])]
 
 
@@ -145,6 +152,9 @@ def _sentence(rows: Sequence[Sequence[Any]], fits: Mapping[str, Fit | None]) -> 
                 f" (error falls with parameters to the power of {-size:+.2f} [{-of_size.high:+.2f}, {-of_size.low:+.2f}], with "
                 f"examples {-count:+.2f} [{-of_count.high:+.2f}, {-of_count.low:+.2f}])"
             )
+        if not best[6]:
+            told.append(f"{name} is not learned by any base at this budget")
+            continue
         told.append(f"{name} does best on {best[2] / 1e6:.2g}M parameters, agreement {best[6]:.0%}{law}")
     return f"At equal compute {'; '.join(told)}."
 

@@ -47,6 +47,7 @@ def run(lab: Laboratory) -> Findings:
     parameters = [
         {
             "way": way,
+            "task": one.name,
             "tasks": [one.task.task_id],
             "base": base,
             "examples": 100_000,

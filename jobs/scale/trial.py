@@ -2,8 +2,8 @@
 
 Everything a specialist learns from, its tokenizer and its copy rule included, comes from the cell's own examples: a task
 with a hundred calls has no more. Training and scoring are those of a probe (training/probe_loop.py); an answer is right if
-it is the reference's token for token. The released weights are those of the quarter of the steps that agrees best on
-validation; the gate is certified on calibration calls and counted on test calls, as a conversion does it.
+it is the reference's token for token. The released weights are those of half or of all of the steps, whichever agrees better
+on validation; the gate is certified on calibration calls and counted on test calls, as a conversion does it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cluster.errors import TrainingError
-from cluster.records import Example, Split
+from cluster.records import Example, Split, TaskSpec
 from jobs.recipe import Recipe
 from jobs.scale.material import Material, read_material
 from training.candidates import Scope, examine
@@ -31,6 +31,11 @@ from training.probe_loop import run_probe
 from training.scratch import pretrain, texts_of, train_tokenizer
 
 HELD_OUT: tuple[Split, ...] = ("validation", "calibration", "test")
+_RATE_TIMES_WIDTH = 0.64
+_RUNGS = (2, 4)
+"""Quarters of the steps after which a model is scored."""
+_ANY_GIB = 1e6
+"""Whether a base fits in memory shows when it is loaded."""
 NUMBERS_FILE = "task_numbers.json"
 """Beside a scratch base: task_id -> the task token that it learned."""
 _FINGERPRINT = "training/grading.py"
@@ -113,9 +118,7 @@ def pretrain_base(
 ) -> pathlib.Path:
     """Train a scratch base on all tasks, as a conversion does, for cells that fine-tune it. Returns its folder."""
     train = {one.task.task_id: list(one.splits["train"]) for one in material}
-    lines = {one.task.task_id: one.task.static_lines for one in material}
-    texts = [text for task_id, own in train.items() for text in texts_of(own, lines[task_id])]
-    tokenizer = train_tokenizer(texts, entry.vocab_size)
+    tokenizer = _scratch_tokenizer(entry, material, train)
     data = tokenise_tasks(
         [one.task for one in material],
         train,
@@ -153,31 +156,22 @@ def _tokenise(
     start: str | None = None,
 ) -> tuple[Contender, dict[str, _Asked]]:
     """The base, the tasks' rows in its tokens, and by `TASK@SPLIT` who is asked."""
-    numbers: dict[str, int] = {}
-    window = recipe.specialists.max_model_tokens
+    max_prompt_tokens = recipe.specialists.max_model_tokens * 3 // 4
     tasks = [one.task for one in material]
     held_out = {one.task.task_id: [e for split in HELD_OUT for e in one.splits[split]] for one in material}
-    by_split: dict[Split, Mapping[str, list[Example]]] = {"train": train, "validation": held_out}
-    scope = Scope(tasks, by_split, window, window * 3 // 4, recipe.finetune.device_gib or 1e6, recipe.gate.epsilon)
-    needs = Needs(
-        p99_prompt_tokens=0, needs_tool_use=False, allowed_licenses=None, memory_gib=1e6, max_model_tokens=window
-    )
     entry = ScratchModel.model_validate(base) if isinstance(base, dict) else find_entry(base)
-    contender = examine(entry.name if isinstance(base, dict) and entry else base, entry, needs, scope, num_validation=1)
-    if not isinstance(contender, Contender):
-        raise TrainingError(f"base {contender.name}: {contender.status}: {contender.reason}")
-    if start:
-        from transformers import AutoTokenizer
-
-        contender = contender._replace(tokenizer=AutoTokenizer.from_pretrained(start, trust_remote_code=False))
-        numbers = json.loads((pathlib.Path(start) / NUMBERS_FILE).read_text())
+    if isinstance(entry, ScratchModel):
+        contender = Contender(entry.name, entry, "", _scratch_tokenizer(entry, material, train, start), {}, 0)
+        numbers = json.loads((pathlib.Path(start) / NUMBERS_FILE).read_text()) if start else {}
+    else:
+        contender, numbers = _open(recipe, base, tasks, train), {}
     data = tokenise_tasks(
         tasks,
         train,
         held_out,
         contender.tokenizer,
         is_scratch=contender.is_scratch,
-        max_prompt_tokens=scope.max_prompt_tokens,
+        max_prompt_tokens=max_prompt_tokens,
         numbers=numbers,
     )
     rows, asked = {}, {}
@@ -190,6 +184,36 @@ def _tokenise(
             rows[f"{one.task.task_id}@{split}"] = own._replace(train=[], validation=held)
             asked[f"{one.task.task_id}@{split}"] = found
     return contender._replace(data=rows), asked
+
+
+def _scratch_tokenizer(
+    entry: ScratchModel, material: Sequence[Material], train: Mapping[str, list[Example]], start: str | None = None
+) -> Any:
+    """That of a base that is trained already, or one made of the train examples."""
+    if start:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(start, trust_remote_code=False)
+    texts = [t for one in material for t in texts_of(train[one.task.task_id], one.task.static_lines)]
+    return train_tokenizer(texts, entry.vocab_size)
+
+
+def _open(recipe: Recipe, base: str, tasks: Sequence[TaskSpec], train: Mapping[str, list[Example]]) -> Contender:
+    """A base of a hub or a folder, as selection opens it.
+
+    Raises:
+        TrainingError: it cannot be had, or does not fit.
+    """
+    window = recipe.specialists.max_model_tokens
+    by_split: dict[Split, Mapping[str, list[Example]]] = {"train": train, "validation": train}
+    scope = Scope(tasks, by_split, window, window * 3 // 4, _ANY_GIB, recipe.gate.epsilon)
+    needs = Needs(
+        p99_prompt_tokens=0, needs_tool_use=False, allowed_licenses=None, memory_gib=_ANY_GIB, max_model_tokens=window
+    )
+    found = examine(base, find_entry(base), needs, scope, num_validation=1)
+    if not isinstance(found, Contender):
+        raise TrainingError(f"base {found.name}: {found.status}: {found.reason}")
+    return found
 
 
 def _split_rows(one: Material, data: TaskData, tokenizer: Any) -> list[tuple[Split, list[dict[str, Any]], _Asked]]:
@@ -218,7 +242,7 @@ def _settings(
     seed, steps = int(parameters["seed"]), int(parameters["steps"])
     changes = {"seed": seed, "num_workers": 1, "min_workers": None}
     batch = {"batch_size": parameters["batch_size"]} if "batch_size" in parameters else {}
-    pretrain = recipe.pretrain.model_copy(update={**changes, **batch})
+    pretrain = recipe.pretrain.model_copy(update={**changes, **batch, **_rate(recipe, contender.entry)})
     finetune = recipe.finetune.model_copy(update={**changes, **batch, **parameters.get("finetune", {})})
     scored = {name: len(one.examples) for name, one in asked.items()}
     scored |= {name: 1 for name in contender.data if name not in scored}
@@ -230,7 +254,14 @@ def _settings(
     if start := parameters.get("start"):
         settings |= {**finetune.model_dump(mode="json"), "zero_stage": 0, "num_steps": steps, "base_path": start}
     # Untrained, a scratch base answers nothing: its zero-shot score is not worth its seconds.
-    return {**settings, "rungs": [quarter * steps // 4 for quarter in (1, 2, 3, 4)], "size_penalty": 0.0}
+    return {**settings, "rungs": [quarter * steps // 4 for quarter in _RUNGS], "size_penalty": 0.0}
+
+
+def _rate(recipe: Recipe, entry: Any) -> dict[str, float]:
+    """The learning rate of a scratch base where the recipe says none: .01 for one of 64 wide, with which 800 steps learn what
+    .002 does not; wider ones take less in proportion (Yang et al. 2022, arXiv 2203.03466)."""
+    is_said = "learning_rate" in recipe.pretrain.model_fields_set or not isinstance(entry, ScratchModel)
+    return {} if is_said else {"learning_rate": _RATE_TIMES_WIDTH / entry.hidden_size}
 
 
 def _outcomes(asked: _Asked, order: Sequence[str], graded: Graded | None) -> list[Outcome]:

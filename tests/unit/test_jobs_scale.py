@@ -70,9 +70,15 @@ def test_a_cell_says_where_it_comes_from_and_other_code_or_data_is_another_cell(
     written = json.loads((book.folder / f"{CELL.key}.json").read_text())
     assert written["cell"] == CELL.model_dump() and written["result"] == {"value": 1}
     assert {"git_sha", "packages", "hardware", "date", "data", "seconds"} <= set(written["provenance"])
-    changes = [{"code": "other"}, {"data": "other"}, {"experiment": "rank"}, {"parameters": {"seed": 1}}]
+    changes = [
+        {"code": "other"},
+        {"data": "other"},
+        {"experiment": "rank"},
+        {"recipe": "r"},
+        {"parameters": {"seed": 1}},
+    ]
     others = [CELL.model_copy(update=change) for change in changes]
-    assert len({one.key for one in [CELL, *others]}) == 5 and all(book.read(one) is None for one in others)
+    assert len({one.key for one in [CELL, *others]}) == 6 and all(book.read(one) is None for one in others)
 
 
 def test_a_file_that_is_no_cell_is_named(tmp_path: pathlib.Path) -> None:
