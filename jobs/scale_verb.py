@@ -124,11 +124,14 @@ def names_store(words: Sequence[str]) -> bool:
 
 def _laboratory(options: argparse.Namespace, recipe: Recipe, out: pathlib.Path, takes_store: bool) -> Laboratory:
     from jobs.scale.laboratory import Laboratory
-    from jobs.scale.material import load_logs, load_store, save_material, shorten
+    from jobs.scale.material import load_logs, load_shared, load_store, save_material, shorten
 
     @functools.cache
     def load() -> Sequence[Material]:
-        found = load_store(recipe) if takes_store else load_logs(options.calls, recipe)
+        if takes_store:
+            found = load_store(recipe)
+        else:
+            found = load_logs(options.calls, recipe) if options.calls else load_shared(recipe)
         return shorten(found) if options.quick else found
 
     def save(material: Sequence[Material]) -> tuple[pathlib.Path, str]:

@@ -197,7 +197,8 @@ def _tell(need: Need, one: Material) -> str:
     most = len(one.splits["train"])
     if need.size is None:
         return "is never reached by the fitted law, whose floor lies above it"
-    ends = f"{LEVEL:.0%} interval {need.low or math.inf:,.0f} to " + (f"{need.high:,.0f}" if need.high else "no end")
+    low, high = (f"{end:,.0f}" if end is not None else "no end" for end in (need.low, need.high))
+    ends = f"{LEVEL:.0%} interval {low} to {high}"
     where = (
         "within the data" if need.is_measured else f"beyond the {most:,} that there are: the law carried on, not seen"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import random
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -122,8 +123,6 @@ def _run_real(folder: pathlib.Path, parameters: Mapping[str, Any]) -> dict[str, 
 
 
 def _finetune(folder: pathlib.Path, name: str, steps: int) -> None:
-    import shutil
-
     # What a killed experiment left of this run would be gone on from, and the run be shorter than it is.
     shutil.rmtree(folder / "runs" / name, ignore_errors=True)
     config = FinetuneConfig(

@@ -15,6 +15,7 @@ from cluster.access import Pseudonyms
 from cluster.errors import InputError
 from cluster.records import AgentCall, Example, Split, TaskSpec
 from cluster.store import Store, content_hash
+from jobs.bench.selection import answering
 from jobs.bench.usefulness import shared_sets
 from jobs.recipe import Recipe, work_folder
 from training.curate import curate
@@ -26,6 +27,7 @@ from training.selection import group_by_task
 from training.snapshot import load_split
 from training.splits import SPLITS, split_of
 
+_SHARED = ("snips intents", "clinc150", "banking77", "nlupp", "snips")
 _PUBLIC_KEY = b"scaling laboratory: logs as they are"
 _MOST: Mapping[Split, int] = {"validation": 300, "calibration": 600, "test": 400}
 """Calls asked of each split at most: a cell must not spend its time on being scored."""
@@ -51,18 +53,31 @@ def load_logs(paths: Sequence[pathlib.Path], recipe: Recipe) -> list[Material]:
     """Tasks of call logs, most train examples first.
 
     Args:
-        paths: files or folders; empty takes the four labelled sets that the benchmarks find (UNDERSTUDY_DATA).
+        paths: files or folders.
 
     Raises:
         InputError: a file is missing, or none has a task with enough examples.
     """
     found: list[Material] = []
-    for path in find_files(paths) if paths else shared_sets():
-        calls = LogReader(Pseudonyms(_PUBLIC_KEY), 0.0).read(path)
-        examples = [_example(call, recipe) for call in calls if isinstance(call, AgentCall) and call.message]
-        by_split: dict[Split, list[Example]] = {s: [e for e in examples if e.split == s] for s in SPLITS}
-        found += _by_task(path.name.split(".")[0], by_split, discover(by_split, recipe.discover))
-    return _enough(found, recipe, ", ".join(map(str, paths)) or "the shared sets")
+    for path in find_files(paths):
+        found += _discovered(path.name.split(".")[0], _read(path), recipe)
+    kept = _enough(found, recipe, ", ".join(map(str, paths)))
+    return sorted(kept, key=lambda one: (-len(one.splits["train"]), one.task.task_id))
+
+
+def load_shared(recipe: Recipe) -> list[Material]:
+    """Tasks of the labelled sets that the benchmarks find (UNDERSTUDY_DATA): those first that a small base learns soonest.
+
+    The intents of snips are a task beside its tool calls: the same utterances, answered by their label.
+
+    Raises:
+        InputError: a set is missing.
+    """
+    paths = {path.name.split(".")[0]: path for path in shared_sets()}
+    calls = {name: _read(path) for name, path in paths.items()}
+    calls["snips intents"] = [answering(call, call.label or "") for call in calls["snips"]]
+    found = [one for name in _SHARED for one in _discovered(name, calls[name], recipe)]
+    return _enough(found, recipe, "the shared sets")
 
 
 def load_store(recipe: Recipe) -> list[Material]:
@@ -74,7 +89,9 @@ def load_store(recipe: Recipe) -> list[Material]:
     store = Store(recipe.store)
     snapshot = curate(store, recipe.curate, work=work_folder(recipe))
     by_split = {split: load_split(store, snapshot.id, split, as_served=False) for split in SPLITS}
-    return _enough(_by_task("", by_split, discover(by_split, recipe.discover)), recipe, f"store {recipe.store}")
+    found = _by_task("", by_split, discover(by_split, recipe.discover))
+    kept = _enough(found, recipe, f"store {recipe.store}")
+    return sorted(kept, key=lambda one: (-len(one.splits["train"]), one.task.task_id))
 
 
 def shorten(material: Sequence[Material]) -> list[Material]:
@@ -134,7 +151,18 @@ def _enough(found: Sequence[Material], recipe: Recipe, where: str) -> list[Mater
             f"{where}: {len(found)} tasks, none with {LEAST_TRAIN} train and {needed} calibration sessions and some of "
             "validation and test; next: --calls PATH... of more calls, or store=PATH of a store that has them"
         )
-    return sorted(kept, key=lambda one: (-len(one.splits["train"]), one.task.task_id))
+    return kept
+
+
+def _read(path: pathlib.Path) -> list[AgentCall]:
+    calls = LogReader(Pseudonyms(_PUBLIC_KEY), 0.0).read(path)
+    return [call for call in calls if isinstance(call, AgentCall) and call.message]
+
+
+def _discovered(source: str, calls: Sequence[AgentCall], recipe: Recipe) -> list[Material]:
+    examples = [_example(call, recipe) for call in calls]
+    by_split: dict[Split, list[Example]] = {s: [e for e in examples if e.split == s] for s in SPLITS}
+    return _by_task(source, by_split, discover(by_split, recipe.discover))
 
 
 def _example(call: AgentCall, recipe: Recipe) -> Example:
