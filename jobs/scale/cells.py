@@ -143,7 +143,8 @@ def measure_on_tune(
 
 def describe(parameters: Mapping[str, Any]) -> str:
     """A cell's plain parameters in one line."""
-    told = {k: v for k, v in parameters.items() if isinstance(v, str | int | float) and k not in _UNTOLD}
+    joined = {k: "+".join(map(str, v)) if k == "steps" and isinstance(v, list) else v for k, v in parameters.items()}
+    told = {k: v for k, v in joined.items() if isinstance(v, str | int | float) and k not in _UNTOLD}
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in told.items()
     )
