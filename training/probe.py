@@ -185,13 +185,14 @@ def at_rank(finetune: FinetuneConfig, lora_rank: int | None) -> FinetuneConfig:
     return finetune.model_copy(update={"lora_rank": lora_rank, "lora_alpha": alpha})
 
 
-def train_flops(contender: Contender, num_tokens: int) -> float:
-    """Floating point operations of training on so many tokens."""
-    return (
-        _FLOPS_PER_WEIGHT["full" if contender.is_scratch else "lora"]
-        * (num_parameters(contender.entry) or 0)
-        * num_tokens
-    )
+def train_flops(contender: Contender, num_tokens: int, *, is_full: bool | None = None) -> float:
+    """Floating point operations of training on so many tokens.
+
+    Args:
+        is_full: whether all weights are trained; None: as a probe trains, a scratch base whole and the others by LoRA.
+    """
+    is_full = contender.is_scratch if is_full is None else is_full
+    return _FLOPS_PER_WEIGHT["full" if is_full else "lora"] * (num_parameters(contender.entry) or 0) * num_tokens
 
 
 def describe_budget(plans: Sequence[ProbePlan], measuring: Measuring) -> str:

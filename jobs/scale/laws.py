@@ -29,6 +29,8 @@ _RATES = (-1.0, 3.0)
 _STARTS = (0.1, 0.4, 1.0)
 _FALLING = (0.5, 0.98)
 """Shares of the error that still fall with size, where a fit begins."""
+_PULL = 1e-3
+"""The faintest pull of the falling share to a half: few points cannot tell a law without a floor from one with a small one."""
 
 
 class Interval(Record):
@@ -196,21 +198,35 @@ def _minimise(logs: np.ndarray, means: np.ndarray, num_calls: int, start: np.nda
     """Likeliest law by its parameters (height at the pivot, falling share, rates), and its negative log-likelihood."""
     from scipy.optimize import minimize
 
-    def loss(theta: np.ndarray) -> float:
-        errors = _errors(theta, logs)
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        """Negative log-likelihood and its gradient."""
+        height, falling = _sigmoid(theta[0]), _sigmoid(theta[1])
+        fallen = _fallen(theta, logs)
+        whole = height * (1 + falling * (fallen - 1))
+        errors = np.clip(whole, _LEAST_ERROR, 1 - _LEAST_ERROR)
         likelihood = means * np.log(errors) + (1 - means) * np.log1p(-errors)
-        # The faintest pull to a law without a floor, which few points cannot tell from one with a small floor.
-        return float(-num_calls * likelihood.sum() + 1e-3 * theta[1] ** 2)
+        slope = -num_calls * (means / errors - (1 - means) / (1 - errors)) * (whole == errors)
+        by_rate = -(slope * height * falling * fallen) @ logs
+        gradient = [
+            slope @ whole * (1 - height),
+            height * falling * (1 - falling) * (slope @ (fallen - 1)) + 2 * _PULL * theta[1],
+            *by_rate,
+        ]
+        return float(-num_calls * likelihood.sum() + _PULL * theta[1] ** 2), np.array(gradient)
 
     bounds = [(-9.0, 9.0), (-4.0, 6.0), *[_RATES] * logs.shape[1]]
-    found: Any = minimize(loss, start, method="L-BFGS-B", bounds=bounds, options={"maxiter": 200})
+    found: Any = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 200})
     return found.x, float(found.fun)
 
 
 def _errors(theta: np.ndarray, logs: np.ndarray) -> np.ndarray:
     height, falling = _sigmoid(theta[0]), _sigmoid(theta[1])
-    fallen = np.exp(np.clip(-logs @ theta[2:], -30, 30))
-    return np.clip(height * (1 + falling * (fallen - 1)), _LEAST_ERROR, 1 - _LEAST_ERROR)
+    return np.clip(height * (1 + falling * (_fallen(theta, logs) - 1)), _LEAST_ERROR, 1 - _LEAST_ERROR)
+
+
+def _fallen(theta: np.ndarray, logs: np.ndarray) -> np.ndarray:
+    """By how much each size's error is that of the pivot, without the floor."""
+    return np.exp(np.clip(-logs @ theta[2:], -30, 30))
 
 
 def _natural(theta: np.ndarray, pivot: np.ndarray) -> list[float]:

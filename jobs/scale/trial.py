@@ -89,7 +89,7 @@ def train_cell(bench: Workbench, parameters: Mapping[str, Any]) -> dict[str, Any
     ids = [one.task.task_id for one in material]
     # The first of equals: fewer steps are as good.
     released = max(outcomes, key=lambda step: (sum(_share(outcomes[step][f"{i}@validation"]) for i in ids), -step))
-    facts = {i: _judge(bench.recipe, {s: outcomes[released][f"{i}@{s}"] for s in HELD_OUT}) for i in ids}
+    facts = {i: judge(bench.recipe, {s: outcomes[released][f"{i}@{s}"] for s in HELD_OUT}) for i in ids}
     num_tokens = reports[-1]["rungs"][-1]["num_tokens"]
     mean = sum(one["agreement"] for one in facts.values()) / len(facts)
     certified = sum(one["certified_coverage"] for one in facts.values()) / len(facts)
@@ -99,7 +99,7 @@ def train_cell(bench: Workbench, parameters: Mapping[str, Any]) -> dict[str, Any
         "steps": int(parameters["steps"]),
         "released_step": released,
         "num_tokens": num_tokens,
-        "flops": train_flops(contender, num_tokens),
+        "flops": train_flops(contender, num_tokens, is_full=settings["method"] == "full"),
         "seconds": round(time.monotonic() - began, 2),
         "cpu_seconds": round(time.process_time() - cpu_began, 2),
         "told": f"agreement {mean:.3f}, certified coverage {certified:.3f}, {time.monotonic() - began:.0f} s",
@@ -282,7 +282,7 @@ def _share(outcomes: Sequence[Outcome]) -> float:
     return sum(one.agrees for one in outcomes) / max(1, len(outcomes))
 
 
-def _judge(recipe: Recipe, outcomes: Mapping[Split, list[Outcome]]) -> dict[str, Any]:
+def judge(recipe: Recipe, outcomes: Mapping[Split, list[Outcome]]) -> dict[str, Any]:
     """Agreement on test, and what a gate that is certified on calibration keeps of it."""
     calibration, test = outcomes["calibration"], outcomes["test"]
     config = recipe.gate

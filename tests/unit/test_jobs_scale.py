@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+from collections import Counter
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -13,15 +14,17 @@ import pytest
 from cluster.errors import InputError
 from jobs.__main__ import main
 from jobs.recipe import load_recipe
-from jobs.scale.cells import Cell, CellBook, describe, measure_here
+from jobs.scale.cells import Cell, CellBook, Measured, describe, measure_here
 from jobs.scale.charts import Axes, Dot, draw_lines, drawable
 from jobs.scale.data import sizes_of
 from jobs.scale.fleet import foretell
 from jobs.scale.material import load_logs, read_material, save_material
 from jobs.scale.report import Findings, write_findings
+from jobs.scale.serve import draw_adapters, pace_of
 from jobs.scale.tasks import group_tasks
-from jobs.scale.trial import draw
+from jobs.scale.trial import HELD_OUT, draw, judge, wrong_of
 from training.fleet import plan_fleet
+from training.gate import Outcome
 
 CELL = Cell(experiment="data", parameters={"task": "a", "examples": 50, "seed": 0}, code="c", data="d")
 
@@ -148,6 +151,39 @@ def test_examples_of_a_smaller_draw_are_among_those_of_a_larger_one(tmp_path: pa
     sha = save_material([one], tmp_path / "material")
     again = read_material(tmp_path / "material", one.task.task_id)
     assert again == one and save_material([again], tmp_path / "material") == sha
+
+
+def test_answers_find_their_calls_and_a_gate_keeps_what_it_certified() -> None:
+    recipe = load_recipe(["gate.epsilon=0.1"])
+    splits: dict[Any, list[Outcome]] = {}
+    for split in HELD_OUT:
+        # Sure answers are right, the others are wrong half of the time.
+        splits[split] = [
+            Outcome(confidence=0.99 if k % 2 else 0.4, agrees=bool(k % 2 or k % 4), session_id=f"{split}{k}")
+            for k in range(400)
+        ]
+    facts = judge(recipe, splits)
+    assert facts["refused"] == "" and facts["certified_coverage"] == 0.5 and facts["kept_disagreement"] == 0
+    assert facts["agreement"] == 0.75 == 1 - sum(wrong_of(facts)) / 400
+    assert [not one for one in wrong_of(facts, "kept")] == [k % 2 == 1 for k in range(400)]
+    hopeless = {split: [one.model_copy(update={"agrees": False}) for one in own] for split, own in splits.items()}
+    refused = judge(recipe, hopeless)
+    assert refused["refused"] and refused["certified_coverage"] == 0 and refused["kept_disagreement"] is None
+
+
+def test_a_simulated_engine_is_as_slow_as_the_measured_one() -> None:
+    def one(adapters: int, clients: int, p50_ms: float) -> Measured:
+        parameters = {"replicas": 1, "adapters": adapters, "clients": clients}
+        return Measured(CELL.model_copy(update={"parameters": parameters}), {"p50_ms": p50_ms})
+
+    assert pace_of([one(1, 1, 5.0)]) is None and pace_of([one(4, 1, 5.0)]) is None
+    found = pace_of([one(4, 1, 100.0), one(4, 8, 170.0), one(1, 8, 1.0)])
+    assert found == pytest.approx((0.1, 0.01))
+
+
+def test_zipf_asks_for_few_adapters_and_uniform_for_all_alike() -> None:
+    zipf, uniform = (Counter(draw_adapters(64, spread, 6400)) for spread in ("zipf", "uniform"))
+    assert max(uniform.values()) < 200 < zipf[0] and zipf[0] > 5 * zipf[9]
 
 
 def test_groups_are_of_one_kind_of_answer(tmp_path: pathlib.Path) -> None:
