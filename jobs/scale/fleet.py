@@ -50,7 +50,7 @@ _MIXES: tuple[tuple[int, tuple[int, ...]], ...] = (
 _BAR = 0.15
 _TASKS = (10, 30, 100, 300, 1000, 3000)
 _GPUS = (1, 10, 100, 1000)
-_DRAWS = 10
+_DRAWS = 5
 
 
 def run(lab: Laboratory) -> Findings:
