@@ -28,6 +28,7 @@ from jobs import (
     refine_verb,
     release_verb,
     sbom,
+    scale_verb,
     submit,
     tasks_verb,
     upkeep_verb,
@@ -115,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     refine_verb.add_verb(verbs, stages)
     upkeep_verb.add_verbs(verbs, words)
     bench_verb.add_verb(verbs)
+    scale_verb.add_verb(verbs, words, (*stages, "prices"))
     sbom.add_verb(verbs)
     completion_verb.add_verb(verbs, build_parser)
     return parser

@@ -24,14 +24,14 @@ def answers_by_row(
     """(task_id, row key, whether it was answered rightly) of every scored row."""
     found = []
     for task_id, path in paths.items():
-        keys = _keys_in_order(Rows(path, {**settings, "packing": False}, 0, 1))
+        keys = keys_in_order(path, settings)
         found += [(task_id, key, right) for key, right in zip(keys, graded[task_id].is_right, strict=True)]
     return found
 
 
-def _keys_in_order(rows: Rows) -> list[str]:
-    """Keys of all rows in the order in which they are graded."""
-    keys = []
+def keys_in_order(path: str, settings: dict[str, Any]) -> list[str]:
+    """Keys of all rows of a dataset in the order in which they are graded."""
+    rows, keys = Rows(path, {**settings, "packing": False}, 0, 1), []
     for number in range(rows.num_batches()):
         batch = rows.batch(number)
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):

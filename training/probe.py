@@ -185,13 +185,14 @@ def at_rank(finetune: FinetuneConfig, lora_rank: int | None) -> FinetuneConfig:
     return finetune.model_copy(update={"lora_rank": lora_rank, "lora_alpha": alpha})
 
 
-def train_flops(contender: Contender, num_tokens: int) -> float:
-    """Floating point operations of training on so many tokens."""
-    return (
-        _FLOPS_PER_WEIGHT["full" if contender.is_scratch else "lora"]
-        * (num_parameters(contender.entry) or 0)
-        * num_tokens
-    )
+def train_flops(contender: Contender, num_tokens: int, *, is_full: bool | None = None) -> float:
+    """Floating point operations of training on so many tokens.
+
+    Args:
+        is_full: whether all weights are trained; None: as a probe trains, a scratch base whole and the others by LoRA.
+    """
+    is_full = contender.is_scratch if is_full is None else is_full
+    return _FLOPS_PER_WEIGHT["full" if is_full else "lora"] * (num_parameters(contender.entry) or 0) * num_tokens
 
 
 def describe_budget(plans: Sequence[ProbePlan], measuring: Measuring) -> str:
@@ -309,14 +310,15 @@ def _write_trials(plans: Sequence[ProbePlan], measuring: Measuring, run: str) ->
         few_shot = {} if plan.contender.name in asked else plan.contender.few_shot
         asked.add(plan.contender.name)
         base = measuring.folder.resolve() / f"base-{place}-{pathlib.Path(plan.contender.name).name}"
-        settings = _trial_settings(plan, measuring, base, few_shot)
+        settings = trial_settings(plan, measuring, base, few_shot)
         trials.append({**settings, "size_penalty": penalty, "name": f"{run}-{number}"})
     return trials
 
 
-def _trial_settings(
+def trial_settings(
     plan: ProbePlan, measuring: Measuring, base: pathlib.Path, few_shot: Mapping[str, Sequence[dict[str, Any]]]
 ) -> dict[str, Any]:
+    """Write a probe's datasets below `base`, and the untrained weights of a scratch base; name all that its loop needs."""
     contender, config, finetune = plan.contender, measuring.config, measuring.finetune
     training, num_steps = measuring.training_of(contender), plan.times_steps * config.probe_steps
     own = base / f"{plan.num_examples}"

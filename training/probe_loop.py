@@ -51,9 +51,25 @@ def probe_trial(config: dict[str, Any]) -> None:
 
 def probe_loop(settings: dict[str, Any]) -> None:
     """Run on every worker of the trial's trainer; reports {step, halving_score, rungs, few_shot, answers} after each rung."""
+    rank, num_workers, report = _join_workers(settings)
+    run_probe(settings, report, rank, num_workers)
+
+
+def run_probe(
+    settings: dict[str, Any],
+    report: Callable[[dict[str, Any]], None],
+    rank: int = 0,
+    num_workers: int = 1,
+    on_graded: Callable[[int, Mapping[str, Graded]], object] = lambda step, graded: None,
+) -> None:
+    """Train and score in this process; see `probe_loop`.
+
+    Args:
+        settings: `training.probe.trial_settings` makes them.
+        on_graded: called with every rung's steps and task_id -> grades, in the order of `training.paired.keys_in_order`.
+    """
     import torch
 
-    rank, num_workers, report = _join_workers(settings)
     torch.set_num_threads(settings["num_threads"])
     torch.manual_seed(settings["seed"])
     learner = _build_learner(settings, num_workers)
@@ -66,6 +82,7 @@ def probe_loop(settings: dict[str, Any]) -> None:
         if step in settings["rungs"]:
             rung = {"num_steps": step, "num_tokens": num_tokens, "seconds": round(time.monotonic() - began, 2)}
             graded = _score_tasks(learner, settings["validation_paths"], settings)
+            on_graded(step, graded)
             rungs.append(_score_rung(graded, settings) | rung)
             halving_score = score_for_halving(rungs[-1]["score"], settings["size_penalty"], settings["target"])
             few = _shares(few_shot, settings["num_scored"]) if settings["few_shot_paths"] else None

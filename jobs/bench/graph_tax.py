@@ -43,7 +43,7 @@ _NUM_REQUESTS, _NUM_QUICK = 96, 16
 _MAX_SECONDS = 120.0
 _NUM_TURNS, _TURN_WORDS = 4, 60
 ROUTERS = ("default", "adapter")
-_CONFIG = {"max_adapters": NUM_ADAPTERS, "max_lora_rank": 8, "max_model_tokens": 512, "max_num_seqs": 16}
+CONFIG = {"max_adapters": NUM_ADAPTERS, "max_lora_rank": 8, "max_model_tokens": 512, "max_num_seqs": 16}
 _FORMAT = PromptFormat(kind="compact", answer_kind="label", max_prompt_tokens=400)
 _START_TIMEOUT_S = 240.0
 
@@ -62,7 +62,7 @@ def measure_graph_tax(say: Callable[[str], object], quick: bool = False) -> dict
     with tempfile.TemporaryDirectory(prefix="understudy-bench-") as scratch:
         folder = pathlib.Path(scratch)
         store = Store(str(folder / "store"))
-        facts = _make_base(store, folder)
+        facts = make_base(store, folder)
         bare = _run_bare(store, num)
         say(f"bare: {bare}")
         with server(module("jobs.bench.fake_llm"), folder / "llm.log") as (_, llm):
@@ -110,7 +110,9 @@ def request_of(adapter: int, number: int) -> dict[str, Any]:
     return request
 
 
-def _make_base(store: Store, folder: pathlib.Path) -> dict[str, Any]:
+def make_base(
+    store: Store, folder: pathlib.Path, shape: dict[str, int] = SHAPE, num_adapters: int = NUM_ADAPTERS
+) -> dict[str, Any]:
     """Publish an untrained base and untrained adapters of it, which cost an engine what trained ones do."""
     import peft
     import torch
@@ -119,14 +121,14 @@ def _make_base(store: Store, folder: pathlib.Path) -> dict[str, Any]:
     from training.catalog import ScratchModel
     from training.scratch import init_model, train_tokenizer
 
-    entry = ScratchModel(name="graph-tax", kind="scratch", context_window_tokens=1_024, **SHAPE)
+    entry = ScratchModel(name="graph-tax", kind="scratch", context_window_tokens=1_024, **shape)
     tokenizer = train_tokenizer([json.dumps(request_of(0, number)) for number in range(200)], entry.vocab_size)
     init_model(entry, tokenizer, folder / "base", 0)
     manifest = store.publish(BASE, folder / "base", {"kind": "bench"})
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     num_parameters = sum(one.numel() for one in model.parameters())
     config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    for number in range(NUM_ADAPTERS):
+    for number in range(num_adapters):
         torch.manual_seed(number)
         adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
         for name, weight in adapted.named_parameters():
@@ -134,10 +136,10 @@ def _make_base(store: Store, folder: pathlib.Path) -> dict[str, Any]:
                 torch.nn.init.normal_(weight, std=0.01)
         adapted.save_pretrained(folder / f"adapter-{number}")
         store.publish(adapter_of(number), folder / f"adapter-{number}", {"kind": "bench"})
-    tasks = {f"task-{one}": (adapter_of(one), 0.9, request_of(one, 0)) for one in range(NUM_ADAPTERS)}
-    fingerprint = fingerprint_of(manifest["sha256"], SpecialistConfig(**_CONFIG))
+    tasks = {f"task-{one}": (adapter_of(one), 0.9, request_of(one, 0)) for one in range(num_adapters)}
+    fingerprint = fingerprint_of(manifest["sha256"], SpecialistConfig(**CONFIG | {"max_adapters": num_adapters}))
     publish_stage(store, "graph-tax", tasks, base=BASE, fingerprint=fingerprint, prompt_format=_FORMAT)
-    return {"parameters": num_parameters, "answer_tokens": NUM_TOKENS, "concurrency": _CONCURRENCY, **_CONFIG}
+    return {"parameters": num_parameters, "answer_tokens": NUM_TOKENS, "concurrency": _CONCURRENCY, **CONFIG}
 
 
 def _run_bare(store: Store, num: int) -> dict[str, Any]:
@@ -157,7 +159,7 @@ async def _bare(store: Store, num: int) -> dict[str, Any]:
 
     source = str(store.fetch(BASE))
     tokenizer = AutoTokenizer.from_pretrained(source)
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **engine_kwargs(SpecialistConfig(**_CONFIG))))
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **engine_kwargs(SpecialistConfig(**CONFIG))))
     loras = [LoRARequest(adapter_of(one), one + 1, str(store.fetch(adapter_of(one)))) for one in range(NUM_ADAPTERS)]
     for lora in loras:
         await add_adapter(engine, lora)
@@ -201,13 +203,13 @@ def _run_graph(
     let_ingress_listen(port)
     # A place for each engine and for the gateway, also where there are fewer cores: they are told to share.
     connect(num_cpus=replicas + 1)
-    specialists = {**_CONFIG, "min_replicas": replicas, "max_replicas": replicas, "request_router": router}
+    specialists = {**CONFIG, "min_replicas": replicas, "max_replicas": replicas, "request_router": router}
     args = {"store": store.uri, "upstream": [{"base_url": f"{llm}/v1"}], "specialists": specialists}
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
         serve.run(build(ServeArgs.model_validate(args)), name="graph-tax", route_prefix="/")
         url = f"http://127.0.0.1:{port}"
-        asyncio.run(_wait_for_specialists(url, key))
+        asyncio.run(wait_for_specialists(url, key))
         phases = {
             name: [request_of(number % adapters, number) for number in range(num)]
             for name, adapters in (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS))
@@ -248,7 +250,12 @@ def _others_cpu() -> float:
     return sum(used for pid, used in usage_of(os.getpid()).cpu_s.items() if pid != os.getpid()) * 1e3
 
 
-async def _wait_for_specialists(url: str, key: str) -> None:
+async def wait_for_specialists(url: str, key: str) -> None:
+    """Ask until a specialist answers.
+
+    Raises:
+        RuntimeError: none did in four minutes.
+    """
     end = time.perf_counter() + _START_TIMEOUT_S
     while time.perf_counter() < end:
         exchange = await open_connection(url)

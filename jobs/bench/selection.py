@@ -106,7 +106,7 @@ def load_tasks(folder: pathlib.Path | None = None, num_domains: int = _NUM_DOMAI
     domains = sorted(by_domain.keys() - {"none"})[:num_domains]
     tasks = [_task(f"clinc150 {name}", "json", by_domain[name]) for name in domains]
     tasks.append(_task("restaurant8k slots", "json", _read(folder, "restaurant8k")))
-    intents = [_answering(call, call.label or "") for call in _read(folder, "snips")]
+    intents = [answering(call, call.label or "") for call in _read(folder, "snips")]
     return [*tasks, _task("snips intents", "label", intents)]
 
 
@@ -115,8 +115,8 @@ def _read(folder: pathlib.Path, name: str) -> list[AgentCall]:
     return [call for call in found if isinstance(call, AgentCall)]
 
 
-def _answering(call: AgentCall, content: str) -> AgentCall:
-    """The call as if its answer were `content`, without tools."""
+def answering(call: AgentCall, content: str) -> AgentCall:
+    """The call as if its answer were `content`, without tools: a set's labels as a task of their own."""
     request = {key: value for key, value in call.request.items() if key != "tools"}
     answer = {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}]}
     return call.model_copy(update={"request": request, "response": answer})

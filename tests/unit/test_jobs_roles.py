@@ -44,6 +44,7 @@ MATRIX: dict[str, Needs | None] = {
     "promote": Needs("admin", (SHA,)),
     "rollback": Needs("admin"),
     "refine": Needs("curator", ("--dry-run", BASE)),
+    "scale": Needs("curator", ("data",)),
     "compact": Needs("curator"),
     "forget": Needs("admin", ("--client", "ann")),
 }

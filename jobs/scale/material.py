@@ -1,0 +1,178 @@
+"""What experiments are trained and asked on: tasks with their examples, from call logs or from a store's calls.
+
+Logs go the way of `ingest` and `discover`, a file at a time; a store's calls that of a conversion: curated, redacted,
+discovered. Every split holds one call a session at most, because gates and intervals assume independent calls.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from cluster.access import Pseudonyms
+from cluster.errors import InputError
+from cluster.records import AgentCall, Example, Split, TaskSpec
+from cluster.store import Store, content_hash
+from jobs.bench.selection import answering
+from jobs.bench.usefulness import shared_sets
+from jobs.recipe import Recipe, work_folder
+from training.curate import curate
+from training.discover import Discovery, discover
+from training.formats import LogReader, find_files
+from training.gate import minimum_calls, one_call_per_session
+from training.probe import spread
+from training.selection import group_by_task
+from training.snapshot import load_split
+from training.splits import SPLITS, split_of
+
+_SHARED = ("snips intents", "clinc150", "banking77", "nlupp", "snips")
+_PUBLIC_KEY = b"scaling laboratory: logs as they are"
+_MOST: Mapping[Split, int] = {"validation": 300, "calibration": 600, "test": 400}
+"""Calls asked of each split at most: a cell must not spend its time on being scored."""
+_MOST_QUICK: Mapping[Split, int] = {"train": 800, "validation": 100, "calibration": 200, "test": 150}
+LEAST_TRAIN = 50
+
+
+class Material(NamedTuple):
+    """One task and its examples."""
+
+    task: TaskSpec
+    source: str
+    """File, or store, that it was found in."""
+    splits: Mapping[Split, list[Example]]
+
+    @property
+    def name(self) -> str:
+        """For pictures and tables."""
+        return f"{self.source}: {self.task.name}" if self.source else self.task.name
+
+
+def load_logs(paths: Sequence[pathlib.Path], recipe: Recipe) -> list[Material]:
+    """Tasks of call logs, most train examples first.
+
+    Args:
+        paths: files or folders.
+
+    Raises:
+        InputError: a file is missing, or none has a task with enough examples.
+    """
+    found: list[Material] = []
+    for path in find_files(paths):
+        found += _discovered(path.name.split(".")[0], _read(path), recipe)
+    kept = _enough(found, recipe, ", ".join(map(str, paths)))
+    return sorted(kept, key=lambda one: (-len(one.splits["train"]), one.task.task_id))
+
+
+def load_shared(recipe: Recipe) -> list[Material]:
+    """Tasks of the labelled sets that the benchmarks find (UNDERSTUDY_DATA): those first that a small base learns soonest.
+
+    The intents of snips are a task beside its tool calls: the same utterances, answered by their label.
+
+    Raises:
+        InputError: a set is missing.
+    """
+    paths = {path.name.split(".")[0]: path for path in shared_sets()}
+    calls = {name: _read(path) for name, path in paths.items()}
+    calls["snips intents"] = [answering(call, call.label or "") for call in calls["snips"]]
+    found = [one for name in _SHARED for one in _discovered(name, calls[name], recipe)]
+    return _enough(found, recipe, "the shared sets")
+
+
+def load_store(recipe: Recipe) -> list[Material]:
+    """Tasks of a store's calls, redacted as for training.
+
+    Raises:
+        InputError: it has no task with enough examples.
+    """
+    store = Store(recipe.store)
+    snapshot = curate(store, recipe.curate, work=work_folder(recipe))
+    by_split = {split: load_split(store, snapshot.id, split, as_served=False) for split in SPLITS}
+    found = _by_task("", by_split, discover(by_split, recipe.discover))
+    kept = _enough(found, recipe, f"store {recipe.store}")
+    return sorted(kept, key=lambda one: (-len(one.splits["train"]), one.task.task_id))
+
+
+def shorten(material: Sequence[Material]) -> list[Material]:
+    """The same tasks with few enough examples for an experiment that only shows that it runs."""
+    return [
+        one._replace(splits={split: spread(own, _MOST_QUICK[split]) for split, own in one.splits.items()})
+        for one in material
+    ]
+
+
+def save_material(material: Sequence[Material], folder: pathlib.Path) -> str:
+    """Write tasks to where the trials of all nodes read them. Returns the hash of all of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {one.task.task_id: json.dumps(_dump(one)) for one in material}
+    for task_id, text in texts.items():
+        (folder / f"{task_id}.json").write_text(text)
+    return content_hash(texts)
+
+
+def read_material(folder: pathlib.Path, task_id: str) -> Material:
+    """A task as `save_material` wrote it."""
+    loaded = json.loads((folder / f"{task_id}.json").read_text())
+    splits = {split: [Example.model_validate(row) for row in rows] for split, rows in loaded["splits"].items()}
+    return Material(TaskSpec.model_validate(loaded["task"]), loaded["source"], splits)
+
+
+def _dump(one: Material) -> dict[str, Any]:
+    splits = {split: [example.model_dump(mode="json") for example in own] for split, own in one.splits.items()}
+    return {"task": one.task.model_dump(mode="json"), "source": one.source, "splits": splits}
+
+
+def _by_task(source: str, by_split: dict[Split, list[Example]], discovery: Discovery) -> list[Material]:
+    grouped = {split: group_by_task(by_split[split], discovery.assignment) for split in SPLITS}
+    found = []
+    for task in discovery.tasks:
+        splits: dict[Split, list[Example]] = {}
+        for split in SPLITS:
+            own = one_call_per_session(grouped[split].get(task.task_id, []), seed=0)
+            splits[split] = spread(own, _MOST.get(split, len(own)))
+        found.append(Material(task, source, splits))
+    return found
+
+
+def _enough(found: Sequence[Material], recipe: Recipe, where: str) -> list[Material]:
+    """Those tasks whose gate could open at all."""
+    needed = minimum_calls(recipe.gate.epsilon, recipe.gate.delta)
+    kept = [
+        one
+        for one in found
+        if len(one.splits["train"]) >= LEAST_TRAIN
+        and len(one.splits["calibration"]) >= needed
+        and one.splits["validation"]
+        and one.splits["test"]
+    ]
+    if not kept:
+        raise InputError(
+            f"{where}: {len(found)} tasks, none with {LEAST_TRAIN} train and {needed} calibration sessions and some of "
+            "validation and test; next: --calls PATH... of more calls, or store=PATH of a store that has them"
+        )
+    return kept
+
+
+def _read(path: pathlib.Path) -> list[AgentCall]:
+    calls = LogReader(Pseudonyms(_PUBLIC_KEY), 0.0).read(path)
+    return [call for call in calls if isinstance(call, AgentCall) and call.message]
+
+
+def _discovered(source: str, calls: Sequence[AgentCall], recipe: Recipe) -> list[Material]:
+    examples = [_example(call, recipe) for call in calls]
+    by_split: dict[Split, list[Example]] = {s: [e for e in examples if e.split == s] for s in SPLITS}
+    return _by_task(source, by_split, discover(by_split, recipe.discover))
+
+
+def _example(call: AgentCall, recipe: Recipe) -> Example:
+    return Example(
+        example_id=call.call_id,
+        split=split_of(call.session_id, recipe.curate.split),
+        session_id=call.session_id,
+        ts=call.ts,
+        request=call.request,
+        target=call.message or {},
+        reference="gold" if call.label is not None else "llm",
+        source_call_ids=(call.call_id,),
+    )

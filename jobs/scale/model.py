@@ -1,0 +1,172 @@
+"""Parameters x examples at equal compute -> agreement (`understudy scale model`).
+
+Bases of 0.3 to 10 million parameters are trained from scratch, each with the same floating point operations: a model of
+ten times the parameters takes a tenth of the steps. So the law says what a given budget is best spent on, not what size
+is worth when training is free. A recipe that names select.candidates has those as bases instead, such as models of the
+catalog or local folders.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jobs.scale.cells import Measured
+from jobs.scale.charts import Axes, Dot, draw_lines
+from jobs.scale.data import sizes_of, span
+from jobs.scale.laboratory import Laboratory
+from jobs.scale.laws import LEVEL, Fit, Grid, fit_law, mean_interval
+from jobs.scale.material import Material
+from jobs.scale.report import Findings
+from jobs.scale.trial import mean_tokens, wrong_of
+from training.catalog import ScratchModel, find_entry, num_parameters
+
+_BATCH = 16
+_SHAPES = {
+    "scratch-0.3M": (2, 72, 2, 216),
+    "scratch-0.7M": (2, 128, 4, 384),
+    "scratch-2M": (4, 192, 3, 448),
+    "scratch-5M": (6, 256, 4, 640),
+    "scratch-10M": (8, 320, 5, 832),
+    "scratch-30M": (10, 512, 8, 1344),
+}
+"""Name -> layers, hidden size, heads, intermediate size."""
+_HEAD = ["task", "base", "parameters", "examples", "steps", "seeds", "agreement", "interval", "seconds a run"]
+
+
+def run(lab: Laboratory) -> Findings:
+    """Measure the grid and fit the law of each task."""
+    material = list(lab.load())[: lab.pick(quick=1, small=2, full=4)]
+    bases, seeds = _bases(lab), lab.pick(quick=2, small=3)
+    flops = lab.pick(quick=5e10, small=6e11, full=6e12)
+    parameters = []
+    for one in material:
+        counts = sizes_of(len(one.splits["train"]), lab.pick(quick=3, small=4), first=lab.pick(quick=100, small=200))
+        for base, size in bases:
+            steps = _steps(lab, one, base, size, flops)
+            common = {
+                "task": one.name,
+                "tasks": [one.task.task_id],
+                "base": base,
+                "steps": steps,
+                "batch_size": _BATCH,
+                "flops": flops,
+            }
+            parameters += [{**common, "examples": n, "seed": s} for n in counts for s in range(seeds)]
+    measured = lab.train("model", material, parameters)
+    grids = {one.name: [m for m in measured if one.task.task_id in m.result["tasks"]] for one in material}
+    fits = {one.name: _fit(grids[one.name], one.task.task_id) for one in material}
+    rows = [row for one in material for row in _rows(one, grids[one.name])]
+    return Findings(
+        sentence=_sentence(rows, fits),
+        head=_HEAD,
+        rows=rows,
+        laws={name: fit.law.model_dump() for name, fit in fits.items() if fit},
+        records=[_record(m, one) for one in material for m in grids[one.name]],
+        pictures=[_draw(one.name, rows) for one in material],
+        notes=_notes(lab, rows, flops, seeds),
+    )
+
+
+def _bases(lab: Laboratory) -> list[tuple[Any, int]]:
+    """(name or shape, parameters), smallest first."""
+    if names := lab.recipe.select.candidates:
+        entries = [(name, find_entry(name)) for name in names]
+        found: list[tuple[Any, int]] = [(name, (entry and num_parameters(entry)) or 0) for name, entry in entries]
+        return sorted(found, key=lambda pair: pair[1])
+    wanted = lab.pick(quick=3, small=5, full=6)
+    return [(entry.model_dump(), num_parameters(entry) or 0) for entry in map(_entry, list(_SHAPES)[:wanted])]
+
+
+def _entry(name: str) -> ScratchModel:
+    layers, hidden, heads, intermediate = _SHAPES[name]
+    shape = {"layers": layers, "hidden_size": hidden, "heads": heads, "intermediate_size": intermediate}
+    return ScratchModel(kind="scratch", name=name, vocab_size=2048, context_window_tokens=1024, **shape)
+
+
+def _steps(lab: Laboratory, one: Material, base: Any, size: int, flops: float) -> int:
+    """Steps that the budget pays for, a multiple of four; at least four.
+
+    A LoRA on a pretrained base needs no gradient of the frozen weights: 4 operations a weight and token instead of 6.
+    """
+    a_token = (6 if isinstance(base, dict) or str(base).startswith("scratch-") else 4) * size
+    steps = flops / (a_token * _BATCH * mean_tokens(lab.recipe, one, base)) if size else 300
+    return max(4, int(steps) // 4 * 4)
+
+
+def _fit(measured: Sequence[Measured], task_id: str) -> Fit | None:
+    points = [(m.result["parameters"], m.cell.parameters["examples"], m.cell.parameters["seed"], m) for m in measured]
+    wrong = [wrong_of(m.result["tasks"][task_id]) for *_, m in points]
+    if np.mean(wrong) in (0, 1):
+        return None
+    grid = Grid.of([(size, count) for size, count, *_ in points], [seed for _, _, seed, _ in points], wrong)
+    return fit_law(grid, ["parameters", "examples"])
+
+
+def _rows(one: Material, measured: Sequence[Measured]) -> list[list[Any]]:
+    groups: dict[tuple[int, int], list[Measured]] = {}
+    for m in measured:
+        groups.setdefault((m.result["parameters"], m.cell.parameters["examples"]), []).append(m)
+    rows = []
+    for (size, count), own in sorted(groups.items()):
+        wrong = np.array([wrong_of(m.result["tasks"][one.task.task_id]) for m in own], float)
+        mean, ends = mean_interval(1 - wrong)
+        base = own[0].cell.parameters["base"]
+        name = base["name"] if isinstance(base, dict) else base
+        seconds = statistics.median(m.result["seconds"] for m in own)
+        rows.append(
+            [one.name, name, size, count, own[0].result["steps"], len(own), round(mean, 4), span(ends), seconds]
+        )
+    return rows
+
+
+def _record(m: Measured, one: Material) -> dict[str, Any]:
+    shared = {k: v for k, v in m.result.items() if k not in ("tasks", "told")}
+    return {"task": one.name, **m.cell.parameters, **shared, **m.result["tasks"][one.task.task_id], "cell": m.cell.key}
+
+
+def _draw(name: str, rows: Sequence[Sequence[Any]]) -> str:
+    series: dict[str, list[Dot]] = {}
+    for row in rows:
+        if row[0] == name:
+            low, high = map(float, row[7].split(" to "))
+            series.setdefault(f"{row[3]} examples", []).append(Dot(row[2], row[6], low, high))
+    caption = f"{name}: agreement on test calls by parameters, every training at the same compute; bars are {LEVEL:.0%} intervals."
+    return draw_lines(series, Axes("parameters", "agreement", is_x_log=True), caption)
+
+
+def _sentence(rows: Sequence[Sequence[Any]], fits: Mapping[str, Fit | None]) -> str:
+    told = []
+    for name in dict.fromkeys(row[0] for row in rows):
+        own = [row for row in rows if row[0] == name]
+        most = max(row[3] for row in own)
+        best = max((row for row in own if row[3] == most), key=lambda row: row[6])
+        fit = fits[name]
+        law = ""
+        if fit:
+            (size, count), (of_size, of_count) = fit.law.rates, fit.law.rate_intervals
+            law = (
+                f" (error falls with parameters to the power of {-size:+.2f} [{-of_size.high:+.2f}, {-of_size.low:+.2f}], with "
+                f"examples {-count:+.2f} [{-of_count.high:+.2f}, {-of_count.low:+.2f}])"
+            )
+        if not best[6]:
+            told.append(f"{name} is not learned by any base at this budget")
+            continue
+        told.append(f"{name} does best on {best[2] / 1e6:.2g}M parameters, agreement {best[6]:.0%}{law}")
+    return f"At equal compute {'; '.join(told)}."
+
+
+def _notes(lab: Laboratory, rows: Sequence[Sequence[Any]], flops: float, seeds: int) -> list[str]:
+    told = [
+        f"Every training spends about {flops:.2g} floating point operations (6 a weight and token, 4 with LoRA), padding "
+        f"left out of the plan; {seeds} seeds. A larger base sees fewer tokens: at a larger budget the best size is larger.",
+        "A law's power of parameters above 0 says that a larger base is worse at this budget; the law has one power, "
+        "and where the best size lies inside the range its residual tells that it does not fit.",
+        "Scratch bases have seen the task's own examples and nothing else.",
+    ]
+    if lab.size != "full":
+        told.append("30M parameters and a larger budget: --full.")
+    return told

@@ -1,0 +1,169 @@
+"""One specialist for each task, one for all, or one for each group, at equal total compute (`understudy scale tasks`).
+
+The paper's Lego claim (arXiv 2506.02153): small expert models are added side by side instead of one that grows. Here K tasks
+are learned by K models, by one model, and by models for groups of tasks; every way spends the same steps in all and sees the
+same examples, so a shared model has K times the steps of a specialist. Groups join tasks of one kind of answer, and of those
+near ones by the words of their prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jobs.scale.cells import Measured
+from jobs.scale.charts import Axes, Dot, draw_lines
+from jobs.scale.data import span
+from jobs.scale.laboratory import Laboratory
+from jobs.scale.laws import LEVEL, Interval, mean_interval
+from jobs.scale.material import Material
+from jobs.scale.report import Findings
+from jobs.scale.trial import wrong_of
+from training.usefulness import group_topics
+
+WAYS = ("apart", "groups", "shared")
+_HEAD = ["way", "models", "task", "seeds", "agreement", "interval", "certified coverage", "interval"]
+
+
+def run(lab: Laboratory) -> Findings:
+    """Train every way and compare on the same test calls."""
+    material = list(lab.load())[: lab.pick(quick=3, small=5, full=12)]
+    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=80, small=800, full=3200)
+    count = lab.pick(quick=200, small=1600, full=100_000)
+    ways = _ways(material)
+    parameters = [
+        {
+            "way": way,
+            "tasks": list(group),
+            "base": lab.base,
+            "examples": count,
+            "steps": steps * len(group),
+            "seed": seed,
+            "batch_size": 16,
+        }
+        for way, groups in ways.items()
+        for group in groups
+        for seed in range(seeds)
+    ]
+    # The longest first: a shared model that began last would run alone at the end.
+    parameters.sort(key=lambda one: -one["steps"])
+    measured = lab.train("tasks", material, parameters)
+    found = {way: _of_way(measured, way, material, seeds) for way in ways}
+    rows = [row for way in ways for row in _rows(way, len(ways[way]), material, found[way])]
+    differences = {way: _difference(found["apart"], found[way]) for way in ways if way != "apart"}
+    return Findings(
+        sentence=_sentence(rows, differences, len(material)),
+        head=_HEAD,
+        rows=rows,
+        laws={f"apart minus {way}": {"mean": mean, **ends.model_dump()} for way, (mean, ends) in differences.items()},
+        records=[_record(m, material, task_id) for m in measured for task_id in m.result["tasks"]],
+        pictures=[_draw(rows, material)],
+        notes=[
+            f"{lab.base}; every way takes {steps * len(material)} steps of 16 examples in all and at most {count} examples of "
+            f"each task; {seeds} seeds. Operations differ as far as tasks' prompts differ in length.",
+            "Differences are between means over tasks, every task counting alike, on the same test calls and seeds.",
+            "A shared model of the same size is as cheap to serve as one specialist; what many adapters cost to serve is "
+            "`understudy scale serve`.",
+        ],
+    )
+
+
+def _ways(material: Sequence[Material]) -> dict[str, list[tuple[str, ...]]]:
+    """Way -> groups of task ids, each learned by one model."""
+    ids = [one.task.task_id for one in material]
+    ways = {"apart": [(task_id,) for task_id in ids], "groups": group_tasks(material), "shared": [tuple(ids)]}
+    # Two tasks have no groups between each alone and all together.
+    return {way: groups for way, groups in ways.items() if way != "groups" or 1 < len(groups) < len(ids)}
+
+
+def group_tasks(material: Sequence[Material]) -> list[tuple[str, ...]]:
+    """Tasks of one kind of answer, those of like prompts in at most two groups each."""
+    from cluster.route_model import NUM_BUCKETS, hashed_features
+
+    groups = []
+    by_kind = itertools.groupby(sorted(material, key=lambda one: one.task.kind), key=lambda one: one.task.kind)
+    for _, own in by_kind:
+        members = list(own)
+        if len(members) < 3:
+            groups.append(tuple(one.task.task_id for one in members))
+            continue
+        points = np.zeros((len(members), NUM_BUCKETS), dtype=np.float32)
+        for place, one in enumerate(members):
+            buckets, values = hashed_features("\n".join([*one.task.static_lines, one.task.name]))
+            points[place, buckets] = values / max(float(np.linalg.norm(values)), 1e-6)
+        parts = group_topics(points, 2)[0]
+        groups += [tuple(m.task.task_id for m, part in zip(members, parts, strict=True) if part == n) for n in (0, 1)]
+    return groups
+
+
+def _of_way(
+    measured: Sequence[Measured], way: str, material: Sequence[Material], seeds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """task_id -> what each seed's model is worth on it."""
+    own = [m for m in measured if m.cell.parameters["way"] == way]
+    by_seed = {(t, m.cell.parameters["seed"]): facts for m in own for t, facts in m.result["tasks"].items()}
+    return {one.task.task_id: [by_seed[one.task.task_id, seed] for seed in range(seeds)] for one in material}
+
+
+def _right(facts: Sequence[Mapping[str, Any]], what: str = "right") -> np.ndarray:
+    return 1 - np.array([wrong_of(one, what) for one in facts], float)
+
+
+def _difference(
+    apart: Mapping[str, list[dict[str, Any]]], other: Mapping[str, list[dict[str, Any]]]
+) -> tuple[float, Interval]:
+    """Mean over tasks of the agreement apart minus the other way's, with an interval over seeds and calls."""
+    pairs = [_right(apart[task_id]) - _right(other[task_id]) for task_id in apart]
+    drawn = [mean_interval(pair, seed=number) for number, pair in enumerate(pairs)]
+    mean = float(np.mean([value for value, _ in drawn]))
+    # Tasks are drawn apart from each other: the variance of their mean is the sum of theirs.
+    half = float(np.sqrt(sum(((ends.high - ends.low) / 2) ** 2 for _, ends in drawn)) / len(drawn))
+    return mean, Interval(low=mean - half, high=mean + half)
+
+
+def _rows(
+    way: str, num_models: int, material: Sequence[Material], found: Mapping[str, list[dict[str, Any]]]
+) -> list[list[Any]]:
+    rows = []
+    for one in material:
+        facts = found[one.task.task_id]
+        told: list[Any] = [way, num_models, one.name, len(facts)]
+        for what in ("right", "kept"):
+            mean, ends = mean_interval(_right(facts, what))
+            told += [round(mean, 4), span(ends)]
+        rows.append(told)
+    return rows
+
+
+def _record(m: Measured, material: Sequence[Material], task_id: str) -> dict[str, Any]:
+    name = next(one.name for one in material if one.task.task_id == task_id)
+    shared = {k: v for k, v in m.result.items() if k not in ("tasks", "told")}
+    return {"task": name, **m.cell.parameters, **shared, **m.result["tasks"][task_id], "cell": m.cell.key}
+
+
+def _draw(rows: Sequence[Sequence[Any]], material: Sequence[Material]) -> str:
+    numbers = {one.name: place for place, one in enumerate(material, 1)}
+    series: dict[str, list[Dot]] = {}
+    for row in rows:
+        low, high = map(float, row[5].split(" to "))
+        shift = 0.12 * (WAYS.index(row[0]) - 1)
+        series.setdefault(row[0], []).append(Dot(numbers[row[2]] + shift, row[4], low, high))
+    listed = ", ".join(f"{number} {name}" for name, number in numbers.items())
+    caption = f"Agreement on test calls at equal total compute; bars are {LEVEL:.0%} intervals. Tasks: {listed}."
+    return draw_lines(series, Axes("task", "agreement", y_limits=(0, 1.02)), caption)
+
+
+def _sentence(rows: Sequence[Sequence[Any]], differences: Mapping[str, tuple[float, Interval]], num_tasks: int) -> str:
+    means = {
+        way: float(np.mean([row[4] for row in rows if row[0] == way])) for way in dict.fromkeys(row[0] for row in rows)
+    }
+    told = ", ".join(f"{way} {mean:.1%}" for way, mean in means.items())
+    mean, ends = differences["shared"]
+    verdict = "are better than" if ends.low > 0 else "are worse than" if ends.high < 0 else "cannot be told from"
+    return (
+        f"At equal total compute specialists for each of {num_tasks} tasks {verdict} one shared model: agreement {told}; "
+        f"apart minus shared {mean:+.1%} ({LEVEL:.0%} interval {ends.low:+.1%} to {ends.high:+.1%})."
+    )

@@ -1,0 +1,168 @@
+"""`understudy scale EXPERIMENT`: which experiments there are, and their flags. Each is a file of jobs/scale/."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jobs.recipe import Recipe
+    from jobs.scale.economy import GivenConfig
+    from jobs.scale.laboratory import Laboratory
+    from jobs.scale.material import Material
+
+EXPERIMENTS = {
+    "data": "examples of a task -> agreement and certified coverage",
+    "model": "parameters x examples at equal compute -> agreement",
+    "tasks": "a specialist for each task, for each group, for all, at equal total compute",
+    "fleet": "tasks x workers -> makespan, efficiency, lower bound; simulated up to 1,000 GPUs, checked by real fleets",
+    "rank": "LoRA rank, targets, DoRA, full fine-tune at equal compute",
+    "serve": "replicas x adapters x concurrency -> throughput, latency, adapter loads; many replicas simulated",
+    "economy": "share of calls moved and utilisation -> cost; break-even volume of a task",
+}
+"""Name, also of the module in jobs/scale/ -> what it measures."""
+_TRAINING = ("data", "model", "tasks", "rank")
+"""Need Ray, and examples."""
+
+
+def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> None:
+    """Add `scale` to the verbs of the command line."""
+    scale = verbs.add_parser(
+        "scale",
+        help="scaling experiments: a grid that resumes, a picture, a fitted law with intervals",
+        sections=sections,
+        examples=[
+            "understudy scale data --quick",
+            "understudy scale data --out out/data recipe=local store=store",
+            "understudy scale economy recipe=my.toml --given calls_per_s=12 --given kept=0.6",
+        ],
+    )
+    listed = "; ".join(f"{name}: {meaning}" for name, meaning in EXPERIMENTS.items())
+    scale.add_argument("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT", help=listed)
+    scale.add_argument("words", **words)
+    scale.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="cells, laws.json, report.html; on a cluster a folder that all nodes see; default out/scale/EXPERIMENT. The "
+        "same command again goes on where it stopped",
+    )
+    scale.add_argument("--quick", action="store_true", help="minutes on two cores: shows that it runs")
+    scale.add_argument("--full", action="store_true", help="more seeds, sizes and steps than two cores do in minutes")
+    scale.add_argument(
+        "--calls",
+        type=pathlib.Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="call logs to take tasks from, may be given again; default the shared sets (UNDERSTUDY_DATA), or the calls of store=PATH",
+    )
+    scale.add_argument(
+        "--given",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="economy: a number measured elsewhere, such as kept=0.6; may be given again; the report names all",
+    )
+    scale.set_defaults(run=_scale)
+
+
+def _scale(options: argparse.Namespace) -> None:
+    if options.quick and options.full:
+        raise ConfigError("--quick and --full: one is less and the other more; next: leave one out")
+    if options.given and options.experiment != "economy":
+        raise ConfigError(f"--given: {options.experiment} measures its numbers itself; next: leave it out")
+    out = options.out or pathlib.Path("out/scale") / options.experiment
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is no folder; allowed: a folder, or a path where none is yet")
+    from cluster.access import require_role
+    from jobs.recipe import load_recipe
+
+    recipe = load_recipe(options.words)
+    takes_store = names_store(options.words)
+    if takes_store and options.calls:
+        raise ConfigError(f"--calls and store={recipe.store!r}: both say where calls are; next: leave one out")
+    if takes_store:
+        require_role(recipe.store, "curator")
+    from jobs.scale.report import write_findings
+
+    module = importlib.import_module(f"jobs.scale.{options.experiment}")
+    lab = _laboratory(options, recipe, out.resolve(), takes_store)
+    if options.experiment in _TRAINING:
+        # What is missing is told before Ray starts.
+        if options.experiment != "model":
+            lab.check_base()
+        lab.load()
+        _connect()
+    elif options.experiment == "fleet":
+        _connect()
+    findings = module.run(lab, _given(options.given)) if options.experiment == "economy" else module.run(lab)
+    size = ["--quick"] * options.quick + ["--full"] * options.full
+    calls = [word for path in options.calls for word in ("--calls", str(path))]
+    given = [word for one in options.given for word in ("--given", one)]
+    words = ["understudy", "scale", options.experiment, *size, *options.words, *calls, *given]
+    write_findings(out, options.experiment, findings, words)
+    shutil.rmtree(_material_folder(out), ignore_errors=True)
+
+
+def names_store(words: Sequence[str]) -> bool:
+    """Whether the words, or the recipe they name, say which store: it has a default that says nothing."""
+    from cluster.config import load_config
+    from jobs.recipe import RECIPES, Recipe
+
+    shipped = {f"recipe={path.stem}" for path in RECIPES.glob("*.toml")}
+    return "store" in load_config(Recipe, [word for word in words if word not in shipped], RECIPES).model_fields_set
+
+
+def _laboratory(options: argparse.Namespace, recipe: Recipe, out: pathlib.Path, takes_store: bool) -> Laboratory:
+    from jobs.scale.laboratory import Laboratory
+    from jobs.scale.material import load_logs, load_shared, load_store, save_material, shorten
+
+    @functools.cache
+    def load() -> Sequence[Material]:
+        if takes_store:
+            found = load_store(recipe)
+        else:
+            found = load_logs(options.calls, recipe) if options.calls else load_shared(recipe)
+        return shorten(found) if options.quick else found
+
+    def save(material: Sequence[Material]) -> tuple[pathlib.Path, str]:
+        return _material_folder(out), save_material(material, _material_folder(out))
+
+    return Laboratory(
+        recipe=recipe,
+        out=out,
+        size="quick" if options.quick else "full" if options.full else "small",
+        load=functools.partial(load_store, recipe)
+        if takes_store
+        else functools.partial(load_logs, options.calls, recipe),
+        save=save,
+        say=functools.partial(print, file=sys.stderr, flush=True),
+    )
+
+
+def _given(words: list[str]) -> GivenConfig:
+    from cluster.config import load_config
+    from jobs.recipe import RECIPES
+    from jobs.scale.economy import GivenConfig
+
+    return load_config(GivenConfig, words, RECIPES)
+
+
+def _material_folder(out: pathlib.Path) -> pathlib.Path:
+    """Examples that trials read; there only while an experiment runs."""
+    return out / "material"
+
+
+def _connect() -> None:
+    from cluster.session import connect
+
+    connect()
