@@ -42,7 +42,7 @@ from jobs.refine_facts import (
     training_for,
 )
 from jobs.train import Onward, Trained, scope_of, train, train_onward
-from jobs.validate import EngineOf, ask_held_out, save_agreements, validation_engine
+from jobs.validate import EngineOf, ask_held_out, most_in_flight, save_agreements, validation_engine
 from training.discover import save_discovery
 from training.evaluation import Candidate, Evaluation, ask_calibration
 from training.gate import Outcome as Answer
@@ -289,7 +289,7 @@ async def _compare(
     )
     calls = work.by_split["calibration"][old.task_id]
     limit = work.recipe.gateway.max_temperature
-    answers = await ask_calibration(asked, engine, calls, limit, work.recipe.faces)
+    answers = await ask_calibration(asked, engine, calls, limit, work.recipe.faces, most_in_flight(work.recipe))
     config, threshold = work.plan.config, evaluation.gate.threshold
     assert threshold is not None and old.gate.threshold is not None, "only open gates are compared"
     found = compare(
