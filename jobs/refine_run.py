@@ -43,7 +43,15 @@ from jobs.refine_facts import (
     training_for,
 )
 from jobs.train import Onward, Trained, scope_of, train, train_onward
-from jobs.validate import AnswerRate, EngineOf, ask_held_out, rates_of, save_agreements, validation_engine
+from jobs.validate import (
+    AnswerRate,
+    EngineOf,
+    ask_held_out,
+    most_in_flight,
+    rates_of,
+    save_agreements,
+    validation_engine,
+)
 from training.discover import save_discovery
 from training.evaluation import Candidate, Evaluation, ask_calibration
 from training.gate import Outcome as Answer
@@ -299,7 +307,9 @@ async def _compare(
     calls = work.by_split["calibration"][old.task_id]
     limit = work.recipe.gateway.max_temperature
     async with open_judge(work.recipe, work.store, [asked], work.say) as judge:
-        answers = await ask_calibration(asked, engine, calls, limit, work.recipe.faces, judge)
+        answers = await ask_calibration(
+            asked, engine, calls, limit, work.recipe.faces, judge, most_in_flight(work.recipe)
+        )
     config, threshold = work.plan.config, evaluation.gate.threshold
     assert threshold is not None and old.gate.threshold is not None, "only open gates are compared"
     found = compare(

@@ -18,7 +18,7 @@ from cluster.store import Store, content_hash
 from jobs.judge import open_judge
 from jobs.recipe import Recipe
 from training.arms import Answered
-from training.evaluation import Candidate, Evaluation, evaluate_all, validation_agreement
+from training.evaluation import MAX_IN_FLIGHT, Candidate, Evaluation, evaluate_all, validation_agreement
 from training.gate import Outcome, minimum_calls, release_delta
 from training.ledger import CalibrationLedger, share_of_round
 from training.text_graders import SelfAgreement
@@ -128,6 +128,10 @@ def validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
                 f"the engine of {base} did not start: {error}; the reason stands in its replica's log below "
                 "/tmp/ray/session_latest/logs/serve; next: run the same command again, what is trained stays"
             ) from None
+        # In a loop of its own, also where RAY_SERVE_THROUGHPUT_OPTIMIZED asks for the caller's: that of `asyncio.run` is closed
+        # once the calls are answered, and Serve could then not take the handle down.
+        if not handle.is_initialized:
+            handle._init(_run_router_in_separate_loop=True)
         try:
             yield ServeEngine(handle)
         finally:
@@ -146,6 +150,12 @@ def validate_candidates(
 ) -> list[Evaluation]:
     """Ask the engine that serves the held-out calls; `num_candidates` counts the refused ones too."""
     return asyncio.run(ask_held_out(recipe, store, candidates, by_split, engine, num_candidates, rate, say))
+
+
+def most_in_flight(recipe: Recipe) -> int:
+    """Questions at once that keep the engine's batches full; a small engine refuses more than its queue takes, and a
+    conversion has no LLM to send them to."""
+    return min(MAX_IN_FLIGHT, 2 * recipe.specialists.max_num_seqs)
 
 
 async def ask_held_out(
@@ -185,5 +195,6 @@ async def ask_held_out(
         options = {"max_temperature": limit, "faces": recipe.faces, "on_answer": count, "on_done": save}
         rate.begin()
         options["on_calibrated"] = on_calibrated
+        options["max_in_flight"] = most_in_flight(recipe)
         async with open_judge(recipe, store, candidates, say) as judge:
             return await evaluate_all(candidates, engine, splits, recipe.gate, delta, ledger, judge=judge, **options)

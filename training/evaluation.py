@@ -272,12 +272,13 @@ async def ask_calibration(
     max_temperature: float,
     faces: FacesConfig,
     judge: Judge | None = None,
+    max_in_flight: int = MAX_IN_FLIGHT,
 ) -> list[Outcome]:
     """What a candidate says to the calls that a gate is certified on, in their order; spends none of them, as nothing is
     certified by it."""
     await engine.load(candidate.adapter)
     calls = one_call_per_session(examples, seed=0)
-    slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+    slots = asyncio.Semaphore(max_in_flight)
 
     async def one(call: Example) -> Outcome:
         async with slots:

@@ -92,8 +92,15 @@ def run_job(folder: pathlib.Path) -> dict[str, Any]:
     import ray
 
     prepare_environment()
-    connect()
     deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            connect()
+            break
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
     while len(seen := sorted(one["NodeManagerAddress"] for one in ray.nodes() if one["Alive"])) < 2:
         if time.monotonic() > deadline:
             raise TrainingError(f"two hosts: after {_START_S} s the cluster has {seen}")

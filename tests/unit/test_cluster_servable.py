@@ -19,6 +19,8 @@ from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Example, TaskSpec
 from cluster.servable import ask_engine, invalid_reason, unservable_reason
 from cluster.store import Store
+from jobs.recipe import load_recipe
+from jobs.validate import AnswerRate, ask_held_out
 from training.canaries import Canary
 from training.curate import CurateConfig, curate
 from training.evaluation import SPECIALIST_ARM, Candidate, ask, evaluate_all
@@ -244,6 +246,26 @@ def test_validation_knows_the_gateways_temperature(tmp_path: pathlib.Path, limit
     (found,) = asyncio.run(validated)
     specialist = next(arm for arm in found.arms if arm.name == SPECIALIST_ARM)
     assert specialist.num_calls - specialist.num_disagreements == num_kept == engine.num_asked / 3
+
+
+def test_validation_asks_a_small_engine_no_more_at_once_than_it_takes(tmp_path: pathlib.Path) -> None:
+    engine, at_once, most = FakeEngine(), 0, 0
+
+    async def answer() -> EngineAnswer:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0.001)
+        at_once -= 1
+        return engine_answer("refund", 0.9)
+
+    engine.answer_with = answer
+    recipe = load_recipe(["recipe=local", f"store={tmp_path / 'store'}", "specialists.max_num_seqs=2"])
+    examples = _curated(tmp_path, [{**REQUEST, "user": str(n)} for n in range(12)], engine_answer("refund", 1.0))
+    by_split = {split: {"triage": examples} for split in ("validation", "calibration", "test")}
+    one = _candidate(PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=100))
+    asyncio.run(ask_held_out(recipe, Store(recipe.store), [one], by_split, engine, 1, AnswerRate(), lambda line: None))
+    assert engine.num_asked >= 36 and most == 4
 
 
 def test_a_specialist_that_says_planted_secrets_is_refused(tmp_path: pathlib.Path) -> None:
