@@ -86,7 +86,7 @@ def _measure_size(
     tasks = material.tasks(num_steps)
     settings = run_settings(material, tasks) | {"bf16": device.type == "cuda"}
     settings["tokens_per_pass"] = _TOKENS_PER_PASS[device.type]
-    adapters = [one | {"bf16": settings["bf16"], "zero_stage": 0} for one in settings["adapters"]]
+    adapters = [one | {"bf16": settings["bf16"], "zero_stage": 0, "offload": "none"} for one in settings["adapters"]]
     row = sum(material.mean_tokens.values()) / len(material.mean_tokens)
     per_token = _flops_per_token(entry, row)
     ways = {
