@@ -145,8 +145,13 @@ def _laboratory(options: argparse.Namespace, recipe: Recipe, out: pathlib.Path, 
         if takes_store
         else functools.partial(load_logs, options.calls, recipe),
         save=save,
-        say=functools.partial(print, file=sys.stderr, flush=True),
+        say=_say,
     )
+
+
+def _say(line: str) -> None:
+    """Progress. A function of this module: Tune pickles what tells it, and a stream has no pickle."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _given(words: list[str]) -> GivenConfig:

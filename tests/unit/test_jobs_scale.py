@@ -211,6 +211,7 @@ def test_a_fleet_is_foretold_by_the_order_that_runs_it() -> None:
         (["--out", "LOG"], "--out LOG: is no folder"),
         (["--calls", "LOG"], "1 tasks, none with 50 train"),
         (["--calls", "nowhere"], "nowhere"),
+        ([], "no such file; next: set UNDERSTUDY_DATA"),
         (["gate.epsilonn=1"], "gate.epsilonn"),
         (["--calls", "LOG", "gate.epsilon=0.2", "select.candidates=['scratch-tiny']"], "select.candidates="),
     ],
@@ -219,6 +220,7 @@ def test_what_cannot_be_done_is_told_before_ray_starts(
     words: list[str], said: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNDERSTUDY_DATA", str(tmp_path))
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     write_calls(tmp_path / "LOG", 150)
     assert main(["scale", "data", *words]) == 2
