@@ -141,9 +141,7 @@ def _laboratory(options: argparse.Namespace, recipe: Recipe, out: pathlib.Path, 
         recipe=recipe,
         out=out,
         size="quick" if options.quick else "full" if options.full else "small",
-        load=functools.partial(load_store, recipe)
-        if takes_store
-        else functools.partial(load_logs, options.calls, recipe),
+        load=load,
         save=save,
         say=_say,
     )
