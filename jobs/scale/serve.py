@@ -175,7 +175,7 @@ def _measure_simulated(lab: Laboratory, book: CellBook, pace: tuple[float, float
         for a, s in adapters
         for kind, c in (("strong", strong), ("weak", each * r))
     ]
-    cells = lab.cells("serve", "stub", [{**p, "requests": 40 * p["clients"]} for p in parameters])
+    cells = lab.cells("serve", "stub", [{**p, "requests": 12 * p["clients"]} for p in parameters])
     most = max(a for a, _ in adapters)
     found = []
     for replicas, own in _by_replicas(cells):

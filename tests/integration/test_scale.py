@@ -15,7 +15,6 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.scale import laboratory
-from jobs.scale.laws import Need
 
 pytestmark = pytest.mark.integration
 
@@ -85,13 +84,10 @@ def test_a_killed_experiment_goes_on_where_it_stopped(
 
     laws = json.loads((out / "laws.json").read_text())
     assert laws["found"] == told.out.splitlines()[-2] and "the data stops at " in laws["found"]
-    (own,) = laws["laws"].values()
-    assert own["agreement"]["law"]["rate_intervals"] and Need.model_validate(own["agreement"]["needed"][0])
+    assert "1 of 1 tasks reach 90% agreement within the data (from " in laws["found"]
     rows = pq.read_table(out / "cells.parquet").to_pylist()
     assert len(rows) == len(after) and {row["seed"] for row in rows} == {0, 1}
-    most = [row["agreement"] for row in rows if row["examples"] == max(one["examples"] for one in rows)]
-    least = [row["agreement"] for row in rows if row["examples"] == min(one["examples"] for one in rows)]
-    assert sum(most) > sum(least), "more examples taught no more"
+    assert all(row["agreement"] > 0.9 for row in rows if row["examples"] > 300), "twelve answers were not learned"
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2 and "number 1" not in page
     one = json.loads(next((out / "cells").glob("*.json")).read_text())

@@ -99,8 +99,10 @@ def test_data_finds_the_power_and_where_the_data_stops(tmp_path: pathlib.Path) -
     assert len(found.pictures) == 2 and len(found.records) == len(found.rows) * 3
 
 
-def test_data_that_is_never_learned_has_no_law(tmp_path: pathlib.Path) -> None:
+def test_data_that_is_never_learned_or_always_has_no_law(tmp_path: pathlib.Path) -> None:
     found = data.run(world(tmp_path, lambda one, task: 1.0, make_task("a")))
+    perfect = data.run(world(tmp_path, lambda one, task: -1.0, make_task("a")))
+    assert perfect.laws == {"a": {}} and "1 of 1 tasks reach 90% agreement within the data (from 50" in perfect.sentence
     assert found.laws == {"a": {}} and "0 of 1 tasks reach 90%" in found.sentence and "power" not in found.sentence
 
 
