@@ -25,6 +25,7 @@ from jobs.scale.trial import wrong_of
 _FIRST = 50
 _WANTED = (0.8, 0.9, 0.95)
 """Agreement, and coverage, that a number of calls is asked for."""
+_LEARNED = 0.1
 _RULE_OF_THUMB = (10_000, 100_000)
 _HEAD = ["task", "examples", "seeds", "agreement", "interval", "certified coverage", "interval", "gates open"]
 WHAT = {"agreement": "right", "coverage": "kept"}
@@ -159,14 +160,15 @@ def _sentence(
 ) -> str:
     last = {row[0]: row for row in rows}
     least, most = (pick(row[1] for row in last.values()) for pick in (min, max))
-    rates = [fit.law.rates[0] for own in fits.values() if (fit := own["agreement"])]
+    # Of tasks that were learned at all: a law of a few right answers is one of chance.
+    rates = [-fit.law.rates[0] for name, own in fits.items() if (fit := own["agreement"]) and last[name][3] > _LEARNED]
     # As measured, and not by the law: a task that is always answered rightly has none.
     reached = {name: [row[1] for row in rows if row[0] == name and row[3] >= _WANTED[1]] for name in last}
     within = sorted(min(counts) for counts in reached.values() if counts)
     told = f"{len(within)} of {len(material)} tasks reach {_WANTED[1]:.0%} agreement within the data" + (
         f" (from {within[0]:,.0f} examples on)" if within else ""
     )
-    exponents = f"; error falls with examples to the power of -{min(rates):.2f} to -{max(rates):.2f}" if rates else ""
+    exponents = f"; error falls with examples to the power of {min(rates):.2f} to {max(rates):.2f}" if rates else ""
     low, high = (pick(row[3] for row in last.values()) for pick in (min, max))
     return (
         f"With all {least:,} to {most:,} train examples of each task agreement is {low:.0%} to {high:.0%}; {told}{exponents}; "
@@ -196,7 +198,7 @@ def _notes(
 def _tell(need: Need, one: Material) -> str:
     most = len(one.splits["train"])
     if need.size is None:
-        return "is never reached by the fitted law, whose floor lies above it"
+        return "is reached by the fitted law at no number of examples"
     low, high = (f"{end:,.0f}" if end is not None else "no end" for end in (need.low, need.high))
     ends = f"{LEVEL:.0%} interval {low} to {high}"
     where = (
