@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import operator
 import re
 import sqlite3
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -129,24 +130,24 @@ class SiteMatcher:
             " session FROM calls WHERE site = ? AND split IS NOT NULL ORDER BY spread(session) LIMIT ?) ORDER BY session",
             [site, site, _MAX_SAMPLED_SESSIONS],
         )
-        num_sessions, counts = 0, Counter[int]()
-        spoken: set[int] = set()
-        last = None
-        for session, messages in rows:
-            if session != last:
-                counts.update(spoken)
-                num_sessions, last, spoken = num_sessions + 1, session, set()
-            spoken.update(_numbers(messages))
-        counts.update(spoken)
-        return self._common_shingles(counts, max(MAX_TEMPLATE_SESSIONS, MAX_TEMPLATE_SHARE * num_sessions))
+        by_session = itertools.groupby(rows, operator.itemgetter(0))
+        spoken = [set().union(*(_numbers(messages) for _, messages in calls)) for _, calls in by_session]
+        return self._common_shingles(spoken, max(MAX_TEMPLATE_SESSIONS, MAX_TEMPLATE_SHARE * len(spoken)))
 
-    def _common_shingles(self, num_sessions: Counter[int], most: float) -> np.ndarray:
-        if not num_sessions:
+    def _common_shingles(self, spoken: Sequence[set[int]], most: float) -> np.ndarray:
+        """What more than `most` sessions say, given the messages of each. A session counts once for all its messages:
+        else few sessions that repeat themselves would make their own text the template, and hide their leaks."""
+        numbers = sorted(set().union(*spoken))
+        if not numbers:
             return np.empty(0, np.uint64)
-        sets = [self._read_shingles(number) for number in num_sessions]
-        weights = np.repeat(np.fromiter(num_sessions.values(), np.int64), [len(one) for one in sets])
+        sets = [self._read_shingles(number) for number in numbers]
         found, places = np.unique(np.concatenate(sets), return_inverse=True)
-        return found[np.bincount(places, weights, len(found)) > most]
+        ends = list(itertools.accumulate(map(len, sets)))
+        places_of = dict(zip(numbers, np.split(places, ends[:-1]), strict=True))
+        num_sessions = np.zeros(len(found), np.int64)
+        for own in spoken:
+            num_sessions[_union([places_of[number] for number in own])] += 1
+        return found[num_sessions > most]
 
     def _band_keys(self, text: _Text) -> list[int]:
         minhash = MinHash(

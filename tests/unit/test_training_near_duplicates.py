@@ -13,6 +13,7 @@ from cluster.calls import write_calls
 from cluster.records import AgentCall
 from cluster.store import Store
 from training.curate import CurateConfig, curate
+from training.leakage import NEAR_LEAKED
 from training.near_duplicates import MAX_TEMPLATE_SESSIONS, MAX_TEMPLATE_SHARE, Shingler, jaccard
 from training.snapshot import load_split, read_rows
 from training.splits import SPLITS, SplitConfig
@@ -110,6 +111,40 @@ def test_nothing_leaks(tmp_path_factory, calls, test_by):
         (by_id[e.source_call_ids[0]].request, by_id[e.source_call_ids[0]].message) for e in held
     ], "graded as served"
     assert curate(store, config, b"k" * 32) == snapshot
+
+
+@pytest.mark.parametrize("num_sessions", [MAX_TEMPLATE_SESSIONS, MAX_TEMPLATE_SESSIONS + 1])
+def test_a_template_is_what_many_sessions_say_however_often_each_repeats_it(tmp_path, num_sessions):
+    """Drawn once by the test above: counted by message, few sessions that repeat their text made it a template, and what
+    then still varied was no longer near a held-out call."""
+    store, calls = Store(str(tmp_path)), []
+    for session in range(num_sessions):
+        # The second call repeats the first one's text; the number keeps the requests and the questions from being equal.
+        text = f"{' '.join(WORDS)} {session}"
+        history = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+        messages = [*history, {"role": "user", "content": f"{text.upper()}!"}]
+        calls.append(
+            AgentCall(
+                call_id=f"call-{session}",
+                ts=1_750_000_000.0 + 60 * session,
+                client_id="client",
+                agent="desk",
+                session_id=f"s{session}",
+                step=0,
+                request={"messages": messages},
+                response={"choices": [{"message": {"role": "assistant", "content": "no"}}]},
+            )
+        )
+    write_calls(store, calls)
+    snapshot = curate(store, CurateConfig(), b"k" * 32)
+    ids = {
+        split: [i for row in read_rows(store, snapshot.id, split).to_pylist() for i in row["source_call_ids"]]
+        for split in SPLITS
+    }
+    assert not find_leaks(calls, ids)
+    num_near, num_train = snapshot.counts.dropped.get(NEAR_LEAKED, 0), len(ids["train"])
+    is_template = num_sessions > MAX_TEMPLATE_SESSIONS
+    assert (num_near == 0 < num_train) if is_template else (num_train == 0 < num_near)
 
 
 def find_leaks(usable: list[AgentCall], ids: dict[str, list[str]]) -> list[tuple[str, str]]:
