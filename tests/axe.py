@@ -39,7 +39,9 @@ def axe_source(folder: pathlib.Path) -> str:
     package = folder / f"axe-core-{VERSION}.tgz"
     if not package.exists():
         _fetch(package)
-    assert hashlib.sha256(package.read_bytes()).hexdigest() == SHA256, f"another axe-core than the one that is pinned: {package}"
+    assert hashlib.sha256(package.read_bytes()).hexdigest() == SHA256, (
+        f"another axe-core than the one that is pinned: {package}"
+    )
     with tarfile.open(package) as archive:
         member = archive.extractfile("package/axe.min.js")
         assert member is not None
