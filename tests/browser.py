@@ -11,7 +11,9 @@ import base64
 import contextlib
 import pathlib
 import shutil
-from collections.abc import AsyncIterator
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import aiohttp
@@ -21,7 +23,7 @@ _WAIT_S = 30.0
 
 
 class Page:
-    """One tab."""
+    """One tab, or the browser as a whole."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket, self._number = socket, 0
@@ -92,9 +94,13 @@ class Page:
         path.write_bytes(base64.b64decode(found["data"]))
 
 
-@contextlib.asynccontextmanager
-async def browser(folder: pathlib.Path) -> AsyncIterator[Page]:
-    """A page in a new browser, whose profile is `folder`."""
+@contextlib.contextmanager
+def browser(folder: pathlib.Path) -> Iterator[str]:
+    """The address of a new browser's DevTools, whose profile is `folder`; it is there until the block ends.
+
+    Raises:
+        AssertionError: it did not start within 30 s.
+    """
     assert CHROMIUM is not None
     words = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
     words += (
@@ -103,29 +109,42 @@ async def browser(folder: pathlib.Path) -> AsyncIterator[Page]:
         f"--user-data-dir={folder}",
         "about:blank",
     )
-    quiet = asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(CHROMIUM, *words, stdout=quiet, stderr=quiet)
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen((CHROMIUM, *words), stdout=quiet, stderr=quiet)
     try:
-        port_file = folder / "DevToolsActivePort"
-        async with asyncio.timeout(_WAIT_S):
-            while not (port_file.exists() and port_file.read_text().count("\n")):
-                await asyncio.sleep(0.05)
-        port = port_file.read_text().split("\n")[0]
-        async with aiohttp.ClientSession() as session:
-            targets: list[dict[str, Any]] = []
-            while not targets:
-                async with session.get(f"http://127.0.0.1:{port}/json/list") as reply:
-                    targets = [one for one in await reply.json() if one["type"] == "page"]
-            async with session.ws_connect(targets[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                page = Page(socket)
-                listening = asyncio.create_task(page.listen())
-                for domain in ("Page", "Runtime", "Log"):
-                    await page.send(f"{domain}.enable")
-                try:
-                    yield page
-                finally:
-                    listening.cancel()
-                    await asyncio.gather(listening, return_exceptions=True)
+        port_file, end = folder / "DevToolsActivePort", time.monotonic() + _WAIT_S
+        while not (port_file.exists() and port_file.read_text().count("\n")):
+            assert time.monotonic() < end, f"{CHROMIUM} listens to nobody after {_WAIT_S} s; exit {process.poll()}"
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port_file.read_text().splitlines()[0]}"
     finally:
         process.terminate()
-        await process.wait()
+        process.wait()
+
+
+@contextlib.asynccontextmanager
+async def tab(devtools: str) -> AsyncIterator[Page]:
+    """A new tab of a browser, with cookies and storage of its own; `devtools` as `browser` gives it."""
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{devtools}/json/version") as reply:
+            whole = (await reply.json())["webSocketDebuggerUrl"]
+        async with _connected(session, whole) as chromium:
+            context = (await chromium.send("Target.createBrowserContext"))["browserContextId"]
+            found = await chromium.send("Target.createTarget", url="about:blank", browserContextId=context)
+            async with _connected(session, f"{devtools}/devtools/page/{found['targetId']}") as page:
+                for domain in ("Page", "Runtime", "Log"):
+                    await page.send(f"{domain}.enable")
+                yield page
+            await chromium.send("Target.disposeBrowserContext", browserContextId=context)
+
+
+@contextlib.asynccontextmanager
+async def _connected(session: aiohttp.ClientSession, url: str) -> AsyncIterator[Page]:
+    async with session.ws_connect(url.replace("http", "ws", 1), max_msg_size=0) as socket:
+        page = Page(socket)
+        listening = asyncio.create_task(page.listen())
+        try:
+            yield page
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)

@@ -344,14 +344,14 @@ function drawCounts() {
 // --- one task ----------------------------------------------------------------------------------------------------
 
 async function drawTask(taskId) {
-  const round = state.round;
+  const { round } = state, { hash } = location;
   let task;
   try {
     task = await ask(`status/tasks/${encodeURIComponent(taskId)}`);
   } catch (error) {
     if (error.status !== 404) throw error;
   }
-  if (round !== state.round || !location.hash.startsWith("#/tasks/")) return;
+  if (round !== state.round || hash !== location.hash) return; // Another task's page may be read by now.
   const name = task ? task.name ?? task.task_id : "No such task";
   document.title = `${name} - Understudy`;
   $("task-title").textContent = name;
@@ -417,7 +417,14 @@ function drawActions(facts) {
   ]);
 }
 
+// The browser tells that a dialog is closed some time later, on a busy machine after the next one was opened or even
+// answered. Heard by each question for itself, that word would deny the next one, or do what was cancelled before.
+let answer = () => {};
+function settle() { answer($("dialog").returnValue === "yes"); }
+$("dialog").addEventListener("close", () => { if (!$("dialog").open) settle(); });
+
 function confirmed({ title, text, yes, danger = false, fields = [] }) {
+  settle(); // The one before: its answer stands there until the new one begins as "cancel".
   $("dialog-title").textContent = title;
   $("dialog-text").textContent = text;
   $("dialog-yes").textContent = yes;
@@ -426,7 +433,7 @@ function confirmed({ title, text, yes, danger = false, fields = [] }) {
   const dialog = $("dialog");
   dialog.returnValue = "cancel";
   dialog.showModal();
-  return new Promise((done) => dialog.addEventListener("close", () => done(dialog.returnValue === "yes"), { once: true }));
+  return new Promise((done) => { answer = done; });
 }
 
 async function act(path, body, done) {
