@@ -51,8 +51,10 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-NUM_LEARNED, NUM_TAUGHT, NUM_TURNED = 240, 120, 40
-NUM_AT_ONCE, PAUSE_S, WAIT_S = 2, 0.05, 120.0
+NUM_LEARNED, NUM_TAUGHT, NUM_TURNED = 240, 120, 20
+NUM_AT_ONCE, WAIT_S = 2, 120.0
+PAUSE_S, LONG_PAUSE_S = 0.05, 0.5
+"""Between two questions; the long one while a fine-tune needs the machine."""
 
 
 class Answer(NamedTuple):
@@ -72,6 +74,7 @@ class Client:
         self._draw = random.Random(5)
         self.answers: list[Answer] = []
         self.failures: list[str] = []
+        self.pause_s = PAUSE_S
         self.is_over = False
 
     async def run(self) -> None:
@@ -92,7 +95,7 @@ class Client:
                 continue
             names = (reply.headers.get(f"x-understudy-{name}") for name in ("route", "release", "specialist"))
             self.answers.append(Answer(*names, message == said))  # type: ignore[arg-type]
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(self.pause_s)
 
 
 class House(NamedTuple):
@@ -315,7 +318,9 @@ def test_a_specialist_that_goes_bad_is_withdrawn_retrained_and_back_without_a_fa
             plan = make_plan(recipe, store, said.append)
             (decided,) = plan.tasks
             assert (decided.decision, decided.is_warm) == ("retrain", True) and "withdrawn" in decided.reason, decided
+            client.pause_s = LONG_PAUSE_S
             result = run_plan(recipe, store, plan, said.append, engine_of)
+            client.pause_s = PAUSE_S
             assert result.outcomes[task].released, (result.outcomes, said[-6:])
             again = registry.promote_at(store, result.release, recipe.rollout.at(), expected=withdrawn)
             house.wait_for_answers(3, again, "llm")
