@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from training.finetune import FinetuneConfig
     from training.memory import ModelShape
 
-_MAX_WIDTH = 2048
+_MAX_WIDTH, _MAX_WORDS = 1024, 8192
 _MAX_OPERATIONS = 2e10
 """Of one pass that is timed: some tenths of a second on one core."""
 _MAX_WEIGHTS = 20_000_000
@@ -91,16 +91,18 @@ def _logit_seconds(shape: ModelShape, num_tokens: float) -> float:
     import torch
 
     hidden = min(shape.hidden_size, _MAX_WIDTH)
-    operations = 6 * hidden * shape.vocab_size
+    num_words = min(shape.vocab_size, _MAX_WORDS)
+    operations = 6 * hidden * num_words
     tokens = max(1, min(round(num_tokens), int(_MAX_OPERATIONS / operations)))
-    words = torch.randn(shape.vocab_size, hidden)
+    words = torch.randn(num_words, hidden)
 
     def run() -> None:
         values = torch.randn(tokens, hidden, requires_grad=True)
         logits = torch.nn.functional.linear(values, words)
         torch.nn.functional.cross_entropy(logits, torch.zeros(tokens, dtype=torch.long)).backward()
 
-    return _timed(run) * (num_tokens / tokens) * (shape.hidden_size / hidden)
+    whole = shape.hidden_size * shape.vocab_size
+    return _timed(run) * (num_tokens / tokens) * (whole / (hidden * num_words))
 
 
 def _optimizer_seconds(num_weights: int) -> float:
