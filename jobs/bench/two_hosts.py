@@ -61,10 +61,12 @@ def run_two_hosts() -> dict[str, Any]:
     ip = shutil.which("ip")
     if ip is None or os.geteuid() != 0:
         raise ConfigError("two hosts: need root and the program ip; next: run as root, with iproute2 installed")
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    # What a killed host leaves running for a moment may still write there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.ExitStack() as stack:
         names = stack.enter_context(_wire(ip))
         log = stack.enter_context((pathlib.Path(folder) / "ray.log").open("wb"))
-        head = ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false"]
+        # In a folder of its own: `ray start` writes there which cluster is the machine's.
+        head = ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false", f"--temp-dir={folder}/ray"]
         hosts = [stack.enter_context(_host(ip, names[0], HOSTS[0], head, log))]
         hosts.append(stack.enter_context(_host(ip, names[1], HOSTS[1], [f"--address={HOSTS[0]}:{_GCS_PORT}"], log)))
         command = [ip, "netns", "exec", names[0], sys.executable, "-m", "jobs.bench.two_hosts", "--job", folder]
