@@ -30,14 +30,16 @@ _TRAININGS = {"base": "pretrain", "finetune": "finetune"}
 """Stage -> the recipe's section that says how much of it there is."""
 _MAX_RELEASES = 50
 _RUN_START_S = 16.0
-"""Until a run of Ray Train takes its first step, and after its last: processes that import torch and DeepSpeed."""
+"""Until a run of Ray Train takes its first step, and after its last: processes that import torch and DeepSpeed, which keep
+_START_CPUS busy, so that runs that start side by side wait for each other where there are no more."""
+_START_CPUS = 2
 _BASE_MADE_S = 4.0
 """Tokenizer, dataset and publication of a scratch base."""
 _ENGINE_START_S = 50.0
 """Until vLLM answers on a CPU."""
 _ANSWER_S = 0.03
 """That an engine takes for a call beside its arithmetic, in full batches."""
-_CALL_S = 0.003
+_CALL_S = 0.0015
 """That curation and discovery take for a call."""
 _GRADED = 1 / 3
 """Of a training pass: held-out rows are only read forwards."""
@@ -103,31 +105,36 @@ def time_step(config: FinetuneConfig, shape: ModelShape, tasks: Sequence[TaskRow
     return Work(tasks=tuple(tasks), step_s=step_seconds(shape, config, row, answer))
 
 
-def estimate_first(recipe: Recipe, num_calls: int, base: Work | None, finetune: Work, places: int) -> TimePlan:
+def estimate_first(
+    recipe: Recipe, num_calls: int, base: Work | None, finetune: Work, places: int, cpus: float
+) -> TimePlan:
     """Count up a conversion that nothing on record is like.
 
     Args:
         base: its training from scratch, where there is one.
         places: fine-tunes at a time.
+        cpus: of all nodes.
     """
     by_stage = {"curate": num_calls * _CALL_S}
     if base is not None:
-        by_stage["base"] = _BASE_MADE_S + _run_seconds(recipe.pretrain, base.step_s, base.tasks)
-    one_each = [_run_seconds(recipe.finetune, finetune.step_s, [task]) for task in finetune.tasks]
+        by_stage["base"] = _BASE_MADE_S + _RUN_START_S + _learn_seconds(recipe.pretrain, base.step_s, base.tasks)
+    learn_s = [_learn_seconds(recipe.finetune, finetune.step_s, [task]) for task in finetune.tasks]
     if recipe.fleet.mode == "multi_lora":
-        by_stage["finetune"] = sum(one_each) - _RUN_START_S * (len(one_each) - 1)
+        by_stage["finetune"] = _RUN_START_S + sum(learn_s)
     else:
-        by_stage["finetune"] = max(one_each) * math.ceil(len(one_each) / places)
+        at_once = min(places, len(learn_s))
+        start_s = _RUN_START_S * max(1.0, at_once * _START_CPUS / cpus)
+        by_stage["finetune"] = (start_s + max(learn_s)) * math.ceil(len(learn_s) / at_once)
     read_s = finetune.step_s * _GRADED / recipe.finetune.batch_size
     num_asked = sum(task.num_held_out for task in finetune.tasks)
     by_stage["validate"] = _ENGINE_START_S + num_asked * (_ANSWER_S + read_s)
     return _time_plan(recipe, by_stage, None)
 
 
-def _run_seconds(config: FinetuneConfig, step_s: float, tasks: Sequence[TaskRows]) -> float:
-    """Of one run: its start, its steps, and held-out rows graded at every checkpoint."""
+def _learn_seconds(config: FinetuneConfig, step_s: float, tasks: Sequence[TaskRows]) -> float:
+    """Of one run's steps, and of held-out rows graded at every checkpoint."""
     num_graded = math.ceil(config.num_steps / config.checkpoint_every) * sum(one.num_validation for one in tasks)
-    return _RUN_START_S + step_s * (config.num_steps + num_graded * _GRADED / config.batch_size)
+    return step_s * (config.num_steps + num_graded * _GRADED / config.batch_size)
 
 
 def _time_plan(recipe: Recipe, by_stage: dict[str, float], from_release: str | None) -> TimePlan:

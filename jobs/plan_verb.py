@@ -19,7 +19,7 @@ from cluster.records import Record
 from jobs.plan_rows import TaskRows
 
 if TYPE_CHECKING:
-    from cluster.resources import Part
+    from cluster.resources import Node, Part
     from jobs.plan_rows import Sample
     from jobs.plan_time import TimePlan
     from jobs.recipe import Recipe
@@ -107,8 +107,8 @@ def _time(recipe: Recipe, sample: Sample | None, trainings: list[Training]) -> t
         section: time_step(getattr(recipe, section), _shape(one.base, getattr(recipe, section)), one.tasks)
         for section, one in by_section.items()
     }
-    places = _num_places(recipe, "finetune")
-    return estimate_first(recipe, sample.num_stored, work.get("pretrain"), work["finetune"], places), ""
+    places, cpus = _num_places(recipe, "finetune"), sum(node.cpus for node in _nodes())
+    return estimate_first(recipe, sample.num_stored, work.get("pretrain"), work["finetune"], places, cpus), ""
 
 
 def _show_teacher(found: dict[str, Any] | None) -> None:
@@ -260,12 +260,18 @@ def _device_bytes(recipe: Recipe, section: str) -> int:
 
 def _num_places(recipe: Recipe, section: str) -> int:
     """Runs of a training at a time on the cluster that RAY_ADDRESS names, else on this machine: a base is trained alone."""
-    from cluster.resources import local_nodes
-    from cluster.session import cluster_nodes, connect, joins_cluster
     from jobs.plan import plan_run
     from training.fleet import num_places
 
-    if joins_cluster():
-        connect()
-    nodes = cluster_nodes() if joins_cluster() else local_nodes()
-    return 1 if section == "pretrain" else num_places(recipe.fleet, plan_run(recipe.finetune), nodes, recipe.limits)
+    return 1 if section == "pretrain" else num_places(recipe.fleet, plan_run(recipe.finetune), _nodes(), recipe.limits)
+
+
+def _nodes() -> list[Node]:
+    """Of the cluster that RAY_ADDRESS names, else this machine."""
+    from cluster.resources import local_nodes
+    from cluster.session import cluster_nodes, connect, joins_cluster
+
+    if not joins_cluster():
+        return local_nodes()
+    connect()
+    return cluster_nodes()
