@@ -106,12 +106,11 @@ def rows_of(sample: Sample, recipe: Recipe, name: str, section: str) -> list[Tas
         data = _tokenise(sample, recipe, name) if sample.tasks else {}
     except BaseUnavailableError:
         return []
-    found = []
-    for task_id, its in data.items():
-        most = recipe.pretrain.max_answer_tokens if section == "pretrain" else None
-        if rows := _measure(sample, task_id, its, most):
-            found.append(rows)
-    return found
+    most = recipe.pretrain.max_answer_tokens if section == "pretrain" else None
+    found = [_measure(sample, task_id, its, most) for task_id, its in data.items()]
+    # As training/scratch.py has it: where no answer is short enough, all are learned.
+    whole = [_measure(sample, task_id, its, None) for task_id, its in data.items()] if not any(found) else []
+    return [rows for rows in (*found, *whole) if rows is not None]
 
 
 def _examples(calls: Iterable[AgentCall], recipe: Recipe) -> Iterable[Example | None]:
@@ -175,7 +174,7 @@ def _measure(sample: Sample, task_id: str, data: TaskData, most: int | None) -> 
     """
     from training.dataset import num_answer_tokens
 
-    rows = [row for row in data.train if most is None or num_answer_tokens(row) <= most] or data.train
+    rows = [row for row in data.train if most is None or num_answer_tokens(row) <= most]
     if not rows:
         return None
     lengths, answers = [len(row["input_ids"]) for row in rows], [num_answer_tokens(row) for row in rows]

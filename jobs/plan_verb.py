@@ -181,7 +181,7 @@ def _tell_rows(sample: Sample, tasks: tuple[TaskRows, ...]) -> str:
     num_rows, longest = sum(one.num_train for one in tasks), max(one.longest_tokens for one in tasks)
     mean = sum(one.mean_tokens * one.num_train for one in tasks) / num_rows
     read = "the store's calls" if sample.num_read >= sample.num_stored else f"the first {sample.num_read:,} calls"
-    return f"rows: about {num_rows:,} of {len(tasks)} tasks, {mean:.0f} tokens on average, the longest {longest}, by {read}"
+    return f"rows: about {num_rows:,} of {len(tasks)} task{'s' * (len(tasks) > 1)}, {mean:.0f} tokens on average, the longest {longest}, by {read}"
 
 
 def _place(

@@ -175,6 +175,22 @@ def test_rows_are_as_long_as_the_store_s_calls_make_them_and_a_first_conversion_
     assert "again" not in out and "colour" not in out, "counts, no content"
 
 
+def test_a_base_leaves_out_the_tasks_of_long_answers_unless_there_are_no_others(plan, tmp_path):
+    store = store_calls(str(tmp_path / "store"))
+    long = [
+        call_of(n, "Tell of it.", f"thing {n}", f"this is thing {n} and it has a story of its own") for n in range(60)
+    ]
+    write_calls(store, long)
+    words = ["recipe=demo", "fleet.max_parallel=1", "gate.epsilon=0.2", "gate.delta=0.2", "curate.split.train=0.5"]
+    words += ["curate.split.calibration=0.32", "--json"]
+    by_bound = {}
+    for bound in (1, 4, 48):
+        pretrain, finetune = json.loads(plan(*words, f"pretrain.max_answer_tokens={bound}")[1])["trainings"]
+        assert len(finetune["tasks"]) == 3
+        by_bound[bound] = len(pretrain["tasks"])
+    assert by_bound == {1: 3, 4: 2, 48: 3}
+
+
 def test_what_cannot_be_told_of_a_first_conversion_says_why(plan, tmp_path):
     store_calls(str(tmp_path / "store"))
     code, out, _ = plan("recipe=demo", "gate.epsilon=0.001")
