@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 _TRAININGS = {"base": "pretrain", "finetune": "finetune"}
 """Stage -> the recipe's section that says how much of it there is."""
 _MAX_RELEASES = 50
-_RUN_START_S = 16.0
-"""Until a run of Ray Train takes its first step, and after its last: processes that import torch and DeepSpeed, which keep
-_START_CPUS busy, so that runs that start side by side wait for each other where there are no more."""
+_RUN_START_S = 20.0
+"""Until a run of Ray Train takes its first step, and after its last, 12 to 28 where it was measured: processes that import
+torch and DeepSpeed, which keep _START_CPUS busy, so that runs that start side by side wait for each other where there are no more."""
 _START_CPUS = 2
 _BASE_MADE_S = 4.0
 """Tokenizer, dataset and publication of a scratch base."""

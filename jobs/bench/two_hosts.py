@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import subprocess
@@ -67,10 +68,13 @@ def run_two_hosts() -> dict[str, Any]:
         log = stack.enter_context((pathlib.Path(folder) / "ray.log").open("wb"))
         # In a folder of its own: `ray start` writes there which cluster is the machine's.
         head = ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false", f"--temp-dir={folder}/ray"]
-        hosts = [stack.enter_context(_host(ip, names[0], HOSTS[0], head, log))]
-        hosts.append(stack.enter_context(_host(ip, names[1], HOSTS[1], [f"--address={HOSTS[0]}:{_GCS_PORT}"], log)))
+        # Of their own: a head takes the user's token where there is one, and whoever joins must then show it.
+        environment = {**_ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        hosts = [stack.enter_context(_host(ip, names[0], HOSTS[0], head, log, environment))]
+        joins = [f"--address={HOSTS[0]}:{_GCS_PORT}"]
+        hosts.append(stack.enter_context(_host(ip, names[1], HOSTS[1], joins, log, environment)))
         command = [ip, "netns", "exec", names[0], sys.executable, "-m", "jobs.bench.two_hosts", "--job", folder]
-        environment = {**_ENVIRONMENT, "RAY_ADDRESS": f"{HOSTS[0]}:{_GCS_PORT}"}
+        environment |= {"RAY_ADDRESS": f"{HOSTS[0]}:{_GCS_PORT}"}
         job = stack.enter_context(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
         )
@@ -197,7 +201,9 @@ def _wire(ip: str) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _host(ip: str, name: str, address: str, words: list[str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _host(
+    ip: str, name: str, address: str, words: list[str], log: IO[bytes], environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """A Ray node of one CPU in a namespace, in a process group of its own."""
     ray = str(pathlib.Path(sys.executable).with_name("ray"))
     options = [f"--node-ip-address={address}", "--num-cpus=1", "--disable-usage-stats", "--block"]
@@ -207,7 +213,7 @@ def _host(ip: str, name: str, address: str, words: list[str], log: IO[bytes]) ->
         stdout=log,
         stderr=log,
         start_new_session=True,
-        env=_ENVIRONMENT,
+        env=environment,
     )
     try:
         yield process
