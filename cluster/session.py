@@ -113,7 +113,7 @@ def connect(num_cpus: int | None = None) -> None:
         num_cpus: CPUs of a local cluster; None takes the machine's.
 
     Raises:
-        ConfigError: there is no cluster at RAY_ADDRESS.
+        ConfigError: there is no cluster at RAY_ADDRESS, or it refuses this process.
     """
     prepare_environment()
     is_local = not joins_cluster()
@@ -128,8 +128,15 @@ def connect(num_cpus: int | None = None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if is_local:
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
-    else:
+        return
+    try:
         ray.init(address="auto", **options)
+    except ConnectionError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: the cluster does not let this process join: {reason[:300]}; next: "
+            "`ray status`, and where it asks for a token export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE, as its nodes have it"
+        ) from None
 
 
 def check_reachable(address: str) -> None:

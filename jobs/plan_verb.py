@@ -1,10 +1,11 @@
 """`understudy plan`: what a conversion would ask for and where its training would live in memory, with the arithmetic.
 
-Time and money are carried over from the store's earlier conversions (jobs/plan_time.py).
+Time and money are carried over from the store's earlier conversions, else counted up (jobs/plan_time.py).
 
 Nothing is started and no weights are read. With RAY_ADDRESS the cluster is asked for its memory; else this machine's is
-taken, or finetune.device_gib, which also plans for GPUs that are elsewhere. The rows are the longest that the engine
-takes: a task's own are shorter, and its run is planned again from them before it starts.
+taken, or finetune.device_gib, which also plans for GPUs that are elsewhere. The rows are as long as the longest that the
+store's calls make (jobs/plan_rows.py); where there are no calls, or nothing on this machine can count a base's tokens, as
+the engine's window. A run is planned again from its own rows before it starts. What is printed holds counts, no content.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import BaseUnavailableError, ConfigError
+from cluster.errors import BaseUnavailableError, ConfigError, StoreError
 from cluster.records import Record
+from jobs.plan_rows import TaskRows
 
 if TYPE_CHECKING:
     from cluster.resources import Node, Part
+    from jobs.plan_rows import Sample
+    from jobs.plan_time import TimePlan
     from jobs.recipe import Recipe
     from training.finetune import FinetuneConfig
     from training.memory import ModelShape
@@ -43,13 +47,16 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from cluster.access import require_role
     from jobs.plan import plan_conversion, show_plan
-    from jobs.plan_time import plan_time
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(options.words)
+    require_role(recipe.store, "viewer")
     parts = plan_conversion(recipe)
-    trainings, time = plan_training(recipe), plan_time(recipe)
+    sample, unread = _read(recipe)
+    trainings = plan_training(recipe, sample)
+    time, unknown = _time(recipe, sample, trainings)
     problems = [f"{one.base}, {one.section}: {one.problem}" for one in trainings if one.problem]
     if options.json:
         told = [one.model_dump(mode="json", exclude={"lines"}) for one in trainings]
@@ -64,9 +71,44 @@ def _plan(options: argparse.Namespace) -> None:
     _show_teacher(show_plan(recipe, parts).get("teacher"))
     for one in trainings:
         print("\n".join([f"\n{one.base}, {one.section}:", *(f"  {line}" for line in one.lines)]))
-    unknown = ["time: not known before a first conversion of this store; a recipe with few steps tells it soon"]
-    print("\n".join(["", *(time.lines() if time else unknown)]))
+    print("\n".join(["", *([unread] if unread else []), *(time.lines() if time else [unknown])]))
     _refuse(parts, problems, recipe)
+
+
+def _read(recipe: Recipe) -> tuple[Sample | None, str]:
+    """(the store's calls, or why what is there could not be read)."""
+    from jobs.plan_rows import read_sample
+
+    try:
+        return read_sample(recipe), ""
+    except StoreError as error:
+        return None, f"rows: as long as the engine's window, because the store's calls could not be read: {error}"
+
+
+def _time(recipe: Recipe, sample: Sample | None, trainings: list[Training]) -> tuple[TimePlan | None, str]:
+    """(what a conversion will take, or why nobody can say)."""
+    from jobs.plan_time import estimate_first, plan_time, time_step
+
+    if told := plan_time(recipe):
+        return told, ""
+    unknown = "time: not known before a first conversion of this store: {}; a recipe with few steps tells it soon"
+    by_section = {one.section: one for one in trainings}
+    if sample is None:
+        return None, unknown.format("it has no calls to tell it from")
+    if len({one.base for one in trainings}) > 1:
+        return None, unknown.format("several bases are probed first")
+    if not sample.tasks:
+        return None, unknown.format("none of its calls recur often enough to be certified")
+    if any(not one.tasks for one in trainings):
+        return None, unknown.format("nothing on this machine counts the base's tokens")
+    if any(one.problem or getattr(recipe, one.section).gpus_per_worker for one in trainings):
+        return None, unknown.format("this machine's CPU does not tell a GPU's speed")
+    work = {
+        section: time_step(getattr(recipe, section), _shape(one.base, getattr(recipe, section)), one.tasks)
+        for section, one in by_section.items()
+    }
+    places, cpus = _num_places(recipe, "finetune"), sum(node.cpus for node in _nodes())
+    return estimate_first(recipe, sample.num_stored, work.get("pretrain"), work["finetune"], places, cpus), ""
 
 
 def _show_teacher(found: dict[str, Any] | None) -> None:
@@ -103,10 +145,17 @@ class Training(Record):
     """The arithmetic, for a person."""
     problem: str = ""
     """Why it fits nowhere, and what would."""
+    tasks: tuple[TaskRows, ...] = ()
+    """What it would learn from; () where nobody knows before it."""
 
 
-def plan_training(recipe: Recipe) -> list[Training]:
-    """Where every named base's trainings would live in memory."""
+def plan_training(recipe: Recipe, sample: Sample | None = None) -> list[Training]:
+    """Where every named base's trainings would live in memory.
+
+    Args:
+        sample: the store's calls; None takes rows as long as the engine's window.
+    """
+    from jobs.plan_rows import rows_of
     from training.catalog import ScratchModel, find_entry
     from training.selection import named_bases
 
@@ -116,17 +165,29 @@ def plan_training(recipe: Recipe) -> list[Training]:
         if isinstance(find_entry(name), ScratchModel):
             trainings.insert(0, ("pretrain", recipe.pretrain))
         for section, config in trainings:
+            tasks = tuple(rows_of(sample, recipe, name, section)) if sample else ()
+            facts = {"base": name, "section": section, "tasks": tasks}
             try:
-                plan, lines = _place(recipe, name, section, config)
+                plan, lines = _place(recipe, name, section, config, tasks)
             except ConfigError as error:
-                found.append(Training(base=name, section=section, lines=["does not fit"], problem=str(error)))
+                found.append(Training(**facts, lines=["does not fit"], problem=str(error)))
             else:
-                found.append(Training(base=name, section=section, plan=plan.model_dump(mode="json"), lines=lines))
+                told = [_tell_rows(sample, tasks), *lines] if sample and tasks else lines
+                found.append(Training(**facts, plan=plan.model_dump(mode="json"), lines=told))
     return found
 
 
-def _place(recipe: Recipe, name: str, section: str, config: FinetuneConfig) -> tuple[Record, list[str]]:
-    """(the plan of one training, its arithmetic), for rows as long as the engine's window.
+def _tell_rows(sample: Sample, tasks: tuple[TaskRows, ...]) -> str:
+    num_rows, longest = sum(one.num_train for one in tasks), max(one.longest_tokens for one in tasks)
+    mean = sum(one.mean_tokens * one.num_train for one in tasks) / num_rows
+    read = "the store's calls" if sample.num_read >= sample.num_stored else f"the first {sample.num_read:,} calls"
+    return f"rows: about {num_rows:,} of {len(tasks)} task{'s' * (len(tasks) > 1)}, {mean:.0f} tokens on average, the longest {longest}, by {read}"
+
+
+def _place(
+    recipe: Recipe, name: str, section: str, config: FinetuneConfig, tasks: tuple[TaskRows, ...]
+) -> tuple[Record, list[str]]:
+    """(the plan of one training, its arithmetic), for the tasks' longest rows, or rows as long as the engine's window.
 
     Raises:
         ConfigError: it fits nowhere.
@@ -139,6 +200,9 @@ def _place(recipe: Recipe, name: str, section: str, config: FinetuneConfig) -> t
     shape, num_bytes = _shape(name, config), _device_bytes(recipe, section)
     rows = {"examples": config.batch_size, "row_tokens": recipe.specialists.max_model_tokens}
     rows["answer_tokens"] = rows["row_tokens"] // _ANSWER_FRACTION
+    if tasks:
+        rows["row_tokens"] = max(one.longest_tokens for one in tasks)
+        rows["answer_tokens"] = max(one.longest_answer_tokens for one in tasks)
     if section == "finetune" and recipe.fleet.mode == "multi_lora":
         one = AdapterLoad(name="a task", trainable=shape.trainable, **rows)
         many = plan_many(shape, config, [one], num_bytes, tokens_per_pass(config))
@@ -176,28 +240,38 @@ def _device_bytes(recipe: Recipe, section: str) -> int:
         ConfigError: GPUs that nothing describes.
     """
     from cluster.resources import local_memory_bytes, local_nodes
-    from cluster.session import cluster_nodes, connect, joins_cluster
+    from cluster.session import joins_cluster
     from training.memory import device_bytes
 
     config = getattr(recipe, section)
     if config.device_gib is not None:
         return device_bytes(config, 1)
     if joins_cluster():
-        connect()
-        return device_bytes(config, _num_parallel(recipe, section, cluster_nodes()))
+        return device_bytes(config, _num_places(recipe, section))
     if config.gpus_per_worker:
         raise ConfigError(
             f"{section}.gpus_per_worker={config.gpus_per_worker}: nobody to ask for a GPU's memory; allowed: RAY_ADDRESS of a "
             f"cluster, or its size; next: {section}.device_gib=80"
         )
     seats = max(1, int(local_nodes()[0].cpus // config.cpus_per_worker))
-    num_workers = _num_parallel(recipe, section, local_nodes()) * config.num_workers
+    num_workers = _num_places(recipe, section) * config.num_workers
     return int(local_memory_bytes() / min(seats, num_workers))
 
 
-def _num_parallel(recipe: Recipe, section: str, nodes: list[Node]) -> int:
-    """Runs of a training at a time: a base is trained alone."""
+def _num_places(recipe: Recipe, section: str) -> int:
+    """Runs of a training at a time on the cluster that RAY_ADDRESS names, else on this machine: a base is trained alone."""
     from jobs.plan import plan_run
     from training.fleet import num_places
 
-    return 1 if section == "pretrain" else num_places(recipe.fleet, plan_run(recipe.finetune), nodes, recipe.limits)
+    return 1 if section == "pretrain" else num_places(recipe.fleet, plan_run(recipe.finetune), _nodes(), recipe.limits)
+
+
+def _nodes() -> list[Node]:
+    """Of the cluster that RAY_ADDRESS names, else this machine."""
+    from cluster.resources import local_nodes
+    from cluster.session import cluster_nodes, connect, joins_cluster
+
+    if not joins_cluster():
+        return local_nodes()
+    connect()
+    return cluster_nodes()

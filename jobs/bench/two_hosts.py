@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import subprocess
@@ -61,14 +62,19 @@ def run_two_hosts() -> dict[str, Any]:
     ip = shutil.which("ip")
     if ip is None or os.geteuid() != 0:
         raise ConfigError("two hosts: need root and the program ip; next: run as root, with iproute2 installed")
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    # What a killed host leaves running for a moment may still write there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.ExitStack() as stack:
         names = stack.enter_context(_wire(ip))
         log = stack.enter_context((pathlib.Path(folder) / "ray.log").open("wb"))
-        head = ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false"]
-        hosts = [stack.enter_context(_host(ip, names[0], HOSTS[0], head, log))]
-        hosts.append(stack.enter_context(_host(ip, names[1], HOSTS[1], [f"--address={HOSTS[0]}:{_GCS_PORT}"], log)))
+        # In a folder of its own: `ray start` writes there which cluster is the machine's.
+        head = ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false", f"--temp-dir={folder}/ray"]
+        # Of their own: a head takes the user's token where there is one, and whoever joins must then show it.
+        environment = {**_ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        hosts = [stack.enter_context(_host(ip, names[0], HOSTS[0], head, log, environment))]
+        joins = [f"--address={HOSTS[0]}:{_GCS_PORT}"]
+        hosts.append(stack.enter_context(_host(ip, names[1], HOSTS[1], joins, log, environment)))
         command = [ip, "netns", "exec", names[0], sys.executable, "-m", "jobs.bench.two_hosts", "--job", folder]
-        environment = {**_ENVIRONMENT, "RAY_ADDRESS": f"{HOSTS[0]}:{_GCS_PORT}"}
+        environment |= {"RAY_ADDRESS": f"{HOSTS[0]}:{_GCS_PORT}"}
         job = stack.enter_context(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
         )
@@ -195,7 +201,9 @@ def _wire(ip: str) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _host(ip: str, name: str, address: str, words: list[str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _host(
+    ip: str, name: str, address: str, words: list[str], log: IO[bytes], environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """A Ray node of one CPU in a namespace, in a process group of its own."""
     ray = str(pathlib.Path(sys.executable).with_name("ray"))
     options = [f"--node-ip-address={address}", "--num-cpus=1", "--disable-usage-stats", "--block"]
@@ -205,7 +213,7 @@ def _host(ip: str, name: str, address: str, words: list[str], log: IO[bytes]) ->
         stdout=log,
         stderr=log,
         start_new_session=True,
-        env=_ENVIRONMENT,
+        env=environment,
     )
     try:
         yield process

@@ -6,7 +6,9 @@ import pytest
 from fakes import make_specialist
 
 from cluster import registry
-from cluster.records import Release
+from cluster.calls import write_calls
+from cluster.errors import KeyAccessError
+from cluster.records import AgentCall, Release
 from cluster.store import Store
 from jobs.__main__ import main
 from jobs.provenance import save_config
@@ -108,3 +110,103 @@ def test_time_and_money_are_those_of_the_store_s_own_conversions(plan, tmp_path)
     assert (
         "time: about 7.8 min (curate 20 s, base 5.0 min" in out and f"as release {sha[:12]} took; money: $0.0131" in out
     )
+
+
+def call_of(number: int, agent: str, question: str, answer: str) -> AgentCall:
+    messages = [{"role": "system", "content": agent}, {"role": "user", "content": question}]
+    choice = {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}
+    return AgentCall(
+        call_id=f"{agent} {number}",
+        ts=1000.0 + number,
+        client_id="ann",
+        agent=agent,
+        session_id=f"{agent} {number}",
+        step=0,
+        request={"model": "m", "messages": messages},
+        response={"choices": [choice]},
+    )
+
+
+def store_calls(uri: str) -> Store:
+    """Two tasks of short questions, one of which has a question that is longer than all others."""
+    store, colors = Store(uri), ("red", "green", "blue")
+    calls = [
+        call_of(n, agent, f"{agent} thing {n} is {colors[n % 3]} all over" + " again" * (90 if n == 0 else 0), answer)
+        for n in range(60)
+        for agent, answer in (("Name its colour.", colors[n % 3]), ("Is it red?", "yes" if n % 3 == 0 else "no"))
+    ]
+    write_calls(store, calls)
+    return store
+
+
+def test_rows_are_as_long_as_the_store_s_calls_make_them_and_a_first_conversion_s_time_is_counted_up(
+    plan, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("training.pace.step_seconds", lambda *_: 0.5)
+    # An hour for a dollar.
+    words = ["recipe=demo", "fleet.max_parallel=1", "gate.epsilon=0.2", "gate.delta=0.2", "curate.split.train=0.5"]
+    words += ["curate.split.calibration=0.32", "prices.replica_usd_per_hour=1.0", "--json"]
+    _, out, _ = plan(*words)
+    empty = json.loads(out)
+    assert empty["time"] is None and empty["trainings"][0]["tasks"] == []
+    store = store_calls(str(tmp_path / "store"))
+    before = store.list("")
+    _, out, _ = plan(*words)
+    found = json.loads(out)
+    assert store.list("") == before, "nothing is written"
+    pretrain, finetune = found["trainings"]
+    assert len(finetune["tasks"]) == 2
+    longest = max(task["longest_tokens"] for task in finetune["tasks"])
+    assert finetune["plan"]["load"]["row_tokens"] == longest < empty["trainings"][1]["plan"]["load"]["row_tokens"]
+    # Whether it is of train is drawn by its session, so the longest may be held out.
+    assert all(task["mean_tokens"] <= task["longest_tokens"] for task in finetune["tasks"])
+    assert finetune["plan"]["memory"]["activations"] < empty["trainings"][1]["plan"]["memory"]["activations"] / 5
+    time = found["time"]
+    assert time["from_release"] is None and time["by_stage"]["base"] > 430 * 0.5
+    assert time["usd"] == pytest.approx(time["seconds"] / 3600, rel=1e-3)
+    # Twice as many steps of both tasks, one after the other or side by side: half a second each.
+    more = ["finetune.num_steps=300", "finetune.checkpoint_every=300"]
+    for places, rounds in ((1, 2), (2, 1)):
+        words[1] = f"fleet.max_parallel={places}"
+        few, many = (json.loads(plan(*words, *extra)[1])["time"]["by_stage"]["finetune"] for extra in ((), more))
+        assert many - few == pytest.approx(rounds * 150 * 0.5)
+    _, out, _ = plan(*words[:-1])
+    assert "time: roughly" in out and "within a factor of 2" in out and f"the longest {longest}" in out
+    assert "again" not in out and "colour" not in out, "counts, no content"
+
+
+def test_a_base_leaves_out_the_tasks_of_long_answers_unless_there_are_no_others(plan, tmp_path):
+    store = store_calls(str(tmp_path / "store"))
+    long = [
+        call_of(n, "Tell of it.", f"thing {n}", f"this is thing {n} and it has a story of its own") for n in range(60)
+    ]
+    write_calls(store, long)
+    words = ["recipe=demo", "fleet.max_parallel=1", "gate.epsilon=0.2", "gate.delta=0.2", "curate.split.train=0.5"]
+    words += ["curate.split.calibration=0.32", "--json"]
+    by_bound = {}
+    for bound in (1, 4, 48):
+        pretrain, finetune = json.loads(plan(*words, f"pretrain.max_answer_tokens={bound}")[1])["trainings"]
+        assert len(finetune["tasks"]) == 3
+        by_bound[bound] = len(pretrain["tasks"])
+    assert by_bound == {1: 3, 4: 2, 48: 3}
+
+
+def test_what_cannot_be_told_of_a_first_conversion_says_why(plan, tmp_path):
+    store_calls(str(tmp_path / "store"))
+    code, out, _ = plan("recipe=demo", "gate.epsilon=0.001")
+    assert code == 0 and "none of its calls recur often enough to be certified" in out
+    code, out, _ = plan("recipe=demo", "finetune.gpus_per_worker=1", "finetune.device_gib=8", "gate.epsilon=0.2")
+    assert code == 0 and "does not tell a GPU's speed" in out
+    code, out, _ = plan("recipe=demo", "select.base=qwen3-8b", "finetune.device_gib=80", "gate.epsilon=0.2")
+    assert code == 0 and "nothing on this machine counts the base's tokens" in out and "tokens on average" not in out
+
+
+def test_calls_that_this_process_has_no_key_for_leave_the_engine_s_window(plan, tmp_path, monkeypatch):
+    store_calls(str(tmp_path / "store"))
+
+    def refuse(*_):
+        raise KeyAccessError("store: key k1 is not here; next: ask an admin")
+
+    monkeypatch.setattr("cluster.calls.iterate_calls", refuse)
+    code, out, _ = plan("recipe=demo")
+    assert code == 0 and "could not be read: store: key k1 is not here" in out and "16 examples of 1024 tokens" in out

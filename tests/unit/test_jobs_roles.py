@@ -26,7 +26,7 @@ class Needs(NamedTuple):
 
 MATRIX: dict[str, Needs | None] = {
     # These read no store's content and change none: they make their own, look at the machine, or print what is shipped.
-    **dict.fromkeys(("doctor", "demo", "catalog", "plan", "completion", "sbom", "bench")),
+    **dict.fromkeys(("doctor", "demo", "catalog", "completion", "sbom", "bench")),
     # Who runs the endpoint holds its keys in the files and the environment; the gateway asks its clients for theirs.
     "serve": None,
     **{f"keys {action}": Needs("admin") for action in ("list", "rotate", "retire")},
@@ -34,6 +34,7 @@ MATRIX: dict[str, Needs | None] = {
     "keys revoke": Needs("admin", ("nobody",)),
     "ingest": Needs("curator", ("LOG",)),
     "calls": Needs("viewer", ("count",)),
+    "plan": Needs("viewer", (BASE,)),
     "assess": Needs("curator"),
     "convert": Needs("curator", ("--dry-run", BASE)),
     "tasks": Needs("viewer"),

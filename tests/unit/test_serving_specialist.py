@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -188,3 +191,11 @@ def test_no_engine_tells_its_makers_what_it_runs_on(device: str, monkeypatch: py
     from vllm import envs
 
     assert envs.VLLM_NO_USAGE_STATS
+
+
+def test_an_engine_that_no_load_balancer_knows_ends_at_once() -> None:
+    """As Serve reads it in the process of the replica, whatever the environment of its node says."""
+    read = "from ray.serve._private import replica; print(replica.RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S)"
+    environment = {**os.environ, **engine_environment("gpu", 1, 1)}
+    run = subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True, check=True)
+    assert float(run.stdout) == 0.0
