@@ -35,13 +35,14 @@ _VERDICT = re.compile(r'"verdict"\s*:\s*"(first|second|same)"')
 class Judge:
     """Compares answers. Belongs to one event loop."""
 
-    def __init__(self, chat: Chat, remembered: MutableMapping[str, str], key: bytes) -> None:
+    def __init__(self, chat: Chat, remembered: MutableMapping[str, str], key: bytes, name: str = "") -> None:
         """
         Args:
             remembered: hash of what was shown -> verdict; new ones are added.
             key: secret of the hash, so that nobody finds out by guessing what was said.
+            name: which LLM it is; what another one said is not remembered as its own.
         """
-        self._chat, self._remembered, self._key = chat, remembered, key
+        self._chat, self._remembered, self._key, self.name = chat, remembered, key, name
         self.num_asked = 0
         """Questions to the LLM; two a pair, unless remembered."""
         self.num_remembered = 0
@@ -63,7 +64,9 @@ class Judge:
 
     async def _ask(self, request: dict[str, Any], first: str, second: str) -> Verdict | None:
         shown = show_pair(request, first, second)
-        key = hashlib.blake2b(f"{INSTRUCTION}\n{shown}".encode(errors="surrogatepass"), key=self._key[:64]).hexdigest()
+        key = hashlib.blake2b(
+            f"{self.name}\n{INSTRUCTION}\n{shown}".encode(errors="surrogatepass"), key=self._key[:64]
+        ).hexdigest()
         known = self._remembered.get(key)
         if known is not None:
             self.num_remembered += 1

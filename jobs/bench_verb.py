@@ -164,7 +164,16 @@ def _with_facts(numbers: dict[str, Any], options: argparse.Namespace) -> dict[st
 def _keeper(options: argparse.Namespace) -> Callable[[dict[str, Any]], object]:
     """Writes what there is so far, where it is wanted."""
     path: pathlib.Path | None = options.json
-    return lambda numbers: path and path.write_text(json.dumps(_with_facts(numbers, options), indent=1) + "\n")
+
+    def keep(numbers: dict[str, Any]) -> None:
+        if path is None:
+            return
+        # Whole or not at all: a benchmark may be ended at any moment.
+        draft = path.with_name(f".{path.name}.draft")
+        draft.write_text(json.dumps(_with_facts(numbers, options), indent=1) + "\n")
+        draft.replace(path)
+
+    return keep
 
 
 def _show(numbers: dict[str, Any], options: argparse.Namespace) -> None:

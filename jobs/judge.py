@@ -1,7 +1,8 @@
 """The first LLM of the recipe asked in the middle of a run: a judge of free text, with its price on show and a bound on it.
 
 Asks many questions at a time over one connection, unlike jobs/llm_node.py. What is asked is content and is logged nowhere.
-Costs are those of the tokens that the LLM reports; once they reach the bound nothing is asked any more.
+Costs are those of the tokens that the LLM reports, or by estimate where it reports none; once they reach the bound nothing is
+asked any more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from cluster.telemetry import log_event
 from cluster.upstream import Upstream, UpstreamConfig
 from jobs.llm_node import llm_node_of
 from jobs.recipe import Recipe
+from serving.billing import num_answer_tokens, num_prompt_tokens
+from serving.openai_wire import usage_of
 from training.evaluation import Candidate
 
 _MAX_IN_FLIGHT = 16
@@ -74,7 +77,7 @@ class PricedLLM:
                 return None
         if reply.status != 200:
             return None
-        self._charge(reply.body.get("usage"))
+        self._charge(body, reply.body)
         choices = reply.body.get("choices")
         first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
         message = first.get("message")
@@ -90,9 +93,14 @@ class PricedLLM:
     async def close(self) -> None:
         await self._upstream.close()
 
-    def _charge(self, usage: Any) -> None:
-        counts = usage if isinstance(usage, dict) else {}
-        found = Usage(prompt_tokens=counts.get("prompt_tokens"), completion_tokens=counts.get("completion_tokens"))
+    def _charge(self, body: dict[str, Any], reply: dict[str, Any]) -> None:
+        said = usage_of(reply)
+        prompt, completion = said.prompt_tokens, said.completion_tokens
+        # What an endpoint does not report is not free, else no bound would ever be reached.
+        found = Usage(
+            prompt_tokens=num_prompt_tokens(body) if prompt is None else prompt,
+            completion_tokens=num_answer_tokens(reply) if completion is None else completion,
+        )
         prices = {name: getattr(self.config, name) for name in ("prompt_usd_per_million", "completion_usd_per_million")}
         self.usd += tokens_cost_usd(found, **prices) or 0.0
 
@@ -112,7 +120,7 @@ async def open_judge(
     config = llm_node_of(recipe, JUDGE_SETTING, "judge answers").config
     llm = PricedLLM(config, recipe.evaluation.judge_max_usd, JUDGE_SETTING)
     remembered = Judgements(store)
-    judge = Judge(llm.say, remembered, load_pseudonym_key(store.uri))
+    judge = Judge(llm.say, remembered, load_pseudonym_key(store.uri), f"{config.model} at {config.base_url}")
     try:
         yield judge
     finally:

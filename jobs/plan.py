@@ -95,7 +95,11 @@ def show_plan(recipe: Recipe, parts: list[Part]) -> dict[str, Any]:
         for part in parts
     ]
     found = {"config": recipe.model_dump(mode="json"), "resources": rows}
-    return found | ({"teacher": plan_teacher(recipe, Store(recipe.store))} if recipe.evaluation.teacher_repeats else {})
+    return found | (
+        {"teacher": plan_teacher(recipe, Store(recipe.store, is_made=False))}
+        if recipe.evaluation.teacher_repeats
+        else {}
+    )
 
 
 def _training(config: FinetuneConfig, name: str, section: str) -> Part:

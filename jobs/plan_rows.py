@@ -46,6 +46,7 @@ class Sample(NamedTuple):
     by_split: dict[Split, dict[str, list[Example]]]
     num_read: int
     num_stored: int
+    """Calls of agents; what the cluster asks in the background is none."""
 
     @property
     def factor(self) -> float:
@@ -68,7 +69,8 @@ def read_sample(recipe: Recipe) -> Sample | None:
     if "://" not in recipe.store and not pathlib.Path(recipe.store).is_dir():
         return None
     store = Store(recipe.store, is_made=False)
-    num_stored = read_call_columns(store, ["call_id"]).num_rows
+    stored = read_call_columns(store, ["audit_of", "action"]).to_pylist()
+    num_stored = sum(not row["audit_of"] and row["action"] != "shadow" for row in stored)
     if not num_stored:
         return None
     examples: dict[Split, list[Example]] = {split: [] for split in SPLITS}

@@ -118,7 +118,12 @@ def _show_teacher(found: dict[str, Any] | None) -> None:
     questions = found["max_questions"]
     asked = f"{found['calls_per_task']} calls of each task" if questions is None else f"{questions} calls"
     usd = "not known" if found["expected_usd"] is None else f"about {found['expected_usd']:.4f} USD"
-    print(f"teacher: at most {asked} asked again of upstream.0, {usd}, never more than {found['max_usd']:g} USD")
+    bound = (
+        "no bound on money, as upstream.0 has no prices; next: upstream.0.prompt_usd_per_million=USD"
+        if found["max_usd"] is None
+        else f"never more than {found['max_usd']:g} USD"
+    )
+    print(f"teacher: at most {asked} asked again of upstream.0, {usd}, {bound}")
 
 
 def _refuse(parts: list[Part], problems: list[str], recipe: Recipe) -> None:

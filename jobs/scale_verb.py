@@ -104,13 +104,16 @@ def _scale(options: argparse.Namespace) -> None:
         _connect()
     elif options.experiment == "fleet":
         _connect()
-    findings = module.run(lab, _given(options.given)) if options.experiment == "economy" else module.run(lab)
+    try:
+        findings = module.run(lab, _given(options.given)) if options.experiment == "economy" else module.run(lab)
+    finally:
+        # Examples are content: they stay on no disk, whatever became of the experiment.
+        shutil.rmtree(_material_folder(out), ignore_errors=True)
     size = ["--quick"] * options.quick + ["--full"] * options.full
     calls = [word for path in options.calls for word in ("--calls", str(path))]
     given = [word for one in options.given for word in ("--given", one)]
     words = ["understudy", "scale", options.experiment, *size, *options.words, *calls, *given]
     write_findings(out, options.experiment, findings, words)
-    shutil.rmtree(_material_folder(out), ignore_errors=True)
 
 
 def names_store(words: Sequence[str]) -> bool:

@@ -57,14 +57,18 @@ def measure_teacher(
 
 def plan_teacher(recipe: Recipe, store: Store) -> dict[str, float | int | None]:
     """What asking again would take: questions (of the tasks of the last discovery; None before one), their expected price
-    by what captured calls cost (None where that is not known), and the bound."""
+    by what captured calls cost (None where that is not known), and the bound; None where upstream.0 has no prices, so that
+    nothing is counted against it."""
     num_calls = recipe.evaluation.teacher_repeats
     num_tasks = len(store.read_json(IDENTITY_FILE)["tasks"]) if store.exists(IDENTITY_FILE) else None
     costs = [usd for usd in read_call_columns(store, ["cost_usd"])["cost_usd"].to_pylist() if usd]
     questions = None if num_tasks is None else num_tasks * num_calls
     usd = questions * sum(costs) / len(costs) if questions is not None and costs else None
     facts = {"calls_per_task": num_calls, "max_questions": questions, "expected_usd": usd}
-    return {**facts, "max_usd": recipe.evaluation.teacher_max_usd if num_calls else 0.0}
+    llm = recipe.upstream[0] if recipe.upstream else None
+    is_priced = llm is not None and bool(llm.prompt_usd_per_million or llm.completion_usd_per_million)
+    bound = recipe.evaluation.teacher_max_usd if is_priced else None
+    return {**facts, "max_usd": bound if num_calls else 0.0}
 
 
 async def _ask_again(llm: PricedLLM, task: TaskSpec, calls: Sequence[Example], recipe: Recipe) -> SelfAgreement:

@@ -172,7 +172,7 @@ async def ask_held_out(
     """`validate_candidates` for whoever asks the same engine more: it belongs to one event loop.
 
     Args:
-        rate: begins here, and counts every answer.
+        rate: begins here, and counts every answer, unless a judge is waited for.
         on_calibrated: called with a task and what its calibration calls were answered, where they were asked.
     """
     splits = {c.task.task_id: {s: by_split[s][c.task.task_id] for s in ASKED if s in by_split} for c in candidates}
@@ -188,9 +188,13 @@ async def ask_held_out(
     with tqdm(desc="validate", unit="answer", disable=None) as bar:
         limit = recipe.gateway.max_temperature
 
+        # An engine that waits for a judge's verdicts does not show its own speed.
+        is_judged = any(one.text_grader and one.text_grader.name == "judge" for one in candidates)
+
         def count(answered: Answered) -> None:
             bar.update()
-            rate.add(answered)
+            if not is_judged:
+                rate.add(answered)
 
         options = {"max_temperature": limit, "faces": recipe.faces, "on_answer": count, "on_done": save}
         rate.begin()

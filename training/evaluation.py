@@ -238,6 +238,9 @@ async def evaluate(
     calibration = one_call_per_session(splits["calibration"], seed=0)
     test_facts = [candidate.model_dump(mode="json"), fingerprint, config.model_dump(mode="json"), max_temperature]
     test_facts += [faces.model_dump(mode="json")]
+    if judge is not None and candidate.text_grader and candidate.text_grader.name == "judge":
+        # Another judge is another look at the same calls.
+        test_facts += [judge.name]
     test_key = content_hash(test_facts)
     spent_ids = [example.example_id for example in calibration]
     number = ledger.round_of(test_key, spent_ids)

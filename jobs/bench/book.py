@@ -75,7 +75,17 @@ def _run_part(name: str, number: int, folder: pathlib.Path, quick: bool, run: Ru
     elif not path.exists():
         error = "ended without its JSON"
     file = path.name if path.exists() else None
+    if file and not _is_json(path):
+        # Ended in the middle of writing it.
+        file, error = None, f"{error or 'ended'}; its JSON is not whole"
     return {"file": file, "wall_s": round(done.wall_s, 1), "cpu_s": round(done.cpu_s, 1), "error": error}
+
+
+def _is_json(path: pathlib.Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except ValueError:
+        return False
 
 
 def _part_of(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -201,7 +201,10 @@ def _tell(need: Need, one: Material) -> str:
         return "is reached by the fitted law at no number of examples"
     low, high = (f"{end:,.0f}" if end is not None else "no end" for end in (need.low, need.high))
     ends = f"{LEVEL:.0%} interval {low} to {high}"
-    where = (
-        "within the data" if need.is_measured else f"beyond the {most:,} that there are: the law carried on, not seen"
-    )
+    if need.is_measured:
+        where = "within the data"
+    elif need.size > most:
+        where = f"beyond the {most:,} that there are: the law carried on, not seen"
+    else:
+        where = "fewer than were tried: the law carried back, not seen"
     return f"takes {need.size:,.0f} examples ({ends}), {where}"

@@ -95,6 +95,7 @@ class Fit(NamedTuple):
     law: Law
     draws: np.ndarray
     """[B, 2 + V]: floor, scale, rates."""
+    smallest: float
     largest: float
     """Of the first variable."""
 
@@ -111,7 +112,7 @@ class Fit(NamedTuple):
             size=size,
             low=low if math.isfinite(low) else None,
             high=high if math.isfinite(high) else None,
-            is_measured=size is not None and size <= self.largest,
+            is_measured=size is not None and self.smallest <= size <= self.largest,
         )
 
 
@@ -149,7 +150,7 @@ def fit_law(grid: Grid, variables: Sequence[str], *, num_draws: int = NUM_DRAWS,
         num_seeds=len(set(grid.seeds)),
         residual=float(np.abs(_errors(best[0], logs) - means).max()),
     )
-    return Fit(law, found, float(grid.sizes[:, 0].max()))
+    return Fit(law, found, float(grid.sizes[:, 0].min()), float(grid.sizes[:, 0].max()))
 
 
 def interval(values: Sequence[float] | np.ndarray) -> Interval:
@@ -170,6 +171,21 @@ def mean_interval(values: np.ndarray, *, num_draws: int = NUM_DRAWS, seed: int =
     rng = np.random.default_rng(seed)
     rows = [list(range(len(values)))]
     return float(np.mean(values)), interval([_redraw(grid, rows, rng)[0] for _ in range(num_draws)])
+
+
+def joint_mean_interval(
+    groups: Sequence[np.ndarray], *, num_draws: int = NUM_DRAWS, seed: int = 0
+) -> tuple[float, Interval]:
+    """Mean over groups of [S, C] graded calls, C of each group's own, whose seeds err together: these are drawn for all
+    groups at once, calls for each."""
+    rng = np.random.default_rng(seed)
+    num_seeds = len(groups[0])
+    found = []
+    for _ in range(num_draws):
+        rows = rng.choice(num_seeds, size=max(1, num_seeds - 1))
+        weights = [rng.multinomial(one.shape[1], np.full(one.shape[1], 1 / one.shape[1])) for one in groups]
+        found.append(np.mean([(one[rows] @ own).mean() / own.sum() for one, own in zip(groups, weights, strict=True)]))
+    return float(np.mean([one.mean() for one in groups])), interval(found)
 
 
 def _group(grid: Grid) -> tuple[np.ndarray, list[list[int]]]:

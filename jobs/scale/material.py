@@ -22,6 +22,7 @@ from training.curate import curate
 from training.discover import Discovery, discover
 from training.formats import LogReader, find_files
 from training.gate import minimum_calls, one_call_per_session
+from training.leakage import ANSWER_FIELDS
 from training.probe import spread
 from training.selection import group_by_task
 from training.snapshot import load_split
@@ -161,8 +162,18 @@ def _read(path: pathlib.Path) -> list[AgentCall]:
 
 def _discovered(source: str, calls: Sequence[AgentCall], recipe: Recipe) -> list[Material]:
     examples = [_example(call, recipe) for call in calls]
-    by_split: dict[Split, list[Example]] = {s: [e for e in examples if e.split == s] for s in SPLITS}
+    by_split = drop_repeats({s: [e for e in examples if e.split == s] for s in SPLITS})
     return _by_task(source, by_split, discover(by_split, recipe.discover))
+
+
+def drop_repeats(by_split: Mapping[Split, list[Example]]) -> dict[Split, list[Example]]:
+    """Train without requests that a later split asks too, as curation has it: no score rewards remembering."""
+    held_out = {_asked(one) for split, own in by_split.items() if split != "train" for one in own}
+    return {s: [e for e in own if s != "train" or _asked(e) not in held_out] for s, own in by_split.items()}
+
+
+def _asked(example: Example) -> str:
+    return content_hash({field: example.request[field] for field in ANSWER_FIELDS if example.request.get(field)})
 
 
 def _example(call: AgentCall, recipe: Recipe) -> Example:

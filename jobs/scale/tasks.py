@@ -18,7 +18,7 @@ from jobs.scale.cells import Measured
 from jobs.scale.charts import Axes, Dot, draw_lines
 from jobs.scale.data import span
 from jobs.scale.laboratory import Laboratory
-from jobs.scale.laws import LEVEL, Interval, mean_interval
+from jobs.scale.laws import LEVEL, Interval, joint_mean_interval, mean_interval
 from jobs.scale.material import Material
 from jobs.scale.report import Findings
 from jobs.scale.trial import wrong_of
@@ -115,13 +115,12 @@ def _right(facts: Sequence[Mapping[str, Any]], what: str = "right") -> np.ndarra
 def _difference(
     apart: Mapping[str, list[dict[str, Any]]], other: Mapping[str, list[dict[str, Any]]]
 ) -> tuple[float, Interval]:
-    """Mean over tasks of the agreement apart minus the other way's, with an interval over seeds and calls."""
+    """Mean over tasks of the agreement apart minus the other way's, with an interval over seeds and calls.
+
+    Calls are drawn for each task, seeds for all tasks together: a shared model's seed is that of all its tasks.
+    """
     pairs = [_right(apart[task_id]) - _right(other[task_id]) for task_id in apart]
-    drawn = [mean_interval(pair, seed=number) for number, pair in enumerate(pairs)]
-    mean = float(np.mean([value for value, _ in drawn]))
-    # Tasks are drawn apart from each other: the variance of their mean is the sum of theirs.
-    half = float(np.sqrt(sum(((ends.high - ends.low) / 2) ** 2 for _, ends in drawn)) / len(drawn))
-    return mean, Interval(low=mean - half, high=mean + half)
+    return joint_mean_interval(pairs)
 
 
 def _rows(

@@ -45,6 +45,19 @@ def test_a_part_that_fails_keeps_what_it_had_and_the_others_go_on(tmp_path: path
     assert sum(book.QUICK_LIMITS_S.values()) <= 30 * 60
 
 
+def test_a_part_that_is_ended_while_it_writes_leaves_the_book_whole(tmp_path: pathlib.Path) -> None:
+    def run(command, log: pathlib.Path, limit_s: float | None) -> Watched:
+        name, path = command[4], pathlib.Path(command[command.index("--json") + 1])
+        log.write_text("")
+        path.write_text('{"bench": "curate", "cov' if name == "curate" else json.dumps({"bench": name, "a": 1}))
+        return Watched(-9 if name == "curate" else 0, 1.0, 1.0, name == "curate")
+
+    found = write_book(["curate", "gate"], tmp_path, FACTS, print, quick=True, run=run)
+    ended = {row[0]: row[1] for row in rows_of(found)}
+    assert "its JSON is not whole" in ended["curate"] and "took more than" in ended["curate"]
+    assert ended["gate"] == "done" and read_numbers(found)["gate"]["a"].median == 1
+
+
 def test_a_command_is_watched_with_all_that_it_starts_and_ended_in_time(tmp_path: pathlib.Path) -> None:
     burn = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
     done = watch([sys.executable, "-c", burn], tmp_path / "log", limit_s=2.0)

@@ -175,6 +175,22 @@ def test_rows_are_as_long_as_the_store_s_calls_make_them_and_a_first_conversion_
     assert "again" not in out and "colour" not in out, "counts, no content"
 
 
+def test_what_the_cluster_asks_in_the_background_makes_no_rows(plan, tmp_path):
+    store = store_calls(str(tmp_path / "store"))
+    words = ["recipe=demo", "fleet.max_parallel=1", "gate.epsilon=0.2", "gate.delta=0.2", "curate.split.train=0.5"]
+    words += ["curate.split.calibration=0.32"]
+
+    def rows() -> list[int]:
+        return [one["num_train"] for one in json.loads(plan(*words, "--json")[1])["trainings"][1]["tasks"]]
+
+    alone = rows()
+    audits = [call_of(n, "Is it red?", f"audit {n}", "no") for n in range(120)]
+    of = {"audit_of": "x"}
+    write_calls(store, [one.model_copy(update={**of, "call_id": f"audit {n}"}) for n, one in enumerate(audits)])
+    assert rows() == alone and len(alone) == 2
+    assert "by the store's calls" in plan(*words)[1]
+
+
 def test_a_base_leaves_out_the_tasks_of_long_answers_unless_there_are_no_others(plan, tmp_path):
     store = store_calls(str(tmp_path / "store"))
     long = [

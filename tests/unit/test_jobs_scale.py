@@ -47,6 +47,37 @@ def write_calls(path: pathlib.Path, count: int, system: str = "Turn the command 
             file.write("\n")
 
 
+def test_train_holds_no_request_that_a_later_split_asks_too(tmp_path: pathlib.Path) -> None:
+    """Each request comes in two sessions, which the split may part."""
+    path, twice = tmp_path / "calls.jsonl", tmp_path / "twice.jsonl"
+    write_calls(path, 400)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    again = [{**row, "id": f"again-{row['id']}", "session": f"again-{row['session']}"} for row in rows]
+    twice.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again]))
+    (task,) = load_logs([twice], load_recipe(["gate.epsilon=0.2"]))
+    asked = {s: {json.dumps(e.request["messages"]) for e in own} for s, own in task.splits.items()}
+    assert len(asked["train"]) > 50
+    assert not asked["train"] & (asked["validation"] | asked["calibration"] | asked["test"])
+
+
+def test_no_example_stays_on_disk_where_an_experiment_fails(tmp_path: pathlib.Path, monkeypatch) -> None:
+    from jobs.scale import data
+
+    write_calls(tmp_path / "calls.jsonl", 400)
+    monkeypatch.setattr("jobs.scale_verb._connect", lambda: None)
+    seen = []
+
+    def run(lab: Any) -> Findings:
+        folder, _ = lab.save(lab.load())
+        seen.extend(folder.iterdir())
+        raise InputError("no luck")
+
+    monkeypatch.setattr(data, "run", run)
+    words = ["--quick", "--calls", str(tmp_path / "calls.jsonl"), "--out", str(tmp_path / "out"), "gate.epsilon=0.2"]
+    assert main(["scale", "data", *words]) == 2
+    assert seen and not any(path.exists() for path in seen)
+
+
 def test_a_finished_cell_is_not_measured_again_and_a_cut_one_is(tmp_path: pathlib.Path) -> None:
     cells = [CELL.model_copy(update={"parameters": {**CELL.parameters, "seed": seed}}) for seed in range(4)]
     book, asked, said = CellBook(tmp_path), [], []

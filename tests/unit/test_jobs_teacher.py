@@ -17,8 +17,9 @@ from cluster.errors import ConfigError
 from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Example, TaskSpec, TextGrader
 from cluster.store import Store
+from cluster.upstream import UpstreamConfig, UpstreamReply
 from jobs.__main__ import main
-from jobs.judge import open_judge
+from jobs.judge import PricedLLM, open_judge
 from jobs.recipe import Recipe
 from jobs.teacher import measure_teacher, plan_teacher
 from training.evaluation import Candidate
@@ -103,7 +104,9 @@ def test_the_plan_tells_questions_price_and_bound_before_anything_is_asked(tmp_p
     words = ["upstream.0.base_url=http://127.0.0.1:9/v1", "upstream.0.model=m", *words]
     assert main(["plan", *words]) == 0
     out = capsys.readouterr().out
-    assert "teacher: at most 60 calls asked again of upstream.0, about 0.1200 USD, never more than 1 USD" in out
+    assert "teacher: at most 60 calls asked again of upstream.0, about 0.1200 USD, no bound on money" in out
+    assert main(["plan", "upstream.0.prompt_usd_per_million=1", *words]) == 0
+    assert "about 0.1200 USD, never more than 1 USD" in capsys.readouterr().out
     assert main(["plan", *words[:-1]]) == 0 and "teacher:" not in capsys.readouterr().out
 
 
@@ -137,6 +140,53 @@ def test_a_judge_is_paid_remembered_and_stopped_by_its_bound(tmp_path, llm, max_
     assert b"same" not in b"".join(store.read_bytes(path) for path in store.list("judgements", ".parquet"))
     if num_asked == 4:
         assert asyncio.run(judged()) == first and len(fake.requests) == 4, "what was judged is not paid for again"
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": "many"}, "none"])
+def test_an_llm_that_reports_no_usage_reaches_the_bound_all_the_same(monkeypatch, usage: Any) -> None:
+    """What it read and said is charged by estimate; a report that is none stops nothing."""
+    monkeypatch.setenv("UPSTREAM_API_KEY", "k")
+    endpoint = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "prompt_usd_per_million": 1e6}
+    reply = {"choices": [{"message": {"role": "assistant", "content": "it is so"}}], "usage": usage}
+
+    async def asked() -> tuple[PricedLLM, list[Any]]:
+        llm = PricedLLM(validate(UpstreamConfig, endpoint), 1.0, "evaluation.teacher_repeats")
+
+        async def chat(body: dict[str, Any]) -> UpstreamReply:
+            return UpstreamReply(200, reply, None)
+
+        llm._upstream.chat = chat
+        found = [await llm.complete({"messages": [{"role": "user", "content": "say it"}]}) for _ in range(3)]
+        await llm.close()
+        return llm, found
+
+    llm, found = asyncio.run(asked())
+    assert found == [reply["choices"][0]["message"], None, None]
+    assert llm.usd >= 1.0 and (llm.num_asked, llm.num_refused) == (1, 2)
+
+
+def test_another_judge_is_not_taken_at_the_first_one_s_word(tmp_path, llm) -> None:
+    fake, url = llm
+    fake.answer_with = lambda request: {
+        "role": "assistant",
+        "content": json.dumps({"verdict": "same" if request["model"] == "lax" else "second"}),
+    }
+    store = Store(str(tmp_path / "store"))
+    candidate = Candidate(
+        task=TASK, base="b", base_arm="untrained base", adapter="a", max_answer_tokens=8,
+        prompt_format=PromptFormat(kind="chat", answer_kind="text", max_prompt_tokens=99),
+        text_grader=TextGrader(name="judge"),
+    )  # fmt: skip
+
+    async def judged(model: str) -> bool | None:
+        upstream = {"base_url": url, "model": model}
+        recipe = validate(Recipe, {"store": store.uri, "upstream": [upstream], "evaluation": {"text_grader": "judge"}})
+        async with open_judge(recipe, store, [candidate], print) as judge:
+            assert judge is not None
+            return await judge.agrees(make_example(1).request, "it is one", "it is two")
+
+    assert [asyncio.run(judged(model)) for model in ("lax", "harsh", "lax")] == [True, False, True]
+    assert len(fake.requests) == 4, "each is asked once in both orders"
 
 
 def test_without_free_text_to_judge_no_llm_is_needed(tmp_path) -> None:
