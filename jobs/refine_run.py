@@ -302,7 +302,8 @@ async def _compare(
         adapter=old.adapter,
         prompt_format=PromptFormat.model_validate(old.prompt_format),
         max_answer_tokens=old.max_answer_tokens,
-        text_grader=old.gate.text_grader,
+        # Both by one measure, also where the recipe's is another than when the old one was certified.
+        text_grader=candidate.text_grader,
     )
     calls = work.by_split["calibration"][old.task_id]
     limit = work.recipe.gateway.max_temperature

@@ -22,6 +22,7 @@ from jobs.scale.laws import LEVEL, Fit, Grid, fit_law, mean_interval
 from jobs.scale.material import Material
 from jobs.scale.report import Findings
 from jobs.scale.trial import mean_tokens, wrong_of
+from training.bases import describe_base, open_base
 from training.catalog import ScratchModel, find_entry, num_parameters
 
 _BATCH = 16
@@ -74,11 +75,21 @@ def run(lab: Laboratory) -> Findings:
 def _bases(lab: Laboratory) -> list[tuple[Any, int]]:
     """(name or shape, parameters), smallest first."""
     if names := lab.recipe.select.candidates:
-        entries = [(name, find_entry(name)) for name in names]
-        found: list[tuple[Any, int]] = [(name, (entry and num_parameters(entry)) or 0) for name, entry in entries]
+        found: list[tuple[Any, int]] = [(name, _size_of(name)) for name in names]
         return sorted(found, key=lambda pair: pair[1])
     wanted = lab.pick(quick=3, small=5, full=6)
     return [(entry.model_dump(), num_parameters(entry) or 0) for entry in map(_entry, list(_SHAPES)[:wanted])]
+
+
+def _size_of(name: str) -> int:
+    """Parameters as the catalog says, else as its files do: without them no budget could be kept.
+
+    Raises:
+        ConfigError: an unknown name.
+        BaseUnavailableError: its files are needed, and not to be had.
+    """
+    entry = find_entry(name)
+    return (entry and num_parameters(entry)) or describe_base(open_base(name)).parameters
 
 
 def _entry(name: str) -> ScratchModel:
@@ -93,7 +104,7 @@ def _steps(lab: Laboratory, one: Material, base: Any, size: int, flops: float) -
     A LoRA on a pretrained base needs no gradient of the frozen weights: 4 operations a weight and token instead of 6.
     """
     a_token = (6 if isinstance(base, dict) or str(base).startswith("scratch-") else 4) * size
-    steps = flops / (a_token * _BATCH * mean_tokens(lab.recipe, one, base)) if size else 300
+    steps = flops / (a_token * _BATCH * mean_tokens(lab.recipe, one, base))
     return max(4, int(steps) // 4 * 4)
 
 

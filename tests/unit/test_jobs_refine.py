@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pathlib
 import sys
+from types import SimpleNamespace
 
 import pytest
+from fakes import engine_answer, make_specialist
 
 from cluster import registry
 from cluster.calls import write_calls
 from cluster.errors import ConfigError, InputError
 from cluster.feedback import Feedback, write_feedback
-from cluster.records import AgentCall, Gate, Release, Rollout, RouteDecision, Specialist
+from cluster.prompts import PromptFormat
+from cluster.records import (
+    AgentCall,
+    Example,
+    Gate,
+    Release,
+    Rollout,
+    RouteDecision,
+    Specialist,
+    TaskSpec,
+    TextGrader,
+)
 from cluster.store import Store
 from jobs.__main__ import main
 from jobs.forget import forget
 from jobs.lineage import find_seen
 from jobs.recipe import Recipe, load_recipe
 from jobs.refine import make_plan
-from jobs.refine_run import run_plan
+from jobs.refine_run import _compare, run_plan
 from serving.steward import DEMOTED
 from training.curate import curate
 from training.discover import discover, save_discovery
+from training.evaluation import Candidate, Evaluation
+from training.gate import Outcome
 from training.refine import Plan
 from training.snapshot import load_split
 from training.splits import SPLITS
@@ -36,6 +52,7 @@ SITES = {
     "mood": "Name the mood as JSON.",
 }
 BASE = "bases/tiny"
+CHRF = TextGrader(name="chrf", agree_at=0.8)
 
 
 def _call(site: str, number: int, day: float, route: RouteDecision | None = None) -> AgentCall:
@@ -299,3 +316,54 @@ def test_the_verb_plans_shows_and_runs(served, capsys, tmp_path):
     for wrong in (["run"], ["train"], ["run", "nowhere.json"]):
         assert main(["refine", *wrong, *words]) == 2
         assert "allowed: " in capsys.readouterr().err
+
+
+def test_the_served_specialist_is_judged_by_the_measure_of_the_one_that_would_replace_it(tmp_path) -> None:
+    """The old one was certified word for word; the recipe has taken a similarity since, which both are held to."""
+    gates = {"old": make_specialist().gate, "new": make_specialist().gate.model_copy(update={"text_grader": CHRF})}
+    old = make_specialist().model_copy(
+        update={
+            "prompt_format": PromptFormat(kind="chat", answer_kind="text", max_prompt_tokens=99).model_dump(
+                mode="json"
+            ),
+            "gate": gates["old"],
+        }
+    )
+    spec = TaskSpec(
+        task_id="triage", name="t", signature="s", kind="text", reference="llm", num_calls=1, share_calls=1.0,
+        share_cost=1.0, num_examples={},
+    )  # fmt: skip
+    calls = [
+        Example(
+            example_id=f"e{k}", split="calibration", session_id=f"s{k}", ts=1.0, reference="llm",
+            request={"messages": [{"role": "user", "content": "When?"}]}, source_call_ids=(f"c{k}",),
+            target={"role": "assistant", "content": "Your order ships on Sunday"},
+        )
+        for k in range(200)
+    ]  # fmt: skip
+
+    class Engine:
+        async def fingerprint(self) -> str:
+            return old.gate.fingerprint
+
+        async def load(self, adapter: str) -> None:
+            pass
+
+        async def answer(self, *args, **options):
+            return engine_answer("Your order ships on Sunday.", 0.99)
+
+    recipe = _recipe(tmp_path)
+    config = SimpleNamespace(margin=0.05, level=0.05)
+    work = SimpleNamespace(
+        recipe=recipe, store=Store(recipe.store), by_split={"calibration": {"triage": calls}}, say=print,
+        plan=SimpleNamespace(config=config),
+    )  # fmt: skip
+    candidate = Candidate(
+        task=spec, base=BASE, base_arm="b", adapter="a", max_answer_tokens=9, text_grader=CHRF,
+        prompt_format=PromptFormat(kind="chat", answer_kind="text", max_prompt_tokens=99),
+    )  # fmt: skip
+    evaluation = Evaluation(task_id="triage", gate=gates["new"], arms=(), curve=())
+    new = [Outcome(confidence=0.99, agrees=k >= 30, session_id=one.session_id) for k, one in enumerate(calls)]
+    _, found = asyncio.run(_compare(work, Engine(), old, candidate, evaluation, new))
+    assert found.regression is not None and found.regression.wrong.old_share == 0.0
+    assert found.regression.failed is not None, "worse in 30 of 200 calls"

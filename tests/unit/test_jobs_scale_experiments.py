@@ -120,6 +120,24 @@ def test_model_tells_a_larger_base_that_is_better_from_one_that_is_worse(tmp_pat
     assert "better does best on " in found.sentence and len(found.pictures) == 2
 
 
+def test_a_base_outside_the_catalog_has_the_budget_of_its_own_size(tmp_path: pathlib.Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape = LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=True)
+    shape.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({"<|end|>": 0, "?": 1}, unk_token="?"))
+    chat = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=chat).save_pretrained(
+        tmp_path
+    )
+    recipe = load_recipe([f"store={tmp_path / 'store'}", f'select.candidates=["{tmp_path}", "scratch-micro"]'])
+    lab = world(tmp_path, lambda *_: 0.5)._replace(recipe=recipe)
+    (name, size), (other, larger) = model._bases(lab)
+    assert (name, size, other) == (str(tmp_path), 744, "scratch-micro") and larger > size
+
+
 def test_tasks_gives_every_way_the_same_steps_and_says_which_is_better(tmp_path: pathlib.Path) -> None:
     material = [make_task(name) for name in "abc"]
     worse = {"apart": 0.1, "shared": 0.3, "groups": 0.2}

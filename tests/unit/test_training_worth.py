@@ -11,8 +11,9 @@ from fakes import engine_answer
 from cluster.engine import EngineAnswer
 from cluster.errors import InputError
 from cluster.faces import FacesConfig
+from cluster.judging import Judge
 from cluster.prompts import PromptFormat
-from cluster.records import Example, TaskSpec, Usage
+from cluster.records import Example, TaskSpec, TextGrader, Usage
 from cluster.store import Store
 from jobs.recipe import load_recipe
 from jobs.validate import AnswerRate, rates_of, save_agreements, validate_candidates
@@ -209,6 +210,46 @@ def test_the_base_is_asked_bare_and_with_as_many_examples_as_fit(tmp_path, max_m
     assert all(arms[name].disagreement == 0.0 for name in few)
     assert sum(group.num_calls for group in found.routed) == 80 and found.truth == "llm"
     assert rate.tokens_per_s is not None and math.isfinite(rate.tokens_per_s)
+
+
+def test_another_judge_of_the_same_calls_is_another_round(tmp_path) -> None:
+    """Else a judge could be changed until one of them lets the gate open."""
+
+    async def same(system: str, user: str) -> str:
+        return '{"verdict": "same"}'
+
+    candidate = Candidate(
+        task=TASK.model_copy(update={"kind": "text"}),
+        base="b",
+        base_arm="untrained base",
+        adapter="a",
+        prompt_format=PromptFormat(kind="chat", answer_kind="text", max_prompt_tokens=99),
+        max_answer_tokens=8,
+        text_grader=TextGrader(name="judge"),
+    )
+    splits = {s: [make_example(k, split=s) for k in range(120)] for s in ("validation", "calibration", "test")}
+    ledger = CalibrationLedger(Store(str(tmp_path)))
+    facts = (GateConfig(), 0.05, ledger, 1.0, FacesConfig(), asyncio.Semaphore(8))
+    rounds = [
+        asyncio.run(evaluate(candidate, _Learner(20), splits, *facts, judge=Judge(same, {}, b"", name))).gate.round
+        for name in ("lax", "harsh", "lax")
+    ]
+    assert rounds == [0, 1, 0]
+
+
+def test_an_engine_that_waits_for_a_judge_shows_no_speed_of_its_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("UPSTREAM_API_KEY", "k")
+    candidate = Candidate(
+        task=TASK, base="b", base_arm="untrained base", adapter="a", max_answer_tokens=8,
+        prompt_format=PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=99),
+        text_grader=TextGrader(name="judge"),
+    )  # fmt: skip
+    by_split = {s: {"t": [make_example(k, split=s) for k in range(3)]} for s in ("validation", "calibration", "test")}
+    words = ["upstream.0.base_url=http://127.0.0.1:9/v1", "upstream.0.model=m", "upstream.0.max_attempts=1"]
+    recipe = load_recipe([f"store={tmp_path / 'store'}", "evaluation.text_grader=judge", *words])
+    rate = AnswerRate()
+    validate_candidates(recipe, Store(recipe.store), [candidate], by_split, _Learner(20), 1, rate, lambda line: None)
+    assert rates_of(recipe, rate).tokens_per_s is None
 
 
 def test_a_run_of_validation_measures_its_rate_and_keeps_one_report_however_fast_it_was(tmp_path) -> None:
