@@ -108,8 +108,8 @@ def _compare(options: argparse.Namespace) -> None:
         print("QUICK: shows that it runs; these numbers measure nothing")
     rows, alone = [], []
     numbers = [read_numbers(one) for one in (before, after)]
-    for part in numbers[0]:
-        both, rest = compare(numbers[0][part], numbers[1].get(part, {}))
+    for part in dict.fromkeys([*numbers[0], *numbers[1]]):
+        both, rest = compare(*(one.get(part, {}) for one in numbers))
         alone += [f"{part}.{name}" for name in rest]
         for one in both:
             ratio = "-" if one.ratio is None else f"{one.ratio:.3f}"

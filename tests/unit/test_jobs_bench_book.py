@@ -144,3 +144,13 @@ def test_every_number_that_the_readme_says_was_measured_is_in_results_md() -> No
         "1,500",
         "5",
     ]
+
+
+def test_a_part_that_only_the_later_file_has_is_counted_as_alone(tmp_path: pathlib.Path, capsys) -> None:
+    for name, parts in (("before", ("gate",)), ("after", ("gate", "serve"))):
+        found = {part: {"runs": [], "numbers": {"a": [1, 1, 1, 1], "b": [2, 2, 2, 1]}} for part in parts}
+        book = {"bench": "all", "provenance": FACTS, "parts": found}
+        (tmp_path / f"{name}.json").write_text(json.dumps(book))
+    for pair in (("before", "after"), ("after", "before")):
+        assert not main(["bench", "compare", *(str(tmp_path / f"{name}.json") for name in pair)])
+        assert "2 equal; 2 in one file alone" in capsys.readouterr().out
