@@ -31,10 +31,10 @@ class GraderErrors(Record):
     false_agreement: tuple[float, float]
     """95% interval of its rate; (0, 1) without a pair."""
     num_same: int = 0
-    """Pairs known to be the same that a judge was asked about."""
+    """Pairs known to be the same that a judge gave a verdict on."""
     num_false_disagreements: int = 0
     num_unjudged: int = 0
-    """Of both kinds, those the judge gave no verdict on; they count as no agreement."""
+    """Of both kinds, those the judge gave no verdict on; they are in none of the other counts."""
 
 
 class SelfAgreement(Record):
@@ -57,12 +57,13 @@ async def measure_grader(
     """
     pairs = _shuffled(task, examples, MAX_JUDGED_PAIRS if judge else MAX_PAIRS)
     agreed = [await agrees(answer.target, call, task, grader, judge) for answer, call in pairs]
-    wrong = agreed.count(True)
-    found = {"num_shuffled": len(pairs), "num_false_agreements": wrong}
-    found["false_agreement"] = clopper_pearson_interval(wrong, len(pairs)) if pairs else (0.0, 1.0)
+    # Without a verdict nothing was measured: a judge that seldom speaks would seem to err seldom.
+    wrong, num_told = agreed.count(True), len(agreed) - agreed.count(None)
+    found = {"num_shuffled": num_told, "num_false_agreements": wrong}
+    found["false_agreement"] = clopper_pearson_interval(wrong, num_told)
     if judge is not None:
         same = [await _knows_same(call, judge) for call in list(examples)[:MAX_JUDGED_PAIRS]]
-        found |= {"num_same": len(same), "num_false_disagreements": same.count(False)}
+        found |= {"num_same": len(same) - same.count(None), "num_false_disagreements": same.count(False)}
         found["num_unjudged"] = [*agreed, *same].count(None)
     return GraderErrors(grader=grader, **found)
 

@@ -181,3 +181,12 @@ def test_a_judges_own_errors_are_measured_on_pairs_that_are_known() -> None:
     found = asyncio.run(measure_grader(TASK, examples, JUDGED, harsh))
     assert (found.num_false_agreements, found.num_same, found.num_false_disagreements) == (0, 20, 20)
     assert "it parts 20" in describe_errors(found)
+
+
+def test_a_judge_that_seldom_speaks_does_not_seem_to_err_seldom() -> None:
+    """It speaks of one answer in ten, and takes all for the same: no better than one that speaks always."""
+    examples = [make_example(k, f"answer {k}") for k in range(30)]
+    shy = Judge(Scripted(lambda first, second: "same" if "answer 7" in (first, second) else None), {}, b"")
+    found = asyncio.run(measure_grader(TASK, examples, JUDGED, shy))
+    assert (found.num_shuffled, found.num_false_agreements) == (2, 2) and found.num_unjudged == 57
+    assert "2 of 2" in str(refusal_of(found, 0.1))
