@@ -46,8 +46,10 @@ _NUM_ASKED = 40
 _CALM = 20
 """Answers in a row after which a graph that lost a host is whole again."""
 _START_S, _JOB_S, _LOST_S = 90, 420, 90
-_ENVIRONMENT = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-"""Ray on this machine is kept to loopback elsewhere (cluster/session.py); here it listens on the hosts' addresses."""
+_INTERFACE = "wire"
+_ENVIRONMENT = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "GLOO_SOCKET_IFNAME": _INTERFACE}
+"""Ray on this machine is kept to loopback elsewhere (cluster/session.py); here it listens on the hosts' addresses. Both hosts share
+the machine's name, which is its loopback: torch is told the interface."""
 _KILL_NOW = "one host may go now"
 
 
@@ -190,10 +192,10 @@ def _wire(ip: str) -> Iterator[list[str]]:
             undo.callback(do, "netns", "del", name)
         do("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
         for name, end, address in zip(names, ends, HOSTS, strict=True):
-            do("link", "set", end, "netns", name)
+            do("link", "set", end, "netns", name, "name", _INTERFACE)
             for words in (
-                ("addr", "add", f"{address}/24", "dev", end),
-                ("link", "set", end, "up"),
+                ("addr", "add", f"{address}/24", "dev", _INTERFACE),
+                ("link", "set", _INTERFACE, "up"),
                 ("link", "set", "lo", "up"),
             ):
                 do("-n", name, *words)
