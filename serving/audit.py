@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from cluster.access import Pseudonyms
-from cluster.answers import grade
+from cluster.answers import check, grade
 from cluster.config import Config
 from cluster.errors import UpstreamError
 from cluster.judging import MAX_ANSWER_TOKENS, Judge, answer_text
@@ -118,6 +118,9 @@ class Auditor:
         agreed = (await asyncio.to_thread(grade, *facts) if is_slow else grade(*facts)).agrees
         if agreed or answer is None or grader is None or grader.name != "judge":
             return agreed
+        if check(reference, kind, call.request):
+            # Nothing that text could agree with, such as a tool call or a refusal; a judge finds any text no worse.
+            return False
 
         # A shadow's judge is no part of what kept answers save.
         audited = call.decision.task_id if call.audit_of else None

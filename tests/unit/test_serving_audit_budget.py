@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import random
+from typing import Any
 
 import pytest
-from fakes import LLM_TEXT, Running, gateway
+from fakes import LLM_TEXT, Running, gateway, tool_message
 
 from cluster.records import TextGrader
 from serving.audit import AuditConfig
@@ -159,5 +160,25 @@ def test_an_audit_that_the_llm_read_and_did_not_answer_in_time_is_paid_from_the_
             assert meter.counts[(MISSED, "failed")] == 1
             paid = meter.total("understudy_llm_spend_usd_total")
             assert paid > 0 and run.core.auditor.budget.spent_usd == paid == meter.total(SPENT)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "I cannot help with that."},
+        tool_message(("send", {"to": "billing"})),
+    ],
+)
+def test_no_judge_is_asked_whether_text_agrees_with_what_is_none(tmp_path: pathlib.Path, said: dict[str, Any]) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, audit=AuditConfig(share=1.0)) as run:
+            _let_judge(run)
+            run.llm.answer_with = lambda request: {"role": "assistant", **said}
+            await run.ask()
+            await _done(run)
+            assert run.core.meter.counts[("understudy_audits_total", "triage", "false")] == 1
+            assert len(run.llm.requests) == 1
 
     asyncio.run(scenario())
