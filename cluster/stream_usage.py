@@ -84,10 +84,10 @@ class WithoutUsage:
         Args:
             has_usage: whether the end of an event that brings counts alone is in it.
         """
-        if not self._begun and not has_usage and piece.endswith(b"\n\n"):
+        if not piece or (not self._begun and not has_usage and piece.endswith(b"\n\n")):
             return piece
-        # An event's end may be cut in two as well.
-        last = self._begun[-1][-_MOST_OF_AN_END:] if self._begun else b""
+        # An event's end may be cut as well, into as many pieces as it has bytes.
+        last = b"".join(one[-_MOST_OF_AN_END:] for one in self._begun[-_MOST_OF_AN_END:])
         end = max((found.end() - len(last) for found in _EVENT_END.finditer(last + piece)), default=-1)
         if end < 0:
             self._begun.append(piece)

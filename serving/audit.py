@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from cluster.access import Pseudonyms
-from cluster.answers import grade
+from cluster.answers import check, grade
 from cluster.config import Config
 from cluster.errors import UpstreamError
 from cluster.judging import MAX_ANSWER_TOKENS, Judge, answer_text
@@ -24,7 +24,7 @@ from cluster.prompts import PromptFormat, text_of
 from cluster.records import RouteDecision, Specialist
 from cluster.telemetry import Meter, log_event
 from serving.audit_budget import AuditBudget
-from serving.billing import Cost
+from serving.billing import Bill, Cost
 from serving.capture import Capture
 from serving.fallback import FallbackLLM
 from serving.pending import PendingCall
@@ -118,14 +118,26 @@ class Auditor:
         agreed = (await asyncio.to_thread(grade, *facts) if is_slow else grade(*facts)).agrees
         if agreed or answer is None or grader is None or grader.name != "judge":
             return agreed
+        if check(reference, kind, call.request):
+            # Nothing that text could agree with, such as a tool call or a refusal; a judge finds any text no worse.
+            return False
+
+        # A shadow's judge is no part of what kept answers save.
+        audited = call.decision.task_id if call.audit_of else None
 
         async def chat(system: str, user: str) -> str | None:
             said = [{"role": role, "content": text} for role, text in (("system", system), ("user", user))]
             body = {"model": call.request["model"], "messages": said, "max_tokens": MAX_ANSWER_TOKENS, "temperature": 0}
             if self.budget.is_spent:
                 return None
-            reply, endpoint = await self._fallback.chat(body, call.lost)
-            self._pay(self._fallback.spending.charge_answer(endpoint, body, reply.body))
+            lost = Bill()
+            try:
+                reply, endpoint = await self._fallback.chat(body, lost)
+            finally:
+                self._pay(lost.cost, audited)
+            if reply.status >= 400:
+                return None
+            self._pay(self._fallback.spending.charge_answer(endpoint, body, reply.body), audited)
             return answer_text(reply.body)
 
         return await Judge(chat, {}, b"").agrees(call.request, *map(text_of, (answer, reference)))
@@ -135,9 +147,12 @@ class Auditor:
             self._shown_share = self.share
             self._meter.set("understudy_audit_share", self._shown_share)
 
-    def _pay(self, cost: Cost) -> None:
+    def _pay(self, cost: Cost, task_id: str | None = None) -> None:
+        """`task_id` is whose savings pay for it; None where they know of it already, or do not."""
         self.budget.add(cost.usd)
         self._meter.count("understudy_audit_spend_usd_total", cost.usd)
+        if task_id:
+            self.savings.spend(task_id, cost.usd)
 
     async def _audit(self, audit: PendingCall, answer: dict[str, Any], specialist: Specialist) -> None:
         # Nobody reads along, so the answer is wanted in one piece.
@@ -146,6 +161,8 @@ class Auditor:
             reply, endpoint = await self._fallback.chat(body, audit.lost)
         except UpstreamError:
             return self._miss("failed")
+        finally:
+            self._pay(audit.lost.cost, audit.decision.task_id)
         if reply.status >= 400:
             return self._miss("refused")
         cost = self._fallback.spending.charge_answer(endpoint, audit.request, reply.body)

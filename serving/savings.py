@@ -70,6 +70,10 @@ class Savings:
             self._count(AVOIDED, seen.num_unpriced * mean_usd, task)
             seen.num_unpriced = 0
 
+    def spend(self, task_id: str, usd: float) -> None:
+        """Take what an audit cost beside the LLM's answer: its judge, and LLMs that were asked in vain."""
+        self._count(SPENT, usd, task_id)
+
     def _count(self, name: str, usd: float, task: str) -> None:
         # Differences of floats may be a hair below 0, which a counter does not take.
         if usd > 0:

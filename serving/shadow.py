@@ -89,6 +89,7 @@ class Shadows:
         except InputError:
             # Its prompt does not fit: where the specialist serves, that is the LLM's call.
             return self._miss("not for it")
+        seconds = time.perf_counter() - begin
         decision = policy.decide_after(answer, specialist, invalid, release=call.decision.release or "")
         agrees = None
         if decision.action == "accept":
@@ -97,7 +98,7 @@ class Shadows:
                 return self._miss("not judged")
         reason = KEPT if decision.action == "accept" else decision.reason
         decision = decision.model_copy(update={"action": "shadow", "reason": reason, "agrees": agrees})
-        self._keep(call, answer, decision, time.perf_counter() - begin)
+        self._keep(call, answer, decision, seconds)
 
     def _keep(self, call: PendingCall, answer: EngineAnswer, decision: RouteDecision, seconds: float) -> None:
         shadow = call.shadow(decision)

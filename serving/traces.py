@@ -192,6 +192,8 @@ class _TracedLLM:
                     begun = await stack.enter_async_context(self._llm.stream(body))
                 waited_s = time.perf_counter() - begin
                 asked.note({"http.response.status_code": begun.status, "gen_ai.response.time_to_first_chunk": waited_s})
+                if begun.status >= 400:
+                    asked.fail(str(begun.status))
                 yield begun
         except BaseException as error:
             asked.note({"http.response.status_code": error.status if isinstance(error, UpstreamError) else None})

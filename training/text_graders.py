@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from cluster.answers import grade
+from cluster.answers import check, grade
 from cluster.judging import Judge
 from cluster.records import Example, Record, TaskSpec, TextGrader
 from training.gate import clopper_pearson_interval
@@ -75,6 +75,9 @@ async def agrees(
     compared = grade(answer, call.target, task.kind, call.request, text_grader=grader)
     if compared.agrees or judge is None or answer is None or grader is None or grader.name != "judge":
         return compared.agrees
+    if check(call.target, task.kind, call.request):
+        # Nothing that text could agree with, such as a tool call or a refusal; a judge finds any text no worse.
+        return False
     return await judge.agrees(call.request, _text(answer), _text(call.target))
 
 

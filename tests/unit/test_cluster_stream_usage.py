@@ -51,6 +51,15 @@ def test_all_but_the_counts_stays_byte_for_byte(events: list[bytes], line_end: b
     assert b"".join([*got, kept.end()]) == left
 
 
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\r"])
+def test_an_end_that_comes_byte_by_byte_is_an_end(line_end: bytes) -> None:
+    counts, hello = (one.replace(b"\n", line_end) for one in (COUNTS, HELLO))
+    reader, kept, got = SseReader(), WithoutUsage(), []
+    for piece in [counts[:-4], *(bytes([one]) for one in counts[-4:]), b"", hello[:20], hello[20:]]:
+        got.append(kept.feed(piece, has_usage=any(map(is_usage_alone, reader.feed(piece)))))
+    assert b"".join([*got, kept.end()]) == hello
+
+
 @pytest.mark.parametrize(
     "event",
     [

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import random
+from typing import Any
 
 import pytest
-from fakes import LLM_TEXT, Running, gateway
+from fakes import LLM_TEXT, Running, gateway, tool_message
 
 from cluster.records import TextGrader
 from serving.audit import AuditConfig
 from serving.audit_budget import AuditBudget
+from serving.savings import SPENT
 
 MISSED = "understudy_audits_missed_total"
 MINUTE = 60.0
@@ -90,18 +92,23 @@ def test_what_audits_cost_is_counted_and_an_empty_purse_asks_no_llm(tmp_path: pa
     asyncio.run(scenario())
 
 
+def _let_judge(run: Running) -> None:
+    """An LLM compares what the specialist says from now on."""
+    specialist = next(iter(run.core.table.snapshot.specialists.values()))
+    gate = specialist.gate.model_copy(update={"text_grader": TextGrader(name="judge")})
+    judged = specialist.model_copy(
+        update={"gate": gate, "prompt_format": {**specialist.prompt_format, "answer_kind": "text"}}
+    )
+    run.core.table.snapshot.specialists[judged.task_id] = judged
+
+
 @pytest.mark.parametrize(("verdict", "agrees", "num_asked"), [("same", True, 3), ("second", False, 3), ("oh", None, 2)])
 def test_a_specialist_whose_gate_has_a_judge_is_audited_by_the_judge(
     tmp_path: pathlib.Path, verdict: str, agrees: bool | None, num_asked: int
 ) -> None:
     async def scenario() -> None:
         async with gateway(tmp_path, audit=AuditConfig(share=1.0)) as run:
-            specialist = next(iter(run.core.table.snapshot.specialists.values()))
-            gate = specialist.gate.model_copy(update={"text_grader": TextGrader(name="judge")})
-            judged = specialist.model_copy(
-                update={"gate": gate, "prompt_format": {**specialist.prompt_format, "answer_kind": "text"}}
-            )
-            run.core.table.snapshot.specialists[judged.task_id] = judged
+            _let_judge(run)
             asked = []
 
             def answer(request):
@@ -118,5 +125,60 @@ def test_a_specialist_whose_gate_has_a_judge_is_audited_by_the_judge(
             else:
                 assert run.core.meter.counts[("understudy_audits_total", "triage", said[agrees])] == 1
             assert len(asked) == num_asked, "the audit, and the judge in both orders"
+            meter = run.core.meter
+            spent = meter.total("understudy_audit_spend_usd_total")
+            assert spent == pytest.approx(num_asked * 120e-6) == meter.total(SPENT), "savings pay for the judge as well"
+
+    asyncio.run(scenario())
+
+
+def test_a_judge_that_refuses_costs_nothing(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, audit=AuditConfig(share=1.0)) as run:
+            _let_judge(run)
+
+            def answer(request):
+                run.llm.answer_with, run.llm.status = None, 400
+                return {"role": "assistant", "content": LLM_TEXT}
+
+            run.llm.answer_with = answer
+            await run.ask()
+            await _done(run)
+            assert run.core.meter.counts[(MISSED, "not judged")] == 1 and len(run.llm.requests) == 2
+            assert run.core.auditor.budget.spent_usd == pytest.approx(120e-6)
+
+    asyncio.run(scenario())
+
+
+def test_an_audit_that_the_llm_read_and_did_not_answer_in_time_is_paid_from_the_budget(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, audit=AuditConfig(share=1.0), llm_timeout_s=0.1) as run:
+            run.llm.may_answer.clear()
+            await run.ask()
+            await _done(run)
+            meter = run.core.meter
+            assert meter.counts[(MISSED, "failed")] == 1
+            paid = meter.total("understudy_llm_spend_usd_total")
+            assert paid > 0 and run.core.auditor.budget.spent_usd == paid == meter.total(SPENT)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "I cannot help with that."},
+        tool_message(("send", {"to": "billing"})),
+    ],
+)
+def test_no_judge_is_asked_whether_text_agrees_with_what_is_none(tmp_path: pathlib.Path, said: dict[str, Any]) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path, audit=AuditConfig(share=1.0)) as run:
+            _let_judge(run)
+            run.llm.answer_with = lambda request: {"role": "assistant", **said}
+            await run.ask()
+            await _done(run)
+            assert run.core.meter.counts[("understudy_audits_total", "triage", "false")] == 1
+            assert len(run.llm.requests) == 1
 
     asyncio.run(scenario())

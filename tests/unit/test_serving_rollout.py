@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
+import types
 import uuid
 from typing import Any
 
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from cluster import registry
 from cluster.engine import EngineAnswer
 from cluster.errors import InputError
-from cluster.records import AgentCall, Rollout
+from cluster.prices import PriceConfig
+from cluster.records import AgentCall, Rollout, TextGrader
 from serving.audit import AuditConfig
 from serving.evidence import KEPT, CallReader, Cursor
 from serving.rollout import CANARY_REASON, SHADOW_REASON, hold_back, in_canary
@@ -192,5 +194,37 @@ def test_moved_to_live_a_specialist_answers_everybody(tmp_path: pathlib.Path) ->
             await at_stage(run, None)
             assert (await run.ask()).headers["x-understudy-route"] == "accept"
             assert run.core.meter.total(SHADOWS) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_shadow_s_judge_takes_none_of_the_specialist_s_time(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("serving.shadow.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    async def scenario() -> None:
+        plain = make_specialist()
+        judged = plain.model_copy(
+            update={
+                "gate": plain.gate.model_copy(update={"text_grader": TextGrader(name="judge")}),
+                "prompt_format": {**plain.prompt_format, "answer_kind": "text"},
+            }
+        )
+        async with gateway(tmp_path, judged, prices=PriceConfig(replica_usd_per_hour=3600.0)) as run:
+            await at_stage(run, SHADOW)
+
+            def answer(request: dict[str, Any]) -> dict[str, Any]:
+                if "first" not in request["messages"][-1]["content"]:
+                    return {"role": "assistant", "content": LLM_TEXT}
+                now[0] += 10
+                return {"role": "assistant", "content": '{"verdict": "same"}'}
+
+            run.llm.answer_with = answer
+            await run.ask()
+            call = await compared(run)
+            assert call is not None and call.route is not None and call.route.agrees
+            assert (now[0], call.cost_usd) == (20, 0)
 
     asyncio.run(scenario())

@@ -155,6 +155,19 @@ def test_a_specialist_s_replica_is_told_the_trace() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_llm_that_refuses_is_a_step_that_failed(tmp_path: pathlib.Path, is_stream: bool) -> None:
+    async def scenario() -> None:
+        async with collector() as seen, gateway(tmp_path) as run:
+            run.engine.confidence, run.llm.status = 0.1, 400
+            assert (await run.ask(stream=is_stream)).status_code == 400
+            await asyncio.to_thread(stop_tracing)
+            (asked,) = seen.named("chat")
+            assert asked.has_failed and asked.facts["error.type"] == "400"
+
+    asyncio.run(scenario())
+
+
 def test_without_a_collector_nothing_is_traced_and_the_client_s_trace_stays_its_own(tmp_path: pathlib.Path) -> None:
     async def scenario() -> None:
         start_tracing(TelemetryConfig(), "test")

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import pytest
+from fakes import tool_message
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from cluster.records import Example, TaskSpec, TextGrader
 from cluster.store import Store
 from cluster.text_grading import chrf, embedding_cosine, rouge_l
 from training.evaluation_config import EvaluationConfig
-from training.text_graders import describe_errors, measure_grader, refusal_of
+from training.text_graders import agrees, describe_errors, measure_grader, refusal_of
 
 CHRF = TextGrader(name="chrf", agree_at=0.8)
 JUDGED = TextGrader(name="judge")
@@ -148,6 +149,14 @@ def test_a_judge_is_asked_in_both_orders_and_a_taste_for_a_place_never_agrees() 
     worse = {("a", "b"): "second", ("b", "a"): "first"}
     agreed, judge, _ = judged(lambda *pair: worse[pair], "a", "b")
     assert agreed is False and judge.num_contradictions == 0
+
+
+@pytest.mark.parametrize("target", [{"content": None, "refusal": "no"}, tool_message(("send", {"to": "x"}))])
+def test_no_judge_is_asked_whether_text_agrees_with_what_is_none(target: dict) -> None:
+    chat = Scripted(lambda first, second: "first" if first else "second")
+    example = make_example(1, "yes").model_copy(update={"target": {"role": "assistant", **target}})
+    found = agrees(saying("yes"), example, TASK, TextGrader(name="judge"), Judge(chat, {}, b"k"))
+    assert asyncio.run(found) is False and not chat.asked
 
 
 def test_without_a_verdict_nothing_is_said() -> None:
