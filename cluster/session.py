@@ -132,7 +132,7 @@ def connect(num_cpus: int | None = None) -> None:
     try:
         ray.init(address="auto", **options)
     except ConnectionError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[-1]
         raise ConfigError(
             f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: the cluster does not let this process join: {reason[:300]}; next: "
             "`ray status`, and where it asks for a token export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE, as its nodes have it"
