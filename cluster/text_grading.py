@@ -43,7 +43,7 @@ def similarity(answer: str, reference: str, grader: TextGrader) -> float:
 
 def chrf(answer: str, reference: str) -> float:
     """Character n-gram F2 of a sentence; orders that one of the texts is too short for are left out."""
-    ours, theirs = "".join(answer.split()), "".join(reference.split())
+    ours, theirs = ("".join(text[:_MAX_CHARS].split()) for text in (answer, reference))
     precisions, recalls = [], []
     for n in range(1, _CHRF_ORDER + 1):
         said, wanted = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (ours, theirs))

@@ -77,6 +77,14 @@ class Span:
     def end(self) -> None:
         self.inner.end()
 
+    def __enter__(self) -> Span:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.fail(kind.__name__)
+        self.end()
+
 
 class _NoSpan(Span):
     """What there is while tracing is off."""
@@ -190,12 +198,5 @@ def outgoing() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _spanned(name: str, kind: Kind, facts: Facts | None, carrier: Facts | None) -> Iterator[Span]:
-    begun = begin_span(name, kind, facts, carrier)
-    try:
-        with begun.current():
-            yield begun
-    except BaseException as error:
-        begun.fail(type(error).__name__)
-        raise
-    finally:
-        begun.end()
+    with begin_span(name, kind, facts, carrier) as begun, begun.current():
+        yield begun

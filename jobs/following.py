@@ -69,13 +69,12 @@ def followed(store: Store) -> Iterator[Followed]:
     conversion.write()
     thread = threading.Thread(target=follow, name="conversion's progress", daemon=True)
     thread.start()
-    error: str | None = None
-    try:
-        yield conversion
-    except BaseException as failure:
-        error = type(failure).__name__
-        raise
-    finally:
+
+    def end(kind: type[BaseException] | None, *_: object) -> None:
         is_over.set()
         thread.join()
-        conversion.write(error)
+        conversion.write(kind and kind.__name__)
+
+    with contextlib.ExitStack() as stack:
+        stack.push(end)
+        yield conversion

@@ -88,6 +88,7 @@ def serve_args(recipe: Recipe, bases: tuple[str, ...] = ()) -> ServeArgs:
         specialists=recipe.specialists,
         steward=recipe.steward,
         prices=recipe.prices,
+        rollout=recipe.rollout,
         telemetry=recipe.telemetry,
     )
 

@@ -39,6 +39,7 @@ from serving.feedback import FeedbackBox
 from serving.gateway import GatewayCore
 from serving.gateway_config import GatewayConfig
 from serving.passthrough import PassThrough
+from serving.rollout import RolloutConfig
 from serving.scaling import STOP_MARGIN_S, autoscaling_of
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, idle_s_of
 from serving.steward import StewardConfig, build_steward
@@ -69,6 +70,8 @@ class ServeArgs(Config):
     specialists: SpecialistConfig = SpecialistConfig()
     steward: StewardConfig = StewardConfig()
     prices: PriceConfig = PriceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    """The shares of a stage that a person promotes to on the page."""
     telemetry: TelemetryConfig = TelemetryConfig()
 
 
@@ -165,6 +168,7 @@ class Gateway:
             passthrough=PassThrough(raw, config.gateway.passthrough, meter, fallback.spending),
             feedback=FeedbackBox(store, pseudonyms, meter),
             faces=config.faces,
+            rollout=config.rollout,
             meter=meter,
         )
         on_replica_stop(self._core.drain.begin)

@@ -113,9 +113,8 @@ class Auditor:
         kind = PromptFormat.model_validate(specialist.prompt_format).answer_kind
         grader = specialist.gate.text_grader
         facts = (answer, reference, kind, call.request, None, grader)
-        # An encoder would hold up the requests of this loop.
-        is_slow = grader is not None and grader.name == "embedding"
-        agreed = (await asyncio.to_thread(grade, *facts) if is_slow else grade(*facts)).agrees
+        # An encoder, or the n-grams of long texts, would hold up the requests of this loop.
+        agreed = (await asyncio.to_thread(grade, *facts) if kind == "text" else grade(*facts)).agrees
         if agreed or answer is None or grader is None or grader.name != "judge":
             return agreed
         if check(reference, kind, call.request):

@@ -49,6 +49,7 @@ from serving.overload import retry_headers
 from serving.passthrough import PassThrough
 from serving.pending import PendingCall, agent_of
 from serving.relay import EVENT_STREAM, LLMRelay
+from serving.rollout import RolloutConfig
 from serving.shadow import Shadows
 from serving.table import ServingTable, Snapshot
 from serving.traces import note_call
@@ -72,11 +73,12 @@ class GatewayCore:
         passthrough: PassThrough,
         feedback: FeedbackBox,
         faces: FacesConfig = FacesConfig(),  # noqa: B008 (frozen)
+        rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 (frozen)
         meter: Meter | None = None,
     ) -> None:
         """Take the parts; `engines` are by store path of their base model, `api_keys` may be None where auth is open."""
         self.config, self.capture, self.fallback, self.table = config, capture, fallback, table
-        self.auditor, self.prices, self.faces = auditor, prices, faces
+        self.auditor, self.prices, self.faces, self.rollout = auditor, prices, faces, rollout
         self.passthrough, self.feedback = passthrough, feedback
         self.drain, self.admission = Drain(config.drain_timeout_s), Admission(config.auth, api_keys)
         self.meter, self.decisions = meter or Meter(), RecentDecisions()

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, Response
 from cluster import registry
 from cluster.access import Identity, may
 from cluster.errors import ReleaseError, UnderstudyError
-from cluster.records import Record, Rollout
+from cluster.records import Record
 from cluster.telemetry import log_event
 from serving.body import read_body
 from serving.gateway import GatewayCore
@@ -171,10 +171,9 @@ def _actions(core: GatewayCore, facts: _Remembered) -> dict[str, tuple[str, Endp
     store = core.table.store
 
     def promote(wish: _Promotion) -> str:
-        rollout = None if wish.stage == "live" else Rollout(stage=wish.stage)
         if wish.expected is None and (served := registry.current_sha(store)) is not None:
             raise ReleaseError(f"{registry.CURRENT} is {served}, not none; look at it and decide again")
-        return registry.promote_at(store, wish.release, rollout, expected=wish.expected)
+        return registry.promote_at(store, wish.release, core.rollout.at(wish.stage), expected=wish.expected)
 
     def roll_back(wish: _RollBack) -> str:
         return registry.roll_back(store, expected=wish.expected)

@@ -183,24 +183,23 @@ class _TracedLLM:
 
     @contextlib.asynccontextmanager
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[UpstreamStream]:
-        asked = begin_span(self._name, "client", {**self._facts, "gen_ai.request.stream": True})
         begin = time.perf_counter()
-        try:
-            async with contextlib.AsyncExitStack() as stack:
-                # Current until the stream has begun and not while it is read: whoever reads it is the request.
-                with asked.current():
-                    begun = await stack.enter_async_context(self._llm.stream(body))
-                waited_s = time.perf_counter() - begin
-                asked.note({"http.response.status_code": begun.status, "gen_ai.response.time_to_first_chunk": waited_s})
-                if begun.status >= 400:
-                    asked.fail(str(begun.status))
-                yield begun
-        except BaseException as error:
-            asked.note({"http.response.status_code": error.status if isinstance(error, UpstreamError) else None})
-            asked.fail(type(error).__name__)
-            raise
-        finally:
-            asked.end()
+        with begin_span(self._name, "client", {**self._facts, "gen_ai.request.stream": True}) as asked:
+            try:
+                async with contextlib.AsyncExitStack() as stack:
+                    # Current until the stream has begun and not while it is read: whoever reads it is the request.
+                    with asked.current():
+                        begun = await stack.enter_async_context(self._llm.stream(body))
+                    waited_s = time.perf_counter() - begin
+                    asked.note(
+                        {"http.response.status_code": begun.status, "gen_ai.response.time_to_first_chunk": waited_s}
+                    )
+                    if begun.status >= 400:
+                        asked.fail(str(begun.status))
+                    yield begun
+            except UpstreamError as error:
+                asked.note({"http.response.status_code": error.status})
+                raise
 
     async def list_models(self) -> list[dict[str, Any]]:
         return await self._llm.list_models()

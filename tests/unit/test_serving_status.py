@@ -17,6 +17,7 @@ from cluster.access import ApiKeys
 from cluster.events import read_events
 from cluster.records import AgentCall, RouteDecision
 from serving.decisions import MAX_KEPT, RecentDecisions
+from serving.rollout import RolloutConfig
 from serving.status import MAX_ACTION_BYTES, TOKEN_HEADER, TOKEN_S, issue_token, status_routes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -179,6 +180,7 @@ def test_actions_refuse_what_they_do_not_know_and_what_is_no_longer_so(tmp_path:
             replies = [await run.http.post("/status/rollback", json={"expected": sha}, headers=headers) for _ in "ab"]
             assert [reply.status_code for reply in replies] == [200, 409]
             assert replies[0].json()["release"] == registry.current_sha(run.store) == first
+            run.core.rollout = RolloutConfig(canary_share=0.3, audit_share=0.7)
             wish = {"release": waits, "stage": "canary", "expected": first}
             promoted = (await run.http.post("/status/promote", json=wish, headers=headers)).json()["release"]
             served = registry.current(run.store)
@@ -186,6 +188,8 @@ def test_actions_refuse_what_they_do_not_know_and_what_is_no_longer_so(tmp_path:
             assert {task: served[1].stage_of(task) for task in served[1].specialists} == {
                 "triage": "canary", "invoice": "canary",
             }  # fmt: skip
+            shares = {(one.canary_share, one.audit_share) for one in served[1].rollout.values()}
+            assert shares == {(0.3, 0.7)}, "what the recipe says of a stage"
 
     asyncio.run(scenario())
 
