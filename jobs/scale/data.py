@@ -26,6 +26,7 @@ _FIRST = 50
 _WANTED = (0.8, 0.9, 0.95)
 """Agreement, and coverage, that a number of calls is asked for."""
 _LEARNED = 0.1
+_FURTHEST = 1_000
 _RULE_OF_THUMB = (10_000, 100_000)
 _HEAD = ["task", "examples", "seeds", "agreement", "interval", "certified coverage", "interval", "gates open"]
 WHAT = {"agreement": "right", "coverage": "kept"}
@@ -199,7 +200,7 @@ def _tell(need: Need, one: Material) -> str:
     most = len(one.splits["train"])
     if need.size is None:
         return "is reached by the fitted law at no number of examples"
-    low, high = (f"{end:,.0f}" if end is not None else "no end" for end in (need.low, need.high))
+    low, high = (_count(end, most) if end is not None else "no end" for end in (need.low, need.high))
     ends = f"{LEVEL:.0%} interval {low} to {high}"
     if need.is_measured:
         where = "within the data"
@@ -207,4 +208,9 @@ def _tell(need: Need, one: Material) -> str:
         where = f"beyond the {most:,} that there are: the law carried on, not seen"
     else:
         where = "fewer than were tried: the law carried back, not seen"
-    return f"takes {need.size:,.0f} examples ({ends}), {where}"
+    return f"takes {_count(need.size, most)} examples ({ends}), {where}"
+
+
+def _count(size: float, most: int) -> str:
+    """So many examples; where a law was followed a thousand times beyond its data, no more than that is said."""
+    return f"{size:,.0f}" if size <= _FURTHEST * most else f"more than {_FURTHEST * most:,}"
