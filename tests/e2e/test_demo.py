@@ -33,13 +33,12 @@ def test_demo_reaches_its_numbers(tmp_path: pathlib.Path) -> None:
     print(json.dumps(summary))
     tasks = {task["name"]: task for task in summary["tasks"]}
     assert len(tasks) == 5, "one task for each call site"
-    # Three where luck is usual; two were seen twice running (jobs/bench/README.md has runs of both kinds).
-    assert summary["tasks_released"] >= 2
+    assert summary["tasks_released"] >= 3
     reply = next(t for t in summary["tasks"] if t["kind"] == "text" and "small" in t["name"])
     # At which stage depends on how its few good answers fall among validation and calibration calls.
     assert not reply["released"] and reply["reason"], "its answers agree too rarely or cannot be used"
     assert summary["calls"] >= 400
-    assert summary["share_off_llm"] >= 0.35
+    assert summary["share_off_llm"] >= 0.5
     assert summary["agreement_accepted"] >= 0.95
     assert summary["client_errors"] == 0
     assert summary["cost_ratio"] < 1
