@@ -100,9 +100,9 @@ def test_time_and_money_are_those_of_the_store_s_own_conversions(plan, tmp_path)
     sha = convert_once(store, 2.0, {**full, "curate": 20.0, "base": 0.1})
     convert_once(store, 3.0, {"curate": 900.0}, "select.base=scratch-small")
     store.write_json("releases/x.report.json", {})
-    _, out, _ = plan(
-        *words, "pretrain.num_steps=860", "finetune.num_steps=300", "prices.replica_usd_per_hour=3.6", "--json"
-    )
+    demo = load_recipe(["recipe=demo", f"store={store.uri}"])
+    twice = [f"{part}.num_steps={2 * getattr(demo, part).num_steps}" for part in ("pretrain", "finetune")]
+    _, out, _ = plan(*words, *twice, "prices.replica_usd_per_hour=3.6", "--json")
     time = json.loads(out)["time"]
     assert time["by_stage"] == {"curate": 20.0, "base": 600.0, "finetune": 200.0, "validate": 50.0}
     assert time["seconds"] == 870.0 and time["usd"] == pytest.approx(0.87) and time["from_release"] == sha
@@ -150,6 +150,7 @@ def test_rows_are_as_long_as_the_store_s_calls_make_them_and_a_first_conversion_
     empty = json.loads(out)
     assert empty["time"] is None and empty["trainings"][0]["tasks"] == []
     store = store_calls(str(tmp_path / "store"))
+    demo = load_recipe(["recipe=demo", f"store={store.uri}"])
     before = store.list("")
     _, out, _ = plan(*words)
     found = json.loads(out)
@@ -162,14 +163,15 @@ def test_rows_are_as_long_as_the_store_s_calls_make_them_and_a_first_conversion_
     assert all(task["mean_tokens"] <= task["longest_tokens"] for task in finetune["tasks"])
     assert finetune["plan"]["memory"]["activations"] < empty["trainings"][1]["plan"]["memory"]["activations"] / 5
     time = found["time"]
-    assert time["from_release"] is None and time["by_stage"]["base"] > 430 * 0.5
+    assert time["from_release"] is None and time["by_stage"]["base"] > demo.pretrain.num_steps * 0.5
     assert time["usd"] == pytest.approx(time["seconds"] / 3600, rel=1e-3)
     # Twice as many steps of both tasks, one after the other or side by side: half a second each.
-    more = ["finetune.num_steps=300", "finetune.checkpoint_every=300"]
+    steps = demo.finetune.num_steps
+    more = [f"finetune.{name}={2 * steps}" for name in ("num_steps", "checkpoint_every")]
     for places, rounds in ((1, 2), (2, 1)):
         words[1] = f"fleet.max_parallel={places}"
         few, many = (json.loads(plan(*words, *extra)[1])["time"]["by_stage"]["finetune"] for extra in ((), more))
-        assert many - few == pytest.approx(rounds * 150 * 0.5)
+        assert many - few == pytest.approx(rounds * steps * 0.5)
     _, out, _ = plan(*words[:-1])
     assert "time: roughly" in out and "within a factor of 2" in out and f"the longest {longest}" in out
     assert "again" not in out and "colour" not in out, "counts, no content"
