@@ -235,6 +235,9 @@ class Specialist(Record):
     """Store path of the base model folder."""
     adapter: str
     """Store path of the adapter folder."""
+    merged: str | None = None
+    """Store path of a copy of the base with the adapter merged in, which serves instead of both; None where the adapter is
+    multiplexed over its base."""
     prompt_format: dict[str, Any]
     """`cluster.prompts.PromptFormat`, as JSON."""
     gate: Gate
@@ -244,6 +247,16 @@ class Specialist(Record):
     @property
     def name(self) -> str:
         return f"{self.task_id}@{self.sha[:12]}"
+
+    @property
+    def model(self) -> str:
+        """Store path of the model folder that its engine serves."""
+        return self.merged or self.base
+
+    @property
+    def lora(self) -> str | None:
+        """Store path of the adapter that its engine is asked with; None where it is merged."""
+        return None if self.merged else self.adapter
 
 
 class Rollout(Record):

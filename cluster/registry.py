@@ -216,6 +216,7 @@ def check_release(store: Store, sha: str, release: Release) -> None:
         if not specialist.gate.is_open:
             raise ReleaseError(f"release {sha}: {specialist.name} has a refused gate ({specialist.gate.refused})")
         needed |= {specialist.adapter: f"adapter of {task_id}", specialist.base: f"base model of {task_id}"}
+        needed |= {specialist.merged: f"merged model of {task_id}"} if specialist.merged else {}
     if idle := sorted(release.rollout.keys() - release.specialists.keys()):
         raise ReleaseError(f"release {sha}: task {idle[0]} has a stage and no specialist; publish it without")
     missing = [f"{what} {path}" for path, what in needed.items() if not store.is_published(path)]

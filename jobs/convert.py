@@ -7,6 +7,7 @@
 | S4 select    | TaskSpec* -> base model       | training/selection.py, probe.py   | tasks/selection-SNAPSHOT.json     |
 |              |                               | training/bases.py, scratch.py     | bases/NAME-HASH/                  |
 | S5 fine-tune | TaskSpec + base -> adapter    | training/finetune.py, fleet.py    | adapters/TASK_ID/RUN_ID/          |
+|              | merged where so configured    | training/merging.py               | merged/TASK_ID/HASH/              |
 | validate     | adapter + held-out -> gate    | training/evaluation.py, gate.py   | reports/SHA256.json               |
 | release      | all of it -> Release          | cluster/registry.py               | releases/SHA256.json              |
 
@@ -39,6 +40,7 @@ from jobs.validate import (
     AnswerRate,
     EngineOf,
     calls_to_certify,
+    group_by_model,
     rates_of,
     save_agreements,
     save_evaluation,
@@ -93,7 +95,7 @@ def convert(recipe: Recipe, say: Callable[[str], None] = print, engine_of: Engin
 
     Args:
         engine_of: where a graph that serves the base runs or will run anyway, its engine; None starts one for
-            validation and takes it down again.
+            validation and takes it down again. Asked for each merged model too.
     """
     for config in (recipe.pretrain, recipe.finetune):
         check_log_to(config.log_to)
@@ -132,6 +134,7 @@ def _convert(recipe: Recipe, say: Callable[[str], None], engine_of: EngineOf | N
     for task in discovery.tasks:
         say(f"discover {task.task_id}: {task.name}, {task.kind}, {task.num_calls} calls")
     clock.lap("discover")
+    _check_merge(recipe, discovery.tasks)
     tasks, refused = _learnable(recipe, discovery.tasks, by_split, snapshot.counts.num_clients)
     trained = Trained()
     if tasks:
@@ -175,14 +178,16 @@ def _validate(
     engine_of: EngineOf | None,
     say: Callable[[str], None],
 ) -> tuple[list[Evaluation], Rates]:
-    """Ask the engine that serves the base what every candidate says; nothing is started where there is none."""
+    """Ask the engines that serve what every candidate says, one engine after the other; none is started where there is no
+    candidate."""
     rate = AnswerRate()
-    if not trained.candidates:
-        return [], rates_of(recipe, rate)
     num_candidates = len(trained.candidates) + num_refused
-    with (engine_of or (lambda base: validation_engine(recipe, base)))(trained.base) as engine:
-        found = validate_candidates(recipe, store, trained.candidates, by_split, engine, num_candidates, rate, say)
-    return found, rates_of(recipe, rate)
+    found: dict[str, Evaluation] = {}
+    for model, group in group_by_model(trained.candidates).items():
+        with (engine_of or (lambda model: validation_engine(recipe, model)))(model) as engine:
+            done = validate_candidates(recipe, store, group, by_split, engine, num_candidates, rate, say)
+        found |= {one.task_id: one for one in done}
+    return [found[one.task.task_id] for one in trained.candidates], rates_of(recipe, rate)
 
 
 def _weigh_all(evaluations: Sequence[Evaluation], rates: Rates, margin: float) -> dict[str, Worth]:
@@ -216,6 +221,15 @@ def write_conversion_report(
         moved=conversion.moved,
         teacher=conversion.teacher,
     )
+
+
+def _check_merge(recipe: Recipe, tasks: Sequence[TaskSpec]) -> None:
+    known = sorted(task.task_id for task in tasks)
+    if wrong := sorted(set(recipe.specialists.merge) - set(known)):
+        raise InputError(
+            f"specialists.merge: {wrong[0]!r} is no task of store {recipe.store}; allowed: {', '.join(known)}; "
+            f"next: understudy tasks list store={recipe.store}"
+        )
 
 
 def _learnable(
@@ -270,6 +284,7 @@ def make_specialist(store: Store, candidate: Candidate, evaluation: Evaluation) 
         "gate": evaluation.gate.model_dump(mode="json"),
         "report": save_evaluation(store, evaluation),
         "max_answer_tokens": candidate.max_answer_tokens,
+        **({"merged": candidate.merged} if candidate.merged else {}),
     }
     sha = content_hash([facts, store.manifest(candidate.adapter)["sha256"]])
     return Specialist.model_validate({**facts, "sha": sha})

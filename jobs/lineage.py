@@ -31,6 +31,8 @@ class Seen(Record):
     adapters: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
     """Bases trained from scratch on such examples."""
+    merged: tuple[str, ...] = ()
+    """Models into which such a base or adapter was merged."""
     releases: tuple[str, ...] = ()
     """Releases with a specialist that had seen them."""
     specialists: tuple[str, ...] = ()
@@ -60,11 +62,13 @@ def find_seen(store: Store, call_ids: set[str]) -> Seen:
                 releases.add(sha)
                 specialists.add(one.name)
                 adapters.add(one.adapter)
+    merged = {path for path, meta in _trained(store, "merged") if meta["adapter"] in adapters or meta["base"] in bases}
     return Seen(
         snapshots=snapshots,
         tasks=tuple(sorted(set().union(*tasks.values()))) if tasks else (),
         adapters=tuple(sorted(adapters)),
         bases=tuple(sorted(bases)),
+        merged=tuple(sorted(merged)),
         releases=tuple(sorted(releases)),
         specialists=tuple(sorted(specialists)),
     )

@@ -127,7 +127,7 @@ def estimate_first(
         by_stage["finetune"] = (start_s + max(learn_s)) * math.ceil(len(learn_s) / at_once)
     read_s = finetune.step_s * _GRADED / recipe.finetune.batch_size
     num_asked = sum(task.num_held_out for task in finetune.tasks)
-    by_stage["validate"] = _ENGINE_START_S + num_asked * (_ANSWER_S + read_s)
+    by_stage["validate"] = _ENGINE_START_S * (1 + len(recipe.specialists.merge)) + num_asked * (_ANSWER_S + read_s)
     return _time_plan(recipe, by_stage, None)
 
 

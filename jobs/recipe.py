@@ -21,7 +21,7 @@ from serving.endpoint import ServeConfig
 from serving.fallback import AnyLLMConfig
 from serving.gateway_config import GatewayConfig
 from serving.rollout import RolloutConfig
-from serving.specialist import LORA_RANKS, SpecialistConfig
+from serving.specialist_config import LORA_RANKS, SpecialistConfig
 from serving.steward import StewardConfig
 from training.canaries import CanaryConfig
 from training.catalog import context_window, find_entry

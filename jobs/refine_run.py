@@ -47,6 +47,7 @@ from jobs.validate import (
     AnswerRate,
     EngineOf,
     ask_held_out,
+    group_by_model,
     most_in_flight,
     rates_of,
     save_agreements,
@@ -113,7 +114,7 @@ def run_plan(
     evaluations: dict[str, tuple[Candidate, Evaluation]] = {}
     if plan.trained():
         candidates = _train(work, refused)
-        evaluations = _validate(work, candidates, engine_of or (lambda base: validation_engine(recipe, base)))
+        evaluations = _validate(work, candidates, engine_of or (lambda model: validation_engine(recipe, model)))
     result = _release(work, refused, evaluations)
     if result.release != plan.release:
         # With the recipe's own delta; the plan tells what was left of it.
@@ -252,38 +253,35 @@ def _start(work: _Work, task_id: str) -> tuple[Start, frozenset[str]]:
 
 
 def _validate(work: _Work, candidates: list[Candidate], engine_of: EngineOf) -> dict[str, tuple[Candidate, Evaluation]]:
-    """Certify the candidates, then ask the specialists they would replace the same calls; each base's engine once."""
+    """Certify the candidates, then ask the specialists they would replace the same calls; each model's engine once."""
     new: dict[str, list[Answer]] = {}
     found: dict[str, tuple[Candidate, Evaluation]] = {}
-    bases: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in candidates:
-        bases[candidate.base].append(candidate)
     served = registry.load_release(work.store, registry.current_sha(work.store) or work.plan.release).specialists
     replaced = {task: one for task, one in work.old.items() if served.get(task) == one}
     waiting: dict[str, Specialist] = {}
     rates: dict[str, Rates] = {}
 
-    async def ask(base: str, group: list[Candidate], engine: Engine) -> None:
+    async def ask(model: str, group: list[Candidate], engine: Engine) -> None:
         rate = AnswerRate()
         stages = (work.recipe, work.store, group, work.by_split, engine, len(work.plan.trained()), rate, work.say)
         done = await ask_held_out(*stages, new.__setitem__) if group else []
         if group:
-            rates[base] = rates_of(work.recipe, rate)
+            rates[model] = rates_of(work.recipe, rate)
         found.update({one.task_id: (candidate, one) for candidate, one in zip(group, done, strict=True)})
         waiting.update(
             {one.task_id: replaced[one.task_id] for one in done if one.gate.is_open and one.task_id in replaced}
         )
-        for task in [task for task, one in waiting.items() if one.base == base]:
+        for task in [task for task, one in waiting.items() if one.model == model]:
             found[task] = await _compare(work, engine, waiting.pop(task), *found[task], new[task])
 
-    for base, group in sorted(bases.items()):
-        with engine_of(base) as engine:
-            asyncio.run(ask(base, group, engine))
-    for base in sorted({one.base for one in waiting.values()}):
-        with engine_of(base) as engine:
-            asyncio.run(ask(base, [], engine))
-    for base, its in rates.items():
-        own = [evaluation for candidate, evaluation in found.values() if candidate.base == base]
+    for model, group in group_by_model(candidates).items():
+        with engine_of(model) as engine:
+            asyncio.run(ask(model, group, engine))
+    for model in sorted({one.model for one in waiting.values()}):
+        with engine_of(model) as engine:
+            asyncio.run(ask(model, [], engine))
+    for model, its in rates.items():
+        own = [evaluation for candidate, evaluation in found.values() if candidate.model == model]
         save_agreements(work.recipe, work.store, work.plan.snapshot, own, its)
     return found
 
@@ -300,6 +298,7 @@ async def _compare(
         base=old.base,
         base_arm="",
         adapter=old.adapter,
+        merged=old.merged,
         prompt_format=PromptFormat.model_validate(old.prompt_format),
         max_answer_tokens=old.max_answer_tokens,
         # Both by one measure, also where the recipe's is another than when the old one was certified.

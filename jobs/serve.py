@@ -109,14 +109,14 @@ def serve_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def count_bases(store_uri: str) -> int:
-    """Base models of the served release, each of which has its own engines; 0 where nothing is released.
+    """Models of the served release, bases and merged ones, each of which has its own engines; 0 where nothing is released.
 
     Creates no store.
     """
     if "://" not in store_uri and not pathlib.Path(store_uri).is_dir():
         return 0
     found = registry.current(Store(store_uri))
-    return len({specialist.base for specialist in found[1].specialists.values()}) if found else 0
+    return len({specialist.model for specialist in found[1].specialists.values()}) if found else 0
 
 
 def show_room(recipe: Recipe) -> dict[str, int]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from cluster.engine import rendering_version
+from cluster.errors import TrainingError
 from cluster.records import Example, Split, TaskSpec
 from cluster.store import Store, content_hash
 from jobs.adapters import AdapterPlan, Start, plan_adapters, train_adapters
@@ -24,6 +26,7 @@ from training.candidates import Scope
 from training.catalog import ScratchModel, find_entry, load_catalog
 from training.dataset import TaskData, find_written, tokenise_tasks
 from training.evaluation import Candidate
+from training.merged_weights import publish_merged
 from training.probe import at_rank, model_memory_gib
 from training.scratch import pretrain, texts_of, train_tokenizer
 from training.selection import SCRATCH_ARM, UNTRAINED_ARM, Selection, select_base
@@ -141,7 +144,8 @@ def _fine_tune(
     for task_id, told in left_out.items():
         say(f"fine-tune {task_id}: {told}")
     learned = [plan for plan in plans if plan.task.task_id not in failed]
-    candidates = [_candidate(plan, base, arm, canaries[plan.task.task_id], recipe) for plan in learned]
+    made = [_candidate(plan, base, arm, canaries[plan.task.task_id], recipe) for plan in learned]
+    candidates = [one for one in map(partial(_merged_or_not, recipe, store, refused, say), made) if one]
     return Trained(base, None, candidates, losses, left_out)
 
 
@@ -266,3 +270,23 @@ def _candidate(plan: AdapterPlan, base: str, arm: str, canaries: tuple[Canary, .
         text_grader=recipe.evaluation.grader_of(plan.task.kind),
         max_false_agreement=recipe.evaluation.max_false_agreement,
     )
+
+
+def _merged_or_not(
+    recipe: Recipe, store: Store, refused: dict[str, str], say: Callable[[str], None], candidate: Candidate
+) -> Candidate | None:
+    """The candidate with its merged weights where the recipe wants that; None, with the reason in `refused`, where they
+    cannot be made. Merges on a node of the cluster, one at a time: each holds a whole model in float32."""
+    import ray
+
+    task_id = candidate.task.task_id
+    if task_id not in recipe.specialists.merge:
+        return candidate
+    merging = ray.remote(num_cpus=1)(publish_merged)
+    try:
+        merged = ray.get(merging.remote(store, task_id, candidate.base, candidate.adapter))
+    except TrainingError as error:
+        refused[task_id] = f"merge failed: {error}"
+        return None
+    say(f"merge {task_id}: {merged}")
+    return candidate.model_copy(update={"merged": merged})

@@ -25,7 +25,7 @@ from training.text_graders import SelfAgreement
 from training.worth import Rates
 
 EngineOf = Callable[[str], contextlib.AbstractContextManager[Engine]]
-"""Store path of a base -> the engine that serves it, for as long as the block runs."""
+"""Store path of a model folder, a base or a merged one -> the engine that serves it, for as long as the block runs."""
 ASKED: tuple[Split, ...] = ("train", "validation", "calibration", "test")
 """Splits that validation asks; of train, the few examples that the few-shot arm shows."""
 
@@ -45,17 +45,18 @@ class AnswerRate:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._began: float | None = None
-        self._seconds = 0.0
+        self._before_s = self._seconds = 0.0
         self._num_tokens = 0
 
     def begin(self) -> None:
-        self._began = self._clock()
+        """Start the clock; it stands still from the last answer of one engine to the next `begin`."""
+        self._before_s, self._began = self._seconds, self._clock()
 
     def add(self, answered: Answered) -> None:
         """Count an answer, kept or not."""
         assert self._began is not None, "begin first"
         self._num_tokens += answered.prompt_tokens + answered.completion_tokens
-        self._seconds = self._clock() - self._began
+        self._seconds = self._before_s + self._clock() - self._began
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -108,8 +109,8 @@ def save_evaluation(store: Store, evaluation: Evaluation) -> str:
 
 
 @contextlib.contextmanager
-def validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
-    """Start the engine that serves the base, without HTTP, and take it down again.
+def validation_engine(recipe: Recipe, model: str) -> Iterator[Engine]:
+    """Start the engine that serves a base or a merged model, without HTTP, and take it down again.
 
     Raises:
         EngineError: it did not start.
@@ -122,10 +123,10 @@ def validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
     app = f"validation-{content_hash(recipe.store)[:8]}"
     with serve_without_http():
         try:
-            handle = serve.run(build_specialists(base, recipe.specialists, recipe.store), name=app, route_prefix=None)
+            handle = serve.run(build_specialists(model, recipe.specialists, recipe.store), name=app, route_prefix=None)
         except RuntimeError as error:
             raise EngineError(
-                f"the engine of {base} did not start: {error}; the reason stands in its replica's log below "
+                f"the engine of {model} did not start: {error}; the reason stands in its replica's log below "
                 "/tmp/ray/session_latest/logs/serve; next: run the same command again, what is trained stays"
             ) from None
         # In a loop of its own, also where RAY_SERVE_THROUGHPUT_OPTIMIZED asks for the caller's: that of `asyncio.run` is closed
@@ -136,6 +137,14 @@ def validation_engine(recipe: Recipe, base: str) -> Iterator[Engine]:
             yield ServeEngine(handle)
         finally:
             serve.delete(app)
+
+
+def group_by_model(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+    """Candidates by the model folder that is asked, those of a base before merged ones; as they came within each."""
+    groups: dict[str, list[Candidate]] = {}
+    for one in sorted(candidates, key=lambda one: one.merged or ""):
+        groups.setdefault(one.model, []).append(one)
+    return groups
 
 
 def validate_candidates(

@@ -41,7 +41,8 @@ from serving.gateway_config import GatewayConfig
 from serving.passthrough import PassThrough
 from serving.rollout import RolloutConfig
 from serving.scaling import STOP_MARGIN_S, autoscaling_of
-from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, idle_s_of
+from serving.specialist import ServeEngine, build_specialists, idle_s_of
+from serving.specialist_config import SpecialistConfig
 from serving.steward import StewardConfig, build_steward
 from serving.table import ServingTable, crowded_base
 from serving.traces import traced_engine, traced_llm
@@ -91,7 +92,7 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     _api_keys(args)
     journal_folder(args.capture, args.store)
     found = registry.current(store)
-    bases = sorted({*args.bases, *(one.base for one in (found[1].specialists.values() if found else ()))})
+    bases = sorted({*args.bases, *(one.model for one in (found[1].specialists.values() if found else ()))})
     release = found[1] if found else None
     specialists = size_specialists(args.specialists, measure_working_set(store, release))
     if release:

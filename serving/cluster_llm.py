@@ -23,9 +23,9 @@ from cluster.retries import is_retryable
 from cluster.sse import parse_object
 from cluster.stream_usage import with_usage
 from cluster.upstream import EVENT_STREAM, JSON, LLMNodeConfig, UpstreamReply, UpstreamStream
+from serving.engine_options import engine_environment
 from serving.openai_wire import error_body
 from serving.scaling import ScaleConfig, autoscaling_of
-from serving.specialist import engine_environment
 
 
 class ClusterLLMConfig(ScaleConfig, LLMNodeConfig):

@@ -30,9 +30,7 @@ async def asked_again(
 ) -> EngineAnswer | None:
     """The specialist's answer if it is valid; None where it is not, or does not come in time."""
     prompt_format = PromptFormat.model_validate(specialist.prompt_format)
-    asking = ask_engine(
-        engine, specialist.adapter, prompt_format, call.request, specialist.max_answer_tokens, call.facing
-    )
+    asking = ask_engine(engine, specialist.lora, prompt_format, call.request, specialist.max_answer_tokens, call.facing)
     try:
         async with asyncio.timeout(timeout_s):
             answer, invalid = await asking

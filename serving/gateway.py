@@ -282,10 +282,10 @@ class GatewayCore:
         self, specialist: Specialist, call: PendingCall, release: str
     ) -> tuple[EngineAnswer, RouteDecision]:
         prompt_format = PromptFormat.model_validate(specialist.prompt_format)
-        engine = self._engines[specialist.base]
+        engine = self._engines[specialist.model]
         answer, invalid = await ask_engine(
             engine,
-            specialist.adapter,
+            specialist.lora,
             prompt_format,
             call.request,
             specialist.max_answer_tokens,
@@ -359,7 +359,7 @@ class GatewayCore:
         begin = time.perf_counter()
         self._num_asking += 1
         try:
-            answer = await asked_again(self._engines[specialist.base], specialist, call, timeout_s)
+            answer = await asked_again(self._engines[specialist.model], specialist, call, timeout_s)
         finally:
             self._note_specialist(call, specialist, time.perf_counter() - begin)
             self._num_asking -= 1

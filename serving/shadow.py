@@ -79,8 +79,8 @@ class Shadows:
         try:
             async with asyncio.timeout(self._timeout_s):
                 answer, invalid = await ask_engine(
-                    self._engines[specialist.base],
-                    specialist.adapter,
+                    self._engines[specialist.model],
+                    specialist.lora,
                     prompt_format,
                     call.request,
                     specialist.max_answer_tokens,

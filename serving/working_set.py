@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from cluster.calls import read_recent_columns
 from cluster.records import Release
 from cluster.store import Store
-from serving.specialist import MIN_ADAPTERS, SpecialistConfig
+from serving.specialist_config import MIN_ADAPTERS, SpecialistConfig
 
 WINDOW_S = 60
 MAX_PARTS = 200
@@ -43,8 +43,8 @@ def measure_working_set(store: Store, release: Release | None) -> WorkingSet:
     """Look at the release and the newest MAX_PARTS parts of the calls; no content is read."""
     by_base: dict[str, dict[str, str]] = {}
     for task_id, one in (release.specialists if release else {}).items():
-        if one.gate.is_open:
-            by_base.setdefault(one.base, {})[task_id] = one.adapter
+        if one.gate.is_open and one.lora:
+            by_base.setdefault(one.base, {})[task_id] = one.lora
     if not by_base:
         return WorkingSet(0, 0, 0)
     calls = read_recent_columns(store, ["ts", "task_id", "action"], MAX_PARTS)

@@ -82,7 +82,7 @@ def as_examples(task_id: str, canaries: Sequence[Canary]) -> list[Example]:
 
 
 async def measure_extraction(
-    engine: Engine, adapter: str, prompt_format: PromptFormat, canaries: Sequence[Canary], max_answer_tokens: int
+    engine: Engine, adapter: str | None, prompt_format: PromptFormat, canaries: Sequence[Canary], max_answer_tokens: int
 ) -> Extraction:
     """Ask for every secret; an answer that contains it has said it."""
     said = 0

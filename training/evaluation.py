@@ -67,6 +67,8 @@ class Candidate(Record):
     base_arm: str
     """How reports call the base model's own arm."""
     adapter: str
+    merged: str | None = None
+    """Store path of both merged, which is asked instead; such a candidate is not compared with its base."""
     prompt_format: PromptFormat
     max_answer_tokens: int
     canaries: tuple[Canary, ...] = ()
@@ -77,6 +79,16 @@ class Candidate(Record):
     """By what its answers agree; None compares by value."""
     max_false_agreement: float | None = None
     """Largest share of unrelated pairs that `text_grader` may find alike; None bars nothing."""
+
+    @property
+    def model(self) -> str:
+        """Store path of the model folder that is asked."""
+        return self.merged or self.base
+
+    @property
+    def lora(self) -> str | None:
+        """Store path of the adapter that `model` is asked with; None where it is merged."""
+        return None if self.merged else self.adapter
 
 
 class Evaluation(Record):
@@ -167,7 +179,7 @@ async def evaluate_all(
     on_done: Callable[[Candidate, Evaluation], None] = lambda candidate, evaluation: None,
     on_calibrated: Callable[[str, list[Outcome]], None] = lambda task_id, outcomes: None,
 ) -> list[Evaluation]:
-    """Grade, certify and report the candidates of one base, in their order.
+    """Grade, certify and report the candidates of one model folder, in their order.
 
     Args:
         splits: by task, its validation, calibration and test examples as served; and redacted train examples, where the
@@ -203,7 +215,7 @@ async def evaluate_all(
 
     # One after the other: concurrent first requests for adapters are what engines are worst at.
     for candidate in candidates:
-        await engine.load(candidate.adapter)
+        await _make_resident(candidate, engine)
     return list(await asyncio.gather(*map(one, candidates)))
 
 
@@ -233,7 +245,7 @@ async def evaluate(
 
         return list(await asyncio.gather(*map(one, examples)))
 
-    asked = await ask_all(one_call_per_session(splits["validation"], seed=0), candidate.adapter)
+    asked = await ask_all(one_call_per_session(splits["validation"], seed=0), candidate.lora)
     validation = [one.outcome for one in asked]
     calibration = one_call_per_session(splits["calibration"], seed=0)
     test_facts = [candidate.model_dump(mode="json"), fingerprint, config.model_dump(mode="json"), max_temperature]
@@ -257,7 +269,7 @@ async def evaluate(
         gate = refused_gate(grid, num_calibration=len(calibration), **facts)
     else:
         ledger.spend(test_key, spent_ids)
-        outcomes = [one.outcome for one in await ask_all(calibration, candidate.adapter)]
+        outcomes = [one.outcome for one in await ask_all(calibration, candidate.lora)]
         on_calibrated(candidate.task.task_id, outcomes)
         gate = certify(grid, outcomes, **facts)
     # Refused by validation alone: a sample of test tells how far off it is.
@@ -279,21 +291,26 @@ async def ask_calibration(
 ) -> list[Outcome]:
     """What a candidate says to the calls that a gate is certified on, in their order; spends none of them, as nothing is
     certified by it."""
-    await engine.load(candidate.adapter)
+    await _make_resident(candidate, engine)
     calls = one_call_per_session(examples, seed=0)
     slots = asyncio.Semaphore(max_in_flight)
 
     async def one(call: Example) -> Outcome:
         async with slots:
-            return (await _ask(candidate, engine, candidate.adapter, call, max_temperature, faces, judge)).outcome
+            return (await _ask(candidate, engine, candidate.lora, call, max_temperature, faces, judge)).outcome
 
     return list(await asyncio.gather(*map(one, calls)))
+
+
+async def _make_resident(candidate: Candidate, engine: Engine) -> None:
+    if candidate.lora:
+        await engine.load(candidate.lora)
 
 
 async def _extraction_of(candidate: Candidate, engine: Engine) -> Extraction | None:
     if not candidate.canaries:
         return None
-    facts = (candidate.adapter, candidate.prompt_format, candidate.canaries, candidate.max_answer_tokens)
+    facts = (candidate.lora, candidate.prompt_format, candidate.canaries, candidate.max_answer_tokens)
     return await measure_extraction(engine, *facts)
 
 
@@ -315,19 +332,24 @@ async def _few_shot(
     return None
 
 
+async def _base_arms(candidate: Candidate, train: list[Example], test: list[Example], ask_all: AskAll) -> list[Arm]:
+    """The base as it is, and with examples shown where they have room; the engine must serve the base."""
+    bare = await ask_all(test, None)
+    few_shot = await _few_shot(candidate, train, test, bare, ask_all)
+    own = make_arm(candidate.base_arm, bare, test, candidate.task, 0.0, candidate.text_grader)
+    return [own, *([few_shot] if few_shot else [])]
+
+
 async def _test_arms(
     candidate: Candidate, gate: Gate, splits: Mapping[Split, list[Example]], test: list[Example], ask_all: AskAll
 ) -> dict[str, Any]:
     """The fields of an Evaluation that the test split gives."""
-    specialist = await ask_all(test, candidate.adapter)
+    specialist = await ask_all(test, candidate.lora)
     threshold = (gate.threshold or 1.0) if gate.is_open else math.inf
-    bare = await ask_all(test, None)
-    few_shot = await _few_shot(candidate, splits.get("train", []), test, bare, ask_all)
     facts = (test, candidate.task)
     grader = candidate.text_grader
     arms = [
-        make_arm(candidate.base_arm, bare, *facts, 0.0, grader),
-        *([few_shot] if few_shot else []),
+        *(await _base_arms(candidate, splits.get("train", []), test, ask_all) if candidate.lora else []),
         make_arm(SPECIALIST_ARM, specialist, *facts, 0.0, grader),
         make_arm(GATED_ARM, specialist, *facts, threshold, grader),
     ]

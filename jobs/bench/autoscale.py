@@ -24,7 +24,8 @@ from jobs.bench.processes import module, server
 from jobs.bench.stage import make_key, publish_stage, task_request
 from jobs.bench.stub_graph import APP, StubEngine, stub_endpoint
 from serving.app import ServeArgs
-from serving.specialist import SpecialistConfig, deployment_options
+from serving.specialist import deployment_options
+from serving.specialist_config import SpecialistConfig
 
 ENGINE = "paced-engine"
 SERVICE_S, START_S = 0.1, 2.0

@@ -30,7 +30,9 @@ from jobs.bench.http_load import connect as open_connection
 from jobs.bench.processes import free_port, module, server, usage_of
 from jobs.bench.stage import make_key, publish_stage, task_request
 from serving.app import ServeArgs, build
-from serving.specialist import SpecialistConfig, add_adapter, cpu_environment, engine_kwargs, fingerprint_of
+from serving.engine_options import cpu_environment, engine_kwargs, fingerprint_of
+from serving.specialist import add_adapter
+from serving.specialist_config import SpecialistConfig
 
 BASE = "bases/graph-tax"
 SHAPE = {"hidden_size": 768, "intermediate_size": 2_048, "layers": 12, "heads": 12, "vocab_size": 4_096}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from cluster.resources import local_memory_bytes
 from jobs.doctor.check import Check, Reporter
 from jobs.recipe import Recipe
-from serving.specialist import cpu_environment
+from serving.engine_options import cpu_environment
 
 _PROBE = """
 import json, vllm

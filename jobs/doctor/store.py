@@ -18,7 +18,7 @@ from jobs.doctor.check import Check, Reporter
 from jobs.recipe import Recipe
 
 _MAX_NAMED = 3
-_PUBLISHED = ("adapters", "bases", "route_model")
+_PUBLISHED = ("adapters", "bases", "merged", "route_model")
 _say = Reporter("store")
 
 

@@ -29,7 +29,9 @@ from cluster.route_model import RouteModel
 from cluster.signature import signature_of
 from cluster.store import Store, content_hash
 from serving.app import KEYS_FILE, ServeArgs, build
-from serving.specialist import SpecialistConfig, find_engine, fingerprint_of
+from serving.engine_options import fingerprint_of
+from serving.specialist import find_engine
+from serving.specialist_config import SpecialistConfig
 from training.finetune import FinetuneConfig, finetune
 
 pytestmark = pytest.mark.integration

@@ -11,7 +11,7 @@ from cluster.config import describe_fields, validate
 from cluster.errors import ConfigError
 from cluster.upstream import UpstreamConfig
 from jobs.recipe import RECIPES, Recipe, load_recipe
-from serving.specialist import LORA_RANKS
+from serving.specialist_config import LORA_RANKS
 from training.finetune import FinetuneConfig
 
 

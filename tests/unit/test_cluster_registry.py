@@ -67,10 +67,10 @@ def test_absent_altered_and_unreadable_releases_are_refused(tmp_path: pathlib.Pa
     assert registry.current(store) is None
 
 
-@pytest.mark.parametrize("missing", ["base", "adapter"])
+@pytest.mark.parametrize("missing", ["base", "adapter", "merged"])
 def test_promoting_needs_every_artifact_and_changes_nothing_without(tmp_path: pathlib.Path, missing: str) -> None:
-    specialist = make_specialist()
-    published = {"base": specialist.base, "adapter": specialist.adapter}
+    specialist = make_specialist().model_copy(update={"merged": "merged/triage/1"})
+    published = {"base": specialist.base, "adapter": specialist.adapter, "merged": "merged/triage/1"}
     absent = published.pop(missing)
     store = open_store(tmp_path, *published.values())
     good = registry.publish_release(store, make_release())

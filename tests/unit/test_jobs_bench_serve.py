@@ -28,7 +28,7 @@ from jobs.bench.serve_faults import Trial, is_captured_once, summarize_trials, w
 from jobs.bench.soak import SHAPES, shape_bodies, summarize_looks
 from jobs.bench.stage import make_stage, task_request
 from jobs.bench.stub_graph import StubEngine, stub_confidence, stub_text
-from serving.specialist import SpecialistConfig
+from serving.specialist_config import SpecialistConfig
 
 AUTOSCALE = ("autoscale_up_s", "autoscale_down_s", "cold_start_s", "autoscale_client_errors")
 PROMISED = {

@@ -64,6 +64,8 @@ def _convert(store: Store, tmp_path: pathlib.Path, **config: object) -> tuple[st
     (tmp_path / "empty").mkdir(exist_ok=True)
     store.publish("bases/scratch-1", tmp_path / "empty", {"base": "scratch", "snapshot": snapshot})
     store.publish(f"adapters/{task.task_id}/run1", tmp_path / "empty", {"task_id": task.task_id, "snapshot": snapshot})
+    of_both = {"base": "bases/scratch-1", "adapter": f"adapters/{task.task_id}/run1"}
+    store.publish(f"merged/{task.task_id}/1", tmp_path / "empty", of_both)
     one = _specialist(task.task_id, "bases/scratch-1", f"adapters/{task.task_id}/run1")
     release = Release(
         specialists={task.task_id: one}, refused={}, route_model=route_model, snapshot=snapshot, created_ts=1.0
@@ -98,6 +100,7 @@ def test_who_had_seen_the_client_is_told_and_marked(store, tmp_path):
     assert done.seen.snapshots.keys() == {snapshot}
     assert (done.seen.tasks, done.seen.releases) == ((task_id,), (release,))
     assert (done.seen.adapters, done.seen.bases) == ((f"adapters/{task_id}/run1",), ("bases/scratch-1",))
+    assert done.seen.merged == (f"merged/{task_id}/1",)
     (mark,) = store.list("retrain", ".json")
     assert mark == f"retrain/{done.seen.specialists[0]}.json"
     record = store.read_json("forgotten/leaves.json")

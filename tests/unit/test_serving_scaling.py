@@ -9,7 +9,7 @@ from cluster.errors import ConfigError
 from serving.cluster_llm import ClusterLLMConfig
 from serving.gateway_config import GatewayConfig
 from serving.scaling import ScaleConfig, autoscaling_of
-from serving.specialist import SpecialistConfig
+from serving.specialist_config import SpecialistConfig
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -14,16 +14,11 @@ import pytest
 from cluster import engine
 from cluster.engine import rendering_version
 from cluster.errors import EngineError
-from serving import specialist
+from serving import engine_options
+from serving.engine_options import engine_environment, engine_kwargs, fingerprint_facts, fingerprint_of
 from serving.shared_loads import SharedLoads
-from serving.specialist import (
-    SpecialistConfig,
-    add_adapter,
-    engine_environment,
-    fingerprint_facts,
-    fingerprint_of,
-    router_options,
-)
+from serving.specialist import add_adapter, router_options
+from serving.specialist_config import SpecialistConfig
 
 CONFIG = SpecialistConfig()
 
@@ -31,7 +26,7 @@ CONFIG = SpecialistConfig()
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     versions = {"vllm": "1.0", "transformers": "5.0", "tokenizers": "0.1"}
-    monkeypatch.setattr(specialist, "_version", versions.get)
+    monkeypatch.setattr(engine_options, "_version", versions.get)
     return versions
 
 
@@ -65,6 +60,14 @@ def test_a_fingerprint_names_the_device_as_it_is_and_how_the_engine_runs() -> No
 )
 def test_what_changes_no_answer_keeps_the_fingerprint(change: dict[str, object]) -> None:
     assert fingerprint_of("base", CONFIG) == fingerprint_of("base", CONFIG.model_copy(update=change))
+
+
+def test_a_merged_model_has_an_engine_without_adapters_and_a_fingerprint_of_its_own() -> None:
+    assert not [name for name in engine_kwargs(CONFIG, "merged") if "lora" in name]
+    assert fingerprint_of("model", CONFIG, "merged") != fingerprint_of("model", CONFIG)
+    # Room for adapters changes no answer of an engine that has none.
+    wider = CONFIG.model_copy(update={"max_lora_rank": 64})
+    assert fingerprint_of("model", wider, "merged") == fingerprint_of("model", CONFIG, "merged")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

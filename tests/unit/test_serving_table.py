@@ -121,6 +121,30 @@ def test_only_open_specialists_of_one_base_crowd_each_other() -> None:
     assert crowded_base([*ours, *_specialists("e")], 2) == (BASE, 3)
 
 
+def test_a_merged_specialist_is_served_by_an_engine_of_its_own_that_loads_no_adapter(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        store, base, own = Store(str(tmp_path / "store")), FakeEngine(), FakeEngine()
+        own.name = "merged"
+        lora, merged = _specialists("a", "b")
+        merged = merged.model_copy(
+            update={"merged": "merged/b/1", "gate": merged.gate.model_copy(update={"fingerprint": "merged"})}
+        )
+        table = ServingTable(store, {BASE: base, "merged/b/1": own}, max_adapters=1)
+        (tmp_path / "scratch").mkdir()
+        (tmp_path / "scratch" / "weights").write_text("none")
+        store.publish("merged/b/1", tmp_path / "scratch", {})
+        release = _promote(store, tmp_path / "scratch", [lora, merged])
+        await table.refresh()
+        # Of two specialists on one base, one is no adapter of its engine: there is room for it.
+        assert (table.snapshot.release, table.snapshot.skipped) == (release, {})
+        assert (base.loaded, own.loaded) == (["adapters/a"], [])
+        other = ServingTable(store, {BASE: base}, max_adapters=1)
+        await other.refresh()
+        assert list(other.snapshot.specialists) == ["a"] and "no engine serves its model" in other.snapshot.skipped["b"]
+
+    asyncio.run(scenario())
+
+
 def test_a_release_with_more_adapters_than_an_engine_holds_is_refused_at_build(tmp_path: pathlib.Path) -> None:
     store = Store(str(tmp_path / "store"))
     _promote(store, tmp_path / "scratch", _specialists("a", "b", "c"))

@@ -16,7 +16,7 @@ from cluster.records import AgentCall, Release, RouteDecision, Specialist
 from cluster.store import Store
 from jobs.__main__ import main
 from serving import working_set
-from serving.specialist import SpecialistConfig
+from serving.specialist_config import SpecialistConfig
 from serving.working_set import WorkingSet, measure_working_set, size_specialists
 
 DAY = 1_700_000_000.0 // 86_400 * 86_400

@@ -18,8 +18,8 @@ from cluster.store import Store
 from jobs.recipe import load_recipe
 from jobs.validate import AnswerRate, rates_of, save_agreements, validate_candidates
 from training.arm_tables import notes_of, tables_of
-from training.arms import Answered, count_routed, make_arm
-from training.evaluation import Candidate, Evaluation, evaluate
+from training.arms import GATED_ARM, SPECIALIST_ARM, Answered, count_routed, make_arm
+from training.evaluation import Candidate, Evaluation, evaluate, evaluate_all, gain_over_base
 from training.gate import GateConfig, Outcome
 from training.ledger import CalibrationLedger
 from training.regression import noninferiority_p
@@ -210,6 +210,43 @@ def test_the_base_is_asked_bare_and_with_as_many_examples_as_fit(tmp_path, max_m
     assert all(arms[name].disagreement == 0.0 for name in few)
     assert sum(group.num_calls for group in found.routed) == 80 and found.truth == "llm"
     assert rate.tokens_per_s is not None and math.isfinite(rate.tokens_per_s)
+
+
+def test_a_merged_specialist_is_asked_without_adapter_and_not_compared_with_a_base_that_its_engine_has_not(
+    tmp_path,
+) -> None:
+    asked: set[str | None] = set()
+
+    class Merged(_Learner):
+        async def load(self, adapter: str) -> None:
+            raise AssertionError("a merged model has no adapter to load")
+
+        async def answer(self, adapter, *args, **options):
+            asked.add(adapter)
+            return await super().answer("a", *args, **options)
+
+    candidate = Candidate(
+        task=TASK, base="b", base_arm="untrained base", adapter="a", merged="merged/t/1", max_answer_tokens=8,
+        prompt_format=PromptFormat(kind="chat", answer_kind="label", max_prompt_tokens=99),
+    )  # fmt: skip
+    splits = {s: [make_example(k, split=s) for k in range(120)] for s in ("train", "validation", "calibration", "test")}
+    ledger = CalibrationLedger(Store(str(tmp_path)))
+    (found,) = asyncio.run(
+        evaluate_all([candidate], Merged(20), {"t": splits}, GateConfig(), 0.05, ledger, max_temperature=1.0,
+                     faces=FacesConfig())
+    )  # fmt: skip
+    assert asked == {None} and found.gate.is_open
+    assert [arm.name for arm in found.arms] == [SPECIALIST_ARM, GATED_ARM] and gain_over_base(found) is None
+
+
+def test_a_rate_over_several_engines_leaves_out_the_time_between_them() -> None:
+    rate = AnswerRate(clock=iter([0, 10, 1000, 1010]).__next__)
+    for _ in range(2):
+        rate.begin()
+        rate.add(
+            Answered(Outcome(confidence=1.0, agrees=True, session_id="s"), None, prompt_tokens=90, completion_tokens=10)
+        )
+    assert rate.tokens_per_s == pytest.approx(200 / 20)
 
 
 def test_another_judge_of_the_same_calls_is_another_round(tmp_path) -> None:
