@@ -157,8 +157,17 @@ def serve_release(store: Store, sha: str, rollout: RolloutConfig, stage: Stage |
     Raises:
         ReleaseError: see `registry.promote_at`.
     """
+    before = registry.current(store)
     served = registry.promote_at(store, sha, rollout.at(stage))
-    if waiting := registry.load_release(store, served).rollout:
+    release = registry.load_release(store, served)
+    has_engine = {one.model for one in before[1].specialists.values()} if before else set()
+    if new := sorted(task for task, one in release.specialists.items() if one.model not in has_engine):
+        print(
+            f"{', '.join(new)}: on a model that the release before did not have; an endpoint that runs already has the LLM "
+            f"answer until it is started again: understudy serve store={store.uri}",
+            file=sys.stderr,
+        )
+    if waiting := release.rollout:
         stages = ", ".join(f"{task} in {one.stage}" for task, one in sorted(waiting.items()))
         print(
             f"{stages}; evidence moves them on (understudy release show store={store.uri}); at once: understudy release "

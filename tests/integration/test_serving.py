@@ -33,6 +33,7 @@ from serving.engine_options import fingerprint_of
 from serving.specialist import find_engine
 from serving.specialist_config import SpecialistConfig
 from training.finetune import FinetuneConfig, finetune
+from training.merged_weights import publish_merged
 
 pytestmark = pytest.mark.integration
 
@@ -67,6 +68,7 @@ class Endpoint(NamedTuple):
     specialist: Specialist
     traces: Collector
     """What the gateway's and the engine's processes send their spans to."""
+    args: ServeArgs
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +85,15 @@ def endpoint(serve_port: int, toy: Any, tmp_path_factory: pytest.TempPathFactory
         traces = stack.enter_context(_collector())
         upstream = [{"base_url": f"{llm_url}/v1"}]
         telemetry = {"otlp_endpoint": traces.url}
-        args = {"store": store.uri, "upstream": upstream, "specialists": SPECIALISTS, "telemetry": telemetry}
-        serve.run(build(ServeArgs.model_validate(args)), name=APP, route_prefix="/")
+        args = ServeArgs.model_validate(
+            {"store": store.uri, "upstream": upstream, "specialists": SPECIALISTS, "telemetry": telemetry}
+        )
+        serve.run(build(args), name=APP, route_prefix="/")
         with openai.OpenAI(
             base_url=f"http://127.0.0.1:{serve_port}/v1", api_key=key, max_retries=0, timeout=READY_TIMEOUT_S
         ) as client:
             _wait_for_release(client, release)
-            yield Endpoint(client, store, release, specialist, traces)
+            yield Endpoint(client, store, release, specialist, traces, args)
     finally:
         serve.delete(APP)
         llm.terminate()
@@ -263,6 +267,42 @@ def test_feedback_becomes_the_outcome_of_its_call(endpoint: Endpoint) -> None:
         assert time.monotonic() < deadline, "the feedback was not stored"
         time.sleep(0.2)
     assert outcome == {"score": 0.25}
+
+
+def test_a_merged_specialist_takes_over_once_the_graph_is_started_again(endpoint: Endpoint, toy: Any) -> None:
+    """The last one here: it leaves another graph than it found."""
+    from ray import serve
+
+    store, first = endpoint.store, endpoint.specialist
+    merged = publish_merged(store, TASK, BASE, ADAPTER)
+    fingerprint = fingerprint_of(store.manifest(merged)["sha256"], SPECIALISTS, "merged")
+    specialist = first.model_copy(
+        update={
+            "merged": merged,
+            "gate": first.gate.model_copy(update={"fingerprint": fingerprint}),
+            "sha": content_hash([merged, fingerprint]),
+        }
+    )
+    release = Release(
+        specialists={TASK: specialist}, refused={}, route_model=ROUTES, snapshot="toy", created_ts=time.time()
+    )
+    sha = registry.publish_release(store, release)
+    registry.promote(store, sha)
+    _wait_for_release(endpoint.client, sha)
+
+    def ask(example: Any) -> Any:
+        return endpoint.client.chat.completions.with_raw_response.create(model=LLM, **example.request)
+
+    # No engine of the graph that runs serves it: the LLM does.
+    assert ask(toy.examples[0]).headers["x-understudy-route"] == "llm"
+    serve.delete(APP)
+    serve.run(build(endpoint.args), name=APP, route_prefix="/")
+    _wait_for_release(endpoint.client, sha)
+    for example in toy.examples:
+        reply = ask(example)
+        assert reply.headers["x-understudy-route"] == "accept", reply.headers.get("x-understudy-reason")
+        assert reply.parse().choices[0].message.content == example.target["content"]
+        assert reply.headers["x-understudy-specialist"] == specialist.name != first.name
 
 
 @contextlib.contextmanager

@@ -193,3 +193,17 @@ def test_only_an_admin_changes_what_is_served(
     code, _, err = run(capsys, store, *words)
     assert code == 2 and "this needs role admin" in err and served(store)[0] == before
     assert run(capsys, store, "show")[0] == 0
+
+
+def test_promoting_a_model_that_a_running_endpoint_has_no_engine_for_says_so(store: Store, capsys: Any) -> None:
+    second = with_other(store)
+    assert "started again" not in run(capsys, store, "promote", second, "--stage", "live")[2]
+    _, release = served(store)
+    one = make_specialist().model_copy(update={"merged": "merged/triage/1"})
+    store.publish("merged/triage/1", pathlib.Path(store.fetch(one.adapter)), {})
+    third = registry.publish_release(
+        store, release.model_copy(update={"specialists": {**release.specialists, one.task_id: one}, "created_ts": 3.0})
+    )
+    code, _, err = run(capsys, store, "promote", third, "--stage", "live")
+    assert code == 0 and err.startswith(f"{one.task_id}: on a model")
+    assert f"understudy serve store={store.uri}" in err
