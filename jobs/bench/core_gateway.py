@@ -9,6 +9,7 @@ that file.
 from __future__ import annotations
 
 import cProfile
+import gc
 import json
 import signal
 import sys
@@ -34,6 +35,9 @@ def lone_gateway(args: dict[str, Any]) -> Gateway:
 
 def main(words: str, profile: str | None = None) -> None:
     app = lone_gateway(json.loads(words)).__serve_build_asgi_app__()
+    # As Ray Serve does with a replica that has started.
+    gc.collect()
+    gc.freeze()
     profiler = cProfile.Profile(time.thread_time)
     signal.signal(signal.SIGUSR1, lambda *_: profiler.enable())
     # uvicorn sends itself the signal again once it has ended in order.
