@@ -37,6 +37,11 @@ class SseReader:
         """Whether more than MAX_STREAM_BYTES have come; nothing is read or kept from then on."""
         return self._num_left < 0
 
+    @property
+    def is_between_events(self) -> bool:
+        """Whether no event has begun that has not ended."""
+        return not (self._begun or self._data)
+
     def feed(self, piece: bytes) -> list[dict[str, Any]]:
         """Objects completed by this piece."""
         if self.is_full:
@@ -46,7 +51,7 @@ class SseReader:
             self.num_bad += 1
             self._begun, self._data = [], []
             return []
-        if not (self._begun or self._data) and (events := _whole_events(piece)):
+        if self.is_between_events and (events := _whole_events(piece)):
             return [one for event in events for one in self._read_event(event)]
         if self._begun and b"\n" not in piece and b"\r" not in piece and not self._begun[-1].endswith(b"\r"):
             # Joined once its end is here, so that a line in a thousand pieces is not copied a thousand times.

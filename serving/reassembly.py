@@ -48,8 +48,12 @@ class Reassembler:
         self.has_error = self.has_error or chunk.get("error") is not None
         for part in _dicts(chunk.get("choices")):
             index = part.get("index") if isinstance(part.get("index"), int) else 0
-            new = {"index": index, "message": {}, "finish_reason": None, "tool_calls": _ToolCalls()}
-            _merge_choice(self._choices.setdefault(index, new), part)
+            choice = self._choices.get(index)
+            if choice is None:
+                choice = {"index": index, "message": {}, "finish_reason": None, "tool_calls": _ToolCalls()}
+                self._choices[index] = choice
+            if not _has_appended(choice, part):
+                _merge_choice(choice, part)
 
     def body(self) -> dict[str, Any] | None:
         """The completion so far; None where nothing has come."""
@@ -112,6 +116,20 @@ class _ToolCalls:
 
     def _next_index(self) -> int:
         return max((index for index, _ in self._calls), default=-1) + 1
+
+
+def _has_appended(choice: dict[str, Any], part: dict[str, Any]) -> bool:
+    """Append what nearly all parts are, more of a text and nothing else; False leaves it to `_merge_choice`."""
+    delta = part.get("delta")
+    if type(delta) is not dict or len(delta) != 1 or part.get("finish_reason") or part.get("logprobs"):
+        return False
+    text, begun = delta.get("content"), choice["message"].get("content")
+    if type(text) is not str or type(begun) is not _Pieces or not part.keys() <= _CHOICE_FIELDS:
+        return False
+    if "logprobs" in part:
+        choice.setdefault("logprobs", None)
+    begun.append(text)
+    return True
 
 
 def _merge_choice(choice: dict[str, Any], part: dict[str, Any]) -> None:

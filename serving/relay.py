@@ -17,13 +17,13 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import UpstreamError
-from cluster.sse import MAX_STREAM_BYTES, SseReader
+from cluster.sse import MAX_STREAM_BYTES
 from cluster.stream_usage import WithoutUsage, is_usage_alone
 from cluster.upstream import LLMNodeConfig, UpstreamStream
 from serving.limits import until
 from serving.openai_wire import Denied, error_body, error_code, sse_event
 from serving.pending import PendingCall
-from serving.reassembly import Reassembler
+from serving.stream_copy import StreamCopy
 
 if TYPE_CHECKING:
     from serving.gateway import GatewayCore
@@ -45,8 +45,7 @@ class LLMRelay(StreamingResponse):
         """Take what answers the call; `stack` closes it."""
         super().__init__(self._pieces(stream), media_type=EVENT_STREAM, headers=call.response_headers())
         self._core, self._call, self._endpoint, self._stack = core, call, endpoint, stack
-        self._reader = SseReader()
-        self._parts = Reassembler(_num_choices(call.request))
+        self._copy = StreamCopy(_num_choices(call.request))
         self._filter = WithoutUsage() if stream.hides_usage else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +54,7 @@ class LLMRelay(StreamingResponse):
         finally:
             # Before anything is awaited: a cancelled request may not get another turn.
             if not self._call.is_finished:
-                self._core.abandon(self._call, response=self._parts.body(), endpoint=self._endpoint)
+                self._core.abandon(self._call, response=self._copy.body(), endpoint=self._endpoint)
             await self._stack.aclose()
 
     async def _pieces(self, stream: UpstreamStream) -> AsyncIterator[bytes]:
@@ -63,14 +62,14 @@ class LLMRelay(StreamingResponse):
         try:
             async for got in until(stream.chunks, self._call.limits.deadline_at, self._core.drain):
                 piece = self._read(got)
-                if self._reader.is_full:
+                if self._copy.is_full:
                     raise _too_long()
-                if not (self._reader.is_done or self._parts.is_finished):
+                if not self._copy.is_ending:
                     if piece:
                         yield piece
                     continue
                 held.append(piece)
-                if self._reader.is_done:
+                if self._copy.is_done:
                     if not self._call.is_finished:
                         await self._finish(*self._fate())
                     yield b"".join(held)
@@ -93,30 +92,27 @@ class LLMRelay(StreamingResponse):
 
     def _read(self, piece: bytes) -> bytes:
         """Take the next piece; what of it is for the client."""
-        chunks = self._reader.feed(piece)
-        for chunk in chunks:
-            self._parts.add(chunk)
+        chunks = self._copy.take(piece)
         return self._filter.feed(piece, has_usage=any(map(is_usage_alone, chunks))) if self._filter else piece
 
     def _read_end(self) -> bytes:
         """Take the end of the stream; what is left for the client."""
-        for chunk in self._reader.end():
-            self._parts.add(chunk)
+        self._copy.end()
         return self._filter.end() if self._filter else b""
 
     def _fate(self) -> tuple[int, str | None]:
         """Status and error of a stream that came to its end."""
-        if self._reader.num_bad:
+        if not self._copy.is_whole:
             return 502, "the LLM's stream does not parse"
-        if self._parts.has_error:
-            code = error_code(self._parts.body())
+        if self._copy.has_error:
+            code = error_code(self._copy.body())
             return 502, f"the LLM reported an error in its stream{f': {code}' if code else ''}"
         if self._is_cut_short():
             return 502, "the LLM's stream ended early"
         return 200, None
 
     def _is_cut_short(self) -> bool:
-        return not (self._reader.is_done or self._parts.has_end or self._parts.has_error)
+        return not (self._copy.is_done or self._copy.has_end or self._copy.has_error)
 
     async def _broken_off(self, error: UpstreamError) -> bytes:
         """The event that says so, or that not even this could be kept."""
@@ -136,7 +132,7 @@ class LLMRelay(StreamingResponse):
     async def _finish(self, status: int, error: str | None) -> None:
         """Raises Denied where the call cannot be kept."""
         await self._core.finish(
-            self._call, response=self._parts.body(), endpoint=self._endpoint, status=status, error=error
+            self._call, response=self._copy.body(), endpoint=self._endpoint, status=status, error=error
         )
 
 
