@@ -30,7 +30,7 @@ from jobs.bench.http_load import connect as open_connection
 from jobs.bench.processes import free_port, module, server, usage_of
 from jobs.bench.stage import make_key, publish_stage, task_request
 from serving.app import ServeArgs, build
-from serving.engine_options import cpu_environment, engine_kwargs, fingerprint_of
+from serving.engine_options import AdapterMode, cpu_environment, engine_kwargs, fingerprint_of
 from serving.specialist import add_adapter
 from serving.specialist_config import SpecialistConfig
 
@@ -55,7 +55,8 @@ def measure_graph_tax(say: Callable[[str], object], quick: bool = False) -> dict
 
     Returns:
         `graph_tax`: share of bare vLLM's requests per second that the graph loses at one engine, one adapter;
-        `mixed_vs_one_adapter`: requests per second with four adapters over those with one, through the graph;
+        `merged_vs_one_adapter`: requests per second of bare vLLM with an adapter merged into the weights over those with one
+        beside them; `mixed_vs_one_adapter`: requests per second with four adapters over those with one, through the graph;
         `replica_efficiency`: of two engines over twice those of one; `adapter_router_vs_default`: requests per second of
         growing conversations, and engine CPU per request, under our choice of replicas over those under Serve's; and what
         was measured.
@@ -76,10 +77,11 @@ def measure_graph_tax(say: Callable[[str], object], quick: bool = False) -> dict
 
 
 def compare(bare: dict[str, Any], graph: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """The three numbers, from requests per second by `one` and `mixed` adapters, and by engines."""
+    """The four numbers, from requests per second by `one` and `mixed` adapters, and by engines."""
     one = graph[1]["one"]["requests_per_s"]
     return {
         "graph_tax": round(1 - one / bare["one"]["requests_per_s"], 3),
+        "merged_vs_one_adapter": round(bare["merged"]["requests_per_s"] / bare["one"]["requests_per_s"], 3),
         "mixed_vs_one_adapter": round(graph[1]["mixed"]["requests_per_s"] / one, 3),
         "replica_efficiency": round(graph[2]["one"]["requests_per_s"] / (2 * one), 3),
     }
@@ -161,30 +163,39 @@ async def _bare(store: Store, num: int) -> dict[str, Any]:
 
     source = str(store.fetch(BASE))
     tokenizer = AutoTokenizer.from_pretrained(source)
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **engine_kwargs(SpecialistConfig(**CONFIG))))
     loras = [LoRARequest(adapter_of(one), one + 1, str(store.fetch(adapter_of(one)))) for one in range(NUM_ADAPTERS)]
-    for lora in loras:
-        await add_adapter(engine, lora)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, logprobs=0, stop_token_ids=[tokenizer.eos_token_id])
 
-    async def ask(adapter: int, number: int) -> None:
-        ids = render_prompt(request_of(adapter, number), _FORMAT, tokenizer).ids
-        prompt = TokensPrompt(prompt_token_ids=ids)
-        async for _ in engine.generate(
-            prompt, params, f"{adapter}-{number}-{time.time()}", lora_request=loras[adapter]
-        ):
+    async def ask(engine: Any, lora: Any, adapter: int, number: int) -> None:
+        prompt = TokensPrompt(prompt_token_ids=render_prompt(request_of(adapter, number), _FORMAT, tokenizer).ids)
+        async for _ in engine.generate(prompt, params, f"{adapter}-{number}-{time.time()}", lora_request=lora):
             pass
 
-    found = {}
-    for name, num_adapters in (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS)):
+    async def measure(engine: Any, own: Sequence[Any], num_adapters: int) -> dict[str, Any]:
         before, begin, numbers = usage_of(os.getpid()), time.perf_counter(), iter(range(num))
 
-        async def client(numbers: Any = numbers, num_adapters: int = num_adapters) -> None:
+        async def client() -> None:
             for number in numbers:
-                await ask(number % num_adapters, number)
+                adapter = number % num_adapters
+                await ask(engine, own[adapter], adapter, number)
 
         await asyncio.gather(*(client() for _ in range(_CONCURRENCY)))
-        found[name] = _rates(num, time.perf_counter() - begin, usage_of(os.getpid()).cpu_ms_since(before))
+        return _rates(num, time.perf_counter() - begin, usage_of(os.getpid()).cpu_ms_since(before))
+
+    def start(mode: AdapterMode) -> Any:
+        options = engine_kwargs(SpecialistConfig(**CONFIG), mode)
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **options))
+
+    engine = start("lora")
+    for lora in loras:
+        await add_adapter(engine, lora)
+    phases = (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS))
+    found = {name: await measure(engine, loras, num_adapters) for name, num_adapters in phases}
+    engine.shutdown()
+    # What a merged model costs is what its base costs; the same prompts are known to it as to the other by then.
+    engine = start("merged")
+    await measure(engine, [None] * NUM_ADAPTERS, NUM_ADAPTERS)
+    found["merged"] = await measure(engine, [None], 1)
     engine.shutdown()
     return found
 
@@ -207,6 +218,8 @@ def _run_graph(
     connect(num_cpus=replicas + 1)
     specialists = {**CONFIG, "min_replicas": replicas, "max_replicas": replicas, "request_router": router}
     args = {"store": store.uri, "upstream": [{"base_url": f"{llm}/v1"}], "specialists": specialists}
+    # What is measured is the way through the graph, however long an engine takes on a machine with other things to do.
+    args["gateway"] = {"specialist_timeout_s": _MAX_SECONDS}
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
         serve.run(build(ServeArgs.model_validate(args)), name="graph-tax", route_prefix="/")

@@ -71,7 +71,16 @@ def gather_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
     for name, keys in (
         ("rollout", ("rollout_requests", "rollout_failed", "rollout_mixed")),
         ("faults", ("fault_trials", "fault_client_errors", "captured_exactly_once")),
-        ("graph_tax", ("graph_tax", "mixed_vs_one_adapter", "replica_efficiency", "adapter_router_vs_default")),
+        (
+            "graph_tax",
+            (
+                "graph_tax",
+                "merged_vs_one_adapter",
+                "mixed_vs_one_adapter",
+                "replica_efficiency",
+                "adapter_router_vs_default",
+            ),
+        ),
         ("autoscale", ("autoscale_up_s", "autoscale_down_s", "cold_start_s", "autoscale_client_errors")),
         ("soak", ("soak_rss_slope_mib_per_h",)),
     ):

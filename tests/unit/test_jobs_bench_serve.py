@@ -52,6 +52,7 @@ def test_every_promised_number_comes_from_its_part():
         "faults": {"fault_trials": 5, "fault_client_errors": 1, "captured_exactly_once": False, "faults": {}},
         "graph_tax": {
             "graph_tax": 0.1,
+            "merged_vs_one_adapter": 1.2,
             "mixed_vs_one_adapter": 0.9,
             "replica_efficiency": 0.8,
             "adapter_router_vs_default": {},
@@ -100,8 +101,10 @@ def test_statistics():
     ended = Usage({1: 2.5, 3: 0.25}, 0.0, 0, {1: "a", 3: "c"})
     assert ended.cpu_ms_since(began) == 750.0 and ended.cpu_ms_by_name(began) == {"a": 500.0, "c": 250.0}
     rates = {"one": {"requests_per_s": 9.0}, "mixed": {"requests_per_s": 8.1}}
-    assert compare({"one": {"requests_per_s": 10.0}}, {1: rates, 2: {"one": {"requests_per_s": 14.4}}}) == {
-        **{"graph_tax": 0.1, "mixed_vs_one_adapter": 0.9, "replica_efficiency": 0.8}
+    bare = {"one": {"requests_per_s": 10.0}, "merged": {"requests_per_s": 12.0}}
+    assert compare(bare, {1: rates, 2: {"one": {"requests_per_s": 14.4}}}) == {
+        **{"graph_tax": 0.1, "merged_vs_one_adapter": 1.2, "mixed_vs_one_adapter": 0.9},
+        "replica_efficiency": 0.8,
     }
 
 
