@@ -25,19 +25,29 @@ class Generated(NamedTuple):
 
 
 async def generate(
-    client: Any, prompt_ids: list[int], *, max_tokens: int, stop: int, lora: Any, stop_below: float
+    client: Any,
+    prompt_ids: list[int],
+    *,
+    max_tokens: int,
+    stop: int,
+    lora: Any,
+    stop_below: float,
+    constraint: dict[str, Any] | None = None,
 ) -> Generated:
     """Ask vLLM for tokens, greedily, up to the token `stop`.
 
     Args:
         lora: vLLM's LoRARequest; None for the base model alone.
         stop_below: as `Engine.answer` takes it.
+        constraint: what the answer is held to, as `serving.constraint` has it. A schema that vLLM cannot make a grammar of
+            constrains nothing; the answer is checked against it all the same.
 
     Raises:
         EngineError: the engine gave nothing.
     """
     from vllm import SamplingParams, TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     params = SamplingParams(
         temperature=0.0,
@@ -47,8 +57,15 @@ async def generate(
         # The ids are decoded by whoever asked, in one piece.
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        structured_outputs=StructuredOutputsParams(**constraint) if constraint else None,
     )
     prompt = TokensPrompt(prompt_token_ids=prompt_ids)
+    try:
+        return await collect(client.generate(prompt, params, uuid.uuid4().hex, lora_request=lora), stop_below)
+    except VLLMValidationError:
+        if not constraint:
+            raise
+    params.structured_outputs = None
     return await collect(client.generate(prompt, params, uuid.uuid4().hex, lora_request=lora), stop_below)
 
 

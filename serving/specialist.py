@@ -19,6 +19,7 @@ from cluster.errors import EngineError, StoreError
 from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
 from cluster.tracing import TelemetryConfig, outgoing, start_tracing
+from serving.constraint import constraint_of
 from serving.engine_options import AdapterMode, engine_environment, engine_kwargs, fingerprint_of
 from serving.generation import Generated, generate
 from serving.presence import Presence
@@ -243,7 +244,8 @@ def _server_class() -> Any:
         ) -> EngineAnswer:
             prompt = render_prompt(request, prompt_format, self._tokenizer)
             lora = await self._adapters.get(adapter) if adapter else None
-            output = await self._generate(lora, prompt.ids, max_answer_tokens, stop_below)
+            constraint = constraint_of(request, prompt_format)
+            output = await self._generate(lora, prompt.ids, max_answer_tokens, stop_below, constraint)
             return _to_answer(output, prompt, prompt_format, self._tokenizer)
 
         async def _load_adapter(self, adapter: str) -> Any:
@@ -257,8 +259,11 @@ def _server_class() -> Any:
             await self._generate(lora, [self._tokenizer.eos_token_id], 1)
             return lora
 
-        async def _generate(self, lora: Any, ids: list[int], max_tokens: int, stop_below: float = 0.0) -> Generated:
+        async def _generate(
+            self, lora: Any, ids: list[int], max_tokens: int, stop_below: float = 0.0, constraint: Any = None
+        ) -> Generated:
             options = {"stop": self._tokenizer.eos_token_id, "lora": lora, "stop_below": stop_below}
+            options["constraint"] = constraint
             return await generate(self.engine._engine_client, ids, max_tokens=max_tokens, **options)
 
     return SpecialistServer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import pathlib
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from cluster.access import ApiKeys, keys_folder
 from cluster.calls import read_calls
 from cluster.engine import EngineAnswer
 from cluster.feedback import read_outcomes
+from cluster.prompts import PromptFormat
 from cluster.records import AgentCall, Gate, Release, Specialist
 from cluster.route_model import RouteModel
 from cluster.signature import signature_of
@@ -161,6 +163,30 @@ def test_the_engine_gives_up_what_a_gate_would_refuse_and_nothing_else(endpoint:
         assert early.completion_tokens < whole.completion_tokens
         assert whole.confidence <= early.confidence < 0.999999
         assert await answer(whole.confidence) == whole, "at its own confidence it is kept"
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_is_held_to_the_schema_of_its_request_where_there_is_one_that_an_engine_can_hold_it_to(
+    endpoint: Endpoint,
+) -> None:
+    engine = find_engine(APP, BASE)
+    chat = PromptFormat(kind="chat", answer_kind="json", max_prompt_tokens=200)
+    free = {"messages": [{"role": "user", "content": "put the lamp on high"}]}
+    allowed = [{"device": device, "level": level} for device in ("lamp", "fan") for level in ("low", "high")]
+    fields = {"device": {"enum": ["lamp", "fan"]}, "level": {"enum": ["low", "high"]}}
+    schema = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
+
+    async def answer(schema: dict[str, Any] | None) -> str:
+        form = {"response_format": {"type": "json_schema", "json_schema": {"name": "command", "schema": schema}}}
+        return (await engine.answer(None, chat, {**free, **(form if schema else {})}, 60)).text
+
+    async def scenario() -> None:
+        # A base that never saw a chat: what it says by itself is no JSON of that kind.
+        unheld = await answer(None)
+        assert unheld not in map(json.dumps, allowed)
+        assert json.loads(await answer(schema)) in allowed
+        assert await answer({"type": "no type of JSON"}) == unheld
 
     asyncio.run(scenario())
 
@@ -322,6 +348,7 @@ def _publish(store: Store, toy: Any, folder: pathlib.Path) -> tuple[str, Special
     shutil.copytree(toy.base_path, base)
     teach(base, toy.rows_path, toy.tokenizer.pad_token_id, num_steps=120)
     toy.tokenizer.save_pretrained(base)
+    (base / "chat_template.jinja").write_text("{% for one in messages %}{{ one.content }}{% endfor %}<|answer|>")
     paths = {"train_path": toy.rows_path, "validation_path": None, "pad_token_id": toy.tokenizer.pad_token_id}
     tune = FinetuneConfig(num_steps=10, batch_size=12, warmup_steps=2, checkpoint_every=10, learning_rate=1e-4)
     adapter, _ = finetune("adapter", tune, base_path=base, storage=folder / "runs", **paths)
