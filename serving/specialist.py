@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -24,7 +23,7 @@ from cluster.tracing import TelemetryConfig, outgoing, start_tracing
 from serving.generation import Generated, generate
 from serving.presence import Presence
 from serving.scaling import ScaleConfig, autoscaling_of
-from serving.shared_loads import SharedLoads
+from serving.shared_loads import CountedLoads, SharedLoads
 from serving.traces import traced_answers
 
 ADAPTER_MODE = "lora"
@@ -323,7 +322,7 @@ def _server_class() -> Any:
     """Made in a function, because Ray Serve LLM imports the engine."""
     from ray.llm._internal.serve.core.server.llm_server import LLMServer
 
-    class SpecialistServer(LLMServer):
+    class SpecialistServer(CountedLoads, LLMServer):
         async def __init__(
             self, llm_config: Any, *, store_uri: str, base: str, config: SpecialistConfig, telemetry: TelemetryConfig
         ) -> None:
@@ -337,7 +336,6 @@ def _server_class() -> Any:
             # It would download the model in a Ray task of its own, which imports the engine once more (13 s on a CPU).
             llm_config.get_or_create_callback().ctx.run_init_node = False
             self._numbers: dict[str, int] = {}
-            self._num_loads = 0
             self._fingerprint = fingerprint_of(self._store.manifest(base)["sha256"], config)
 
             async def load(adapter: str) -> Any:
@@ -355,10 +353,6 @@ def _server_class() -> Any:
 
         async def fingerprint(self) -> str:
             return self._fingerprint
-
-        async def facts(self) -> dict[str, int]:
-            """Adapters given to the engine so far, those given again counted again, and this replica's process."""
-            return {"num_loads": self._num_loads, "pid": os.getpid()}
 
         async def load(self, adapter: str) -> None:
             """Make the adapter resident in this replica, so that no request to it pays for that."""
@@ -387,7 +381,7 @@ def _server_class() -> Any:
             lora = LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
             await add_adapter(self.engine._engine_client, lora)
             await self._generate(lora, [self._tokenizer.eos_token_id], 1)
-            self._num_loads += 1
+            self.num_loads += 1
             return lora
 
         async def _generate(self, lora: Any, ids: list[int], max_tokens: int, stop_below: float = 0.0) -> Generated:
