@@ -342,8 +342,7 @@ def _server_class() -> Any:
                 return await self._load_adapter(adapter)
 
             # Serve routes an adapter's requests to replicas that have it; a replica that is new to one loads it here.
-            multiplexed = serve.multiplexed(max_num_models_per_replica=config.num_resident)(load)
-            self._adapters = SharedLoads(multiplexed)
+            self._adapters = SharedLoads(serve.multiplexed(max_num_models_per_replica=config.num_resident)(load))
             await super().__init__(llm_config)
 
         async def _start_engine(self) -> None:
