@@ -26,7 +26,7 @@ from jobs.bench.stub_graph import LOAD_S, StubEngine, bind_stub_graph
 from jobs.scale.cells import Cell, CellBook, Measured, measure_here
 from jobs.scale.charts import Axes, Dot, draw_lines
 from jobs.scale.laboratory import Laboratory
-from jobs.scale.own_release import OwnRelease, copy_release, read_own
+from jobs.scale.own_release import copy_release, named_models, read_own
 from jobs.scale.report import Findings
 from jobs.scale.served_graph import ASKED, Endpoint, listening, load_graph, scratch_folder
 from serving.app import build
@@ -88,7 +88,7 @@ def run(lab: Laboratory) -> Findings:
     real = _measure_real(lab, book, subject) if _has_vllm() else []
     pace = pace_of(real) or _ASSUMED_PACE
     simulated = _measure_simulated(lab, book, pace)
-    rows = [*_rows(real), *_rows(simulated)]
+    rows = [*rows_of(real), *rows_of(simulated)]
     measured = "measured on the real engine" if pace_of(real) else "assumed, as no engine could be measured"
     return Findings(
         sentence=tell(rows),
@@ -281,21 +281,17 @@ def paced_engine(answer_s: float, other_s: float) -> type[StubEngine]:
     return PacedEngine
 
 
-def named_models(own: OwnRelease) -> set[str]:
-    """Store paths of the models that its specialists run on, each of which has its own engines."""
-    return {getattr(one, "merged", None) or one.base for one in own.release.specialists.values()}
-
-
-def _rows(measured: Sequence[Measured]) -> list[list[Any]]:
+def rows_of(measured: Sequence[Measured]) -> list[list[Any]]:
+    """The table's rows, in the order of _HEAD; efficiency against one replica of the same kind of engine."""
     alone = {}
     for one in measured:
         p = one.cell.parameters
         if p["replicas"] == 1:
-            alone[p["adapters"], p["spread"], p["scaling"]] = one.result["requests_per_s"]
+            alone[p["engine"], p["adapters"], p["spread"], p["scaling"]] = one.result["requests_per_s"]
     rows = []
     for one in measured:
         p, r = one.cell.parameters, one.result
-        base = alone.get((p["adapters"], p["spread"], p["scaling"]))
+        base = alone.get((p["engine"], p["adapters"], p["spread"], p["scaling"]))
         efficiency = round(r["requests_per_s"] / (p["replicas"] * base), 3) if base and p["scaling"] == "weak" else None
         told = [p["engine"], p["replicas"], p["adapters"], f"{p['spread']}, {p['scaling']}", p["clients"]]
         rows.append([*told, r["requests_per_s"], r["p50_ms"], r["p99_ms"], r["adapter_loads"], efficiency])
