@@ -4,8 +4,8 @@ One engine: the same mixed calls with every adapter resident and in one batch, w
 max_loras), and with fewer resident (max_cpu_loras), where an adapter that is asked again is read again. Two engines: more
 adapters than one has room for, under Ray Serve's own way to choose a replica and under ours (serving/replica_choice.py),
 each adapter as often as another or a few of them mostly (Zipf). Calls go through Serve's handles as a gateway's do, not
-over HTTP: a gateway takes no release that one replica has no room for. The base is the untrained one of
-jobs/bench/graph_tax.py. Loads are those that calls waited for, as the replicas count them.
+over HTTP: a gateway takes no release that one replica has no room for. The base is an untrained
+one of 5M parameters. Loads are those that calls waited for, as the replicas count them.
 
     python -m jobs.bench.adapter_room [--quick] [--part room choice] [--json PATH]
 """
@@ -34,6 +34,7 @@ from jobs.bench.graph_tax import (
     FORMAT,
     NUM_TOKENS,
     ROUTERS,
+    SMALL,
     adapter_of,
     make_base,
     others_cpu,
@@ -41,7 +42,6 @@ from jobs.bench.graph_tax import (
 )
 from jobs.bench.http_load import spread_ms
 from jobs.bench.mixed_adapters import count_loads, draw_adapters
-from jobs.bench.processes import free_port
 from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, deployment_name
 
 PARTS = ("room", "choice")
@@ -49,7 +49,7 @@ SPREADS = ("uniform", "zipf")
 _APP = "adapter-room"
 _NUM_ADAPTERS, _NUM_RESIDENT = 16, 8
 _CONCURRENCY = 8
-_NUM_CALLS, _NUM_QUICK = 160, 16
+_NUM_CALLS, _NUM_QUICK = 240, 16
 _REPETITIONS = 2
 ROOMS = {
     "all": (_NUM_ADAPTERS, _NUM_ADAPTERS),
@@ -64,16 +64,16 @@ _RATIOS = ("requests_per_s", "cpu_ms", "p50_ms", "p99_ms")
 def measure_adapter_room(
     say: Callable[[str], object], parts: Sequence[str] = PARTS, quick: bool = False
 ) -> dict[str, Any]:
-    """Start engines with each room and ask them all alike. Starts and ends local Ray clusters.
+    """Start engines with each room and ask them all alike. Starts and ends a Ray of its own.
 
     Returns:
         `room`: by name of ROOMS what was measured, and under `vs_all` its ratio to everything resident in one batch;
         `choice`: by spread what two engines did under each router, and `adapter_vs_default`, our router's ratio to Serve's.
     """
     check_alone("adapter_room")
-    with tempfile.TemporaryDirectory(prefix="understudy-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="understudy-bench-") as scratch, _cluster():
         store = Store(f"{scratch}/store")
-        facts = make_base(store, pathlib.Path(scratch), num_adapters=_NUM_ADAPTERS)
+        facts = make_base(store, pathlib.Path(scratch), SMALL, _NUM_ADAPTERS)
         num = _NUM_QUICK if quick else _NUM_CALLS
         found: dict[str, Any] = {"facts": {**facts, "adapters": _NUM_ADAPTERS, "calls": num, "clients": _CONCURRENCY}}
         if "room" in parts:
@@ -151,20 +151,31 @@ async def _ask_twice(handle: Any, drawn: Sequence[int], replicas: int) -> dict[s
 
 
 @contextlib.contextmanager
-def _running(store: Store, config: SpecialistConfig) -> Iterator[Any]:
-    """A handle of the engines on a Ray of its own; all is gone with the block."""
+def _cluster() -> Iterator[None]:
+    """A Ray Serve of its own; it is gone with the block."""
     import ray
     from ray import serve
 
     # A place for each engine, also where there are fewer cores.
-    connect(num_cpus=config.max_replicas)
+    connect(num_cpus=2)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
-        serve.run(build_specialists(BASE, config, store.uri), name=_APP, route_prefix=None)
-        yield serve.get_deployment_handle(deployment_name(BASE), _APP)
+        serve.start(proxy_location="Disabled")
+        yield
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _running(store: Store, config: SpecialistConfig) -> Iterator[Any]:
+    """A handle of the engines, which run as long as the block."""
+    from ray import serve
+
+    serve.run(build_specialists(BASE, config, store.uri), name=_APP, route_prefix=None)
+    try:
+        yield serve.get_deployment_handle(deployment_name(BASE), _APP)
+    finally:
+        serve.delete(_APP)
 
 
 async def _ask(engine: ServeEngine, drawn: Sequence[int], start: int) -> list[float]:

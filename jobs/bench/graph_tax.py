@@ -34,6 +34,8 @@ from serving.specialist import SpecialistConfig, add_adapter, cpu_environment, e
 
 BASE = "bases/graph-tax"
 SHAPE = {"hidden_size": 768, "intermediate_size": 2_048, "layers": 12, "heads": 12, "vocab_size": 4_096}
+SMALL = {"hidden_size": 256, "intermediate_size": 640, "layers": 6, "heads": 4, "vocab_size": 2_048}
+"""Of a base for measurements of more than one engine's speed: an answer takes milliseconds."""
 NUM_ADAPTERS = 4
 NUM_TOKENS = 16
 """Of each answer."""

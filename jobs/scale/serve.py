@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError
 from cluster.store import Store, content_hash
-from jobs.bench.graph_tax import CONFIG, make_base, request_of, wait_for_specialists
+from jobs.bench.graph_tax import CONFIG, SMALL, make_base, request_of, wait_for_specialists
 from jobs.bench.mixed_adapters import draw_adapters
 from jobs.bench.stage import publish_stage, task_request
 from jobs.bench.stub_graph import LOAD_S, StubEngine, bind_stub_graph
@@ -32,8 +32,6 @@ from jobs.scale.served_graph import ASKED, Endpoint, listening, load_graph, scra
 from serving.app import build
 
 REAL, SIMULATED = "real: vLLM", "simulated"
-_SHAPE = {"hidden_size": 256, "intermediate_size": 640, "layers": 6, "heads": 4, "vocab_size": 2_048}
-"""Of the real engine's untrained base."""
 _REAL_ADAPTERS = 4
 _EACH = 8
 """Clients for each replica under weak scaling."""
@@ -139,7 +137,7 @@ def _has_vllm() -> bool:
 
 def _untrained() -> _Subject:
     def prepare(store: Store, folder: pathlib.Path) -> None:
-        make_base(store, folder, _SHAPE, _REAL_ADAPTERS)
+        make_base(store, folder, SMALL, _REAL_ADAPTERS)
 
     config = {**CONFIG, "max_adapters": _REAL_ADAPTERS}
     return _Subject("untrained base", "untrained base", _REAL_ADAPTERS, 1, prepare, config, request_of, ASKED)
