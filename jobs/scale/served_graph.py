@@ -2,7 +2,7 @@
 
 On this machine each graph has a Ray of its own, and the gateway listens itself. On a cluster Ray Serve's proxies listen, and
 no other Ray Serve may run there: it would be ended with this one. The LLM is one that costs nothing, on the loopback of
-every node, so that no experiment spends money or leaves a port open to others.
+every host, so that no experiment spends money or leaves a port open to others.
 """
 
 from __future__ import annotations
@@ -68,33 +68,42 @@ def listening(
     Raises:
         ConfigError: Ray Serve runs on the cluster already.
     """
-    import ray
     from ray import serve
 
     port, is_local = free_port(), not joins_cluster()
     if is_local:
         let_ingress_listen(port)
+    with _connected(cpus):
+        if serve_is_running():
+            raise ConfigError(
+                "scale serve: Ray Serve runs on this cluster already, and would share its machines with the load; next: stop "
+                "it (`serve shutdown`), or another cluster"
+            )
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": free_port() if is_local else port})
+            with _fake_llm() as llm:
+                served = ServeArgs.model_validate({**args, "store": store.uri, "upstream": [{"base_url": llm}]})
+                serve.run(bind(served), name=APP, route_prefix="/")
+                engines = [name for name in serve.status().applications[APP].deployments if name.startswith(_ENGINES)]
+                yield Endpoint(f"http://127.0.0.1:{port}", make_key(store), tuple(engines), replicas)
+        finally:
+            serve.shutdown()
+
+
+@contextlib.contextmanager
+def _connected(cpus: int) -> Iterator[None]:
+    import ray
+
     connect(num_cpus=cpus)
-    if serve_is_running():
-        raise ConfigError(
-            "scale serve: Ray Serve runs on this cluster already, and would share its machines with the load; next: stop it "
-            "(`serve shutdown`), or another cluster"
-        )
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": free_port() if is_local else port})
-        with _fake_llm() as llm:
-            served = ServeArgs.model_validate({**args, "store": store.uri, "upstream": [{"base_url": llm}]})
-            serve.run(bind(served), name=APP, route_prefix="/")
-            engines = [name for name in serve.status().applications[APP].deployments if name.startswith(_ENGINES)]
-            yield Endpoint(f"http://127.0.0.1:{port}", make_key(store), tuple(engines), replicas)
+        yield
     finally:
-        serve.shutdown()
         ray.shutdown()
 
 
 @contextlib.contextmanager
 def _fake_llm() -> Iterator[str]:
-    """An LLM on the loopback of every node of the connected cluster, at the one address."""
+    """An LLM on the loopback of every host of the connected cluster, at the one address."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -108,8 +117,10 @@ def _fake_llm() -> Iterator[str]:
 
     port, actors = free_port(), []
     try:
-        for node in (one for one in ray.nodes() if one["Alive"]):
-            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        # By host, of which one may have several nodes.
+        hosts = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for node in hosts.values():
+            place = NodeAffinitySchedulingStrategy(node, soft=False)
             actors.append(ray.remote(FakeLLM).options(num_cpus=0, scheduling_strategy=place).remote())
         ray.get([actor.listen.remote(port) for actor in actors])
         yield f"http://127.0.0.1:{port}/v1"
