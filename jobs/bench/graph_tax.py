@@ -33,7 +33,9 @@ from serving.app import ServeArgs, build
 from serving.specialist import SpecialistConfig, add_adapter, cpu_environment, engine_kwargs, fingerprint_of
 
 BASE = "bases/graph-tax"
-SHAPE = {"hidden_size": 768, "intermediate_size": 2_048, "layers": 12, "heads": 12, "vocab_size": 4_096}
+SHAPE = {"hidden_size": 512, "intermediate_size": 1_408, "layers": 8, "heads": 8, "vocab_size": 4_096}
+PATIENT = {"specialist_timeout_s": 50.0}
+"""Of the gateway: a call that is given up says nothing of what one takes, and machines are busy."""
 SMALL = {"hidden_size": 256, "intermediate_size": 640, "layers": 6, "heads": 4, "vocab_size": 2_048}
 """Of a base for measurements of more than one engine's speed: an answer takes milliseconds."""
 NUM_ADAPTERS = 4
@@ -206,7 +208,7 @@ def _run_graph(
     # A place for each engine and for the gateway, also where there are fewer cores: they are told to share.
     connect(num_cpus=replicas + 1)
     specialists = {**CONFIG, "min_replicas": replicas, "max_replicas": replicas, "request_router": router}
-    args = {"store": store.uri, "upstream": [{"base_url": f"{llm}/v1"}], "specialists": specialists}
+    args = {"store": store.uri, "upstream": [{"base_url": f"{llm}/v1"}], "specialists": specialists, "gateway": PATIENT}
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
         serve.run(build(ServeArgs.model_validate(args)), name="graph-tax", route_prefix="/")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError
 from cluster.store import Store, content_hash
-from jobs.bench.graph_tax import CONFIG, SMALL, make_base, request_of, wait_for_specialists
+from jobs.bench.graph_tax import CONFIG, PATIENT, SMALL, make_base, request_of, wait_for_specialists
 from jobs.bench.mixed_adapters import draw_adapters
 from jobs.bench.stage import publish_stage, task_request
 from jobs.bench.stub_graph import LOAD_S, StubEngine, bind_stub_graph
@@ -253,7 +253,7 @@ def _by_replicas(cells: Sequence[Cell]) -> list[tuple[int, list[Cell]]]:
 
 def _args(specialists: Mapping[str, Any], replicas: int) -> dict[str, Any]:
     own = {**specialists, "min_replicas": replicas, "max_replicas": replicas}
-    return {"specialists": own, "audit": {"share": 0.0}}
+    return {"specialists": own, "audit": {"share": 0.0}, "gateway": PATIENT}
 
 
 def paced_engine(answer_s: float, other_s: float) -> type[StubEngine]:
