@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
+from jobs import submit
 
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
@@ -25,7 +26,8 @@ EXPERIMENTS = {
     "tasks": "a specialist for each task, for each group, for all, at equal total compute",
     "fleet": "tasks x workers -> makespan, efficiency, lower bound; simulated up to 1,000 GPUs, checked by real fleets",
     "rank": "LoRA rank, targets, DoRA, full fine-tune at equal compute",
-    "serve": "replicas x adapters x concurrency -> throughput, latency, adapter loads; many replicas simulated",
+    "serve": "replicas x adapters x concurrency -> throughput, latency, adapter loads; real engines, and many simulated "
+    "ones; with store=PATH what that store serves, asked its own calls",
     "economy": "share of calls moved and utilisation -> cost; break-even volume of a task",
 }
 """Name, also of the module in jobs/scale/ -> what it measures."""
@@ -42,6 +44,8 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
         examples=[
             "understudy scale data --quick",
             "understudy scale data --out out/data recipe=local store=store",
+            "understudy scale serve --quick store=store",
+            "understudy scale data --address http://127.0.0.1:8265 --out /shared/data recipe=local store=/shared/store",
             "understudy scale economy recipe=my.toml --given calls_per_s=12 --given kept=0.6",
         ],
     )
@@ -72,14 +76,54 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
         metavar="NAME=VALUE",
         help="economy: a number measured elsewhere, such as kept=0.6; may be given again; the report names all",
     )
+    submit.add_flags(scale)
     scale.set_defaults(run=_scale)
 
 
-def _scale(options: argparse.Namespace) -> None:
+def _scale(options: argparse.Namespace) -> int | None:
+    _check_flags(options)
+    if options.address:
+        return _submit(options)
+    submit.check_flags(options)
+    _run(options)
+    return None
+
+
+def _check_flags(options: argparse.Namespace) -> None:
     if options.quick and options.full:
         raise ConfigError("--quick and --full: one is less and the other more; next: leave one out")
     if options.given and options.experiment != "economy":
         raise ConfigError(f"--given: {options.experiment} measures its numbers itself; next: leave it out")
+    if options.calls and options.experiment == "serve":
+        raise ConfigError("--calls: serve asks what a store serves the calls that are there; next: store=PATH instead")
+    if options.calls and names_store(options.words):
+        raise ConfigError("--calls and store=: both say where calls are; next: leave one out")
+
+
+def _submit(options: argparse.Namespace) -> int:
+    """The experiment as a job of the cluster: its files are those of the nodes."""
+    for flag, paths in (("--out", [options.out] if options.out else []), ("--calls", options.calls)):
+        if wrong := [path for path in paths if not path.is_absolute()]:
+            raise ConfigError(
+                f"{flag} {wrong[0]}: with --address the job runs elsewhere; allowed: the whole path of what all nodes see; "
+                f"next: {flag} /shared/{wrong[0].name}"
+            )
+    if options.out is None:
+        raise ConfigError(
+            "--address: the report stays on the cluster, in --out, which is not said; next: --out /shared/FOLDER that all "
+            "nodes see"
+        )
+    flags = [options.experiment, *_flags(options), "--out", str(options.out)]
+    return submit.submit("scale", options.words, flags, options, has_store=names_store(options.words))
+
+
+def _flags(options: argparse.Namespace) -> list[str]:
+    size = ["--quick"] * options.quick + ["--full"] * options.full
+    calls = [word for path in options.calls for word in ("--calls", str(path))]
+    return [*size, *calls, *(word for one in options.given for word in ("--given", one))]
+
+
+def _run(options: argparse.Namespace) -> None:
     out = options.out or pathlib.Path("out/scale") / options.experiment
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is no folder; allowed: a folder, or a path where none is yet")
@@ -88,8 +132,6 @@ def _scale(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.words)
     takes_store = names_store(options.words)
-    if takes_store and options.calls:
-        raise ConfigError(f"--calls and store={recipe.store!r}: both say where calls are; next: leave one out")
     if takes_store:
         require_role(recipe.store, "curator")
     from jobs.scale.report import write_findings
@@ -109,10 +151,7 @@ def _scale(options: argparse.Namespace) -> None:
     finally:
         # Examples are content: they stay on no disk, whatever became of the experiment.
         shutil.rmtree(_material_folder(out), ignore_errors=True)
-    size = ["--quick"] * options.quick + ["--full"] * options.full
-    calls = [word for path in options.calls for word in ("--calls", str(path))]
-    given = [word for one in options.given for word in ("--given", one)]
-    words = ["understudy", "scale", options.experiment, *size, *options.words, *calls, *given]
+    words = ["understudy", "scale", options.experiment, *_flags(options), *options.words]
     write_findings(out, options.experiment, findings, words)
 
 
@@ -147,6 +186,7 @@ def _laboratory(options: argparse.Namespace, recipe: Recipe, out: pathlib.Path, 
         load=load,
         save=save,
         say=_say,
+        names_store=takes_store,
     )
 
 

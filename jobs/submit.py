@@ -86,12 +86,15 @@ def check_flags(options: argparse.Namespace) -> None:
             raise ConfigError(f"{flag}: needs --address; next: {flag} with --address http://HOST:8265, or leave it out")
 
 
-def plan_submission(verb: str, words: list[str], flags: list[str], options: argparse.Namespace) -> Submission:
+def plan_submission(
+    verb: str, words: list[str], flags: list[str], options: argparse.Namespace, *, has_store: bool = True
+) -> Submission:
     """What `--address` would submit.
 
     Args:
         words: key=value words of the command line.
         flags: others that the job gets, such as --promote.
+        has_store: whether the verb works on the recipe's store; else the job is told of none.
 
     Raises:
         ConfigError: the words are wrong, or name what the cluster cannot see.
@@ -100,7 +103,7 @@ def plan_submission(verb: str, words: list[str], flags: list[str], options: argp
     from jobs.recipe import load_recipe
 
     recipe = load_recipe(words)
-    if "://" not in recipe.store and not is_loopback(options.address) and not _names_whole_path(words):
+    if has_store and "://" not in recipe.store and not is_loopback(options.address) and not _names_whole_path(words):
         raise ConfigError(
             f"store={recipe.store!r}: a folder of this machine, and the job runs at {options.address}; allowed: the whole "
             "path of a folder that all nodes share, s3://... or gs://...; next: store=/shared/store"
@@ -117,9 +120,9 @@ def plan_submission(verb: str, words: list[str], flags: list[str], options: argp
         if sha := git_sha(options.working_dir):
             runtime_env["env_vars"] = {GIT_SHA_ENV: sha}
     others = [word for word in spell_out(words) if not word.startswith("store=")]
-    whole = [*others, f"store={recipe.store}"]
+    whole = [*others, f"store={recipe.store}"] if has_store else others
     entrypoint = shlex.join(["python", "-m", "jobs", verb, *flags, *whole])
-    return Submission(entrypoint, runtime_env, _metadata(verb, recipe.store))
+    return Submission(entrypoint, runtime_env, _metadata(verb, recipe.store) if has_store else {"understudy": verb})
 
 
 def submit(
@@ -128,17 +131,20 @@ def submit(
     flags: list[str],
     options: argparse.Namespace,
     connect: Callable[[str], JobClient] | None = None,
+    *,
+    has_store: bool = True,
 ) -> int:
     """Submit, follow the job's log on stdout, and return its exit code. Ctrl-C leaves the job running.
 
     Args:
         connect: opens the client; None takes Ray's.
+        has_store: as plan_submission takes it.
 
     Raises:
         ConfigError: as plan_submission, or nobody answers at the address.
         UnderstudyError: the cluster refuses the job.
     """
-    plan = plan_submission(verb, words, flags, options)
+    plan = plan_submission(verb, words, flags, options, has_store=has_store)
     if getattr(options, "dry_run", False):
         print(json.dumps({"address": options.address, **plan._asdict()}, indent=1))
         return 0

@@ -31,7 +31,7 @@ async def generate(
     max_tokens: int,
     stop: int,
     lora: Any,
-    stop_below: float,
+    stop_below: float = 0.0,
     constraint: dict[str, Any] | None = None,
 ) -> Generated:
     """Ask vLLM for tokens, greedily, up to the token `stop`.

@@ -73,14 +73,15 @@ class Memory:
         self._blocks: collections.OrderedDict[tuple[str, bytes], None] = collections.OrderedDict()
 
     def look(self, queue_len: int, resident: set[str], adapter: str, blocks: Sequence[bytes]) -> Candidate:
-        """The replica as a candidate for one call; `resident` is what it says that it has."""
+        """The replica as a candidate for one call; `resident` is what it says that it has. Every one has the base alone ("")."""
         adapters = resident | self._adapters.keys()
         shared = next((n for n, one in enumerate(blocks) if (adapter, one) not in self._blocks), len(blocks))
-        return Candidate(queue_len, adapter in adapters, len(adapters), shared)
+        return Candidate(queue_len, not adapter or adapter in adapters, len(adapters), shared)
 
     def note(self, adapter: str, blocks: Sequence[bytes]) -> None:
-        """A call went there."""
-        _touch(self._adapters, adapter, self._max_adapters)
+        """A call went there, for an adapter or for the base alone ("")."""
+        if adapter:
+            _touch(self._adapters, adapter, self._max_adapters)
         for block in blocks:
             _touch(self._blocks, (adapter, block), _MAX_PROMPTS)
 

@@ -47,9 +47,7 @@ def _router_class() -> type:
 
         def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
             """Remember where the call went."""
-            adapter, blocks = call_of(pending_request)
-            if adapter:
-                self._memory_of(replica_id).note(adapter, blocks)
+            self._memory_of(replica_id).note(*call_of(pending_request))
 
         def update_replicas(self, replicas: list[RunningReplica]) -> None:
             """Forget those that are gone."""
@@ -64,7 +62,7 @@ def _router_class() -> type:
 
 
 def call_of(pending: Any) -> tuple[str, list[bytes]]:
-    """Adapter and prompt of a pending call of SpecialistServer; its methods without a request have no prompt."""
+    """Adapter ("" for the base alone) and prompt of a call of SpecialistServer; its methods without a request have no prompt."""
     if pending is None:
         return "", []
     request = next((one for one in pending.args if isinstance(one, dict)), None)

@@ -1,8 +1,9 @@
-"""One load of an adapter for all who ask for it at once."""
+"""One load of an adapter for all who ask for it at once, and how many there were."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -33,3 +34,14 @@ class SharedLoads:
         del self._running[adapter]
         # Looked at, so that asyncio does not complain where everybody who waited has left.
         _ = done.cancelled() or done.exception()
+
+
+class CountedLoads:
+    """What a replica says of the adapters that it has loaded."""
+
+    num_loads = 0
+    """Adapters given to the engine so far; one that was given up for another and asked for again counts again."""
+
+    async def facts(self) -> dict[str, int]:
+        """Loads so far, and this replica's process."""
+        return {"num_loads": self.num_loads, "pid": os.getpid()}

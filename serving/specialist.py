@@ -10,12 +10,14 @@ tokenizer. Adapters are named by their store path, which holds their content has
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from typing import Any
 
+from cluster import registry
 from cluster.confidence import confidence
 from cluster.engine import EngineAnswer
-from cluster.errors import EngineError, StoreError
+from cluster.errors import EngineError, ReleaseError, StoreError
 from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
 from cluster.store import Store
 from cluster.tracing import TelemetryConfig, outgoing, start_tracing
@@ -24,7 +26,7 @@ from serving.engine_options import AdapterMode, engine_environment, engine_kwarg
 from serving.generation import Generated, generate
 from serving.presence import Presence
 from serving.scaling import autoscaling_of
-from serving.shared_loads import SharedLoads
+from serving.shared_loads import CountedLoads, SharedLoads
 from serving.specialist_config import SpecialistConfig
 from serving.traces import traced_answers
 
@@ -171,6 +173,23 @@ def _to_answer(output: Generated, prompt: Prompt, prompt_format: PromptFormat, t
     )
 
 
+def served_adapters(store: Store, model: str) -> list[str]:
+    """Adapters that the served release asks engines of this model with; none where no release can be read."""
+    try:
+        found = registry.current(store)
+    except ReleaseError:
+        return []
+    specialists = found[1].specialists.values() if found else ()
+    return sorted({one.lora for one in specialists if one.model == model and one.lora and one.gate.is_open})
+
+
+async def _load_all(adapters: SharedLoads, wanted: list[str]) -> None:
+    for adapter in wanted:
+        # The gateway, which asks for each as well, says which does not load and leaves it to the LLM.
+        with contextlib.suppress(EngineError):
+            await adapters.get(adapter)
+
+
 async def add_adapter(client: Any, lora: Any) -> None:
     """Give vLLM an adapter by itself, because one that fails to load inside a request takes the engine with it.
 
@@ -197,7 +216,7 @@ def _server_class() -> Any:
     """Made in a function, because Ray Serve LLM imports the engine."""
     from ray.llm._internal.serve.core.server.llm_server import LLMServer
 
-    class SpecialistServer(LLMServer):
+    class SpecialistServer(CountedLoads, LLMServer):
         async def __init__(
             self, llm_config: Any, *, store_uri: str, model: str, config: SpecialistConfig, telemetry: TelemetryConfig
         ) -> None:
@@ -217,9 +236,10 @@ def _server_class() -> Any:
                 return await self._load_adapter(adapter)
 
             # Serve routes an adapter's requests to replicas that have it; a replica that is new to one loads it here.
-            multiplexed = serve.multiplexed(max_num_models_per_replica=config.num_resident)(load)
-            self._adapters = SharedLoads(multiplexed)
+            self._adapters = SharedLoads(serve.multiplexed(max_num_models_per_replica=config.num_resident)(load))
             await super().__init__(llm_config)
+            # Also where it comes in the middle of load: no call of the served release waits for an adapter here.
+            await _load_all(self._adapters, served_adapters(self._store, model)[: config.num_resident])
 
         async def _start_engine(self) -> None:
             """Without Ray's usage report, whose actor would import the engine once more (13 s on a CPU)."""
@@ -244,8 +264,9 @@ def _server_class() -> Any:
         ) -> EngineAnswer:
             prompt = render_prompt(request, prompt_format, self._tokenizer)
             lora = await self._adapters.get(adapter) if adapter else None
+            limits = {"max_tokens": max_answer_tokens, "stop_below": stop_below}
             constraint = constraint_of(request, prompt_format)
-            output = await self._generate(lora, prompt.ids, max_answer_tokens, stop_below, constraint)
+            output = await self._generate(prompt.ids, lora=lora, constraint=constraint, **limits)
             return _to_answer(output, prompt, prompt_format, self._tokenizer)
 
         async def _load_adapter(self, adapter: str) -> Any:
@@ -256,14 +277,11 @@ def _server_class() -> Any:
             folder = await asyncio.to_thread(_fetch_adapter, self._store, adapter)
             lora = LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
             await add_adapter(self.engine._engine_client, lora)
-            await self._generate(lora, [self._tokenizer.eos_token_id], 1)
+            await self._generate([self._tokenizer.eos_token_id], max_tokens=1, lora=lora)
+            self.num_loads += 1
             return lora
 
-        async def _generate(
-            self, lora: Any, ids: list[int], max_tokens: int, stop_below: float = 0.0, constraint: Any = None
-        ) -> Generated:
-            options = {"stop": self._tokenizer.eos_token_id, "lora": lora, "stop_below": stop_below}
-            options["constraint"] = constraint
-            return await generate(self.engine._engine_client, ids, max_tokens=max_tokens, **options)
+        async def _generate(self, ids: list[int], **options: Any) -> Generated:
+            return await generate(self.engine._engine_client, ids, stop=self._tokenizer.eos_token_id, **options)
 
     return SpecialistServer

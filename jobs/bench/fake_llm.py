@@ -164,10 +164,20 @@ class _Connection(asyncio.Protocol):
             self._timer = loop.call_later(self._gap_s, self._send_next, pieces, number + 1)
 
 
+async def listen(gap_s: float, port: int = 0) -> asyncio.Server:
+    """Answer on loopback, on a free port where none is named.
+
+    Raises:
+        OSError: somebody else listens there.
+    """
+    loop = asyncio.get_running_loop()
+    return await loop.create_server(lambda: _Connection(gap_s), "127.0.0.1", port, backlog=1_024)
+
+
 async def _serve(gap_s: float) -> None:
-    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stopped.set)
-    server = await loop.create_server(lambda: _Connection(gap_s), "127.0.0.1", 0, backlog=1_024)
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    server = await listen(gap_s)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await stopped.wait()
     server.close()

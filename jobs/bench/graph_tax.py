@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster.prompts import PromptFormat, render_prompt
@@ -35,7 +35,11 @@ from serving.specialist import add_adapter
 from serving.specialist_config import SpecialistConfig
 
 BASE = "bases/graph-tax"
-SHAPE = {"hidden_size": 768, "intermediate_size": 2_048, "layers": 12, "heads": 12, "vocab_size": 4_096}
+SHAPE = {"hidden_size": 512, "intermediate_size": 1_408, "layers": 8, "heads": 8, "vocab_size": 4_096}
+PATIENT = {"specialist_timeout_s": 50.0}
+"""Of the gateway: a call that is given up says nothing of what one takes, and machines are busy."""
+SMALL = {"hidden_size": 256, "intermediate_size": 640, "layers": 6, "heads": 4, "vocab_size": 2_048}
+"""Of a base for measurements of more than one engine's speed: an answer takes milliseconds."""
 NUM_ADAPTERS = 4
 NUM_TOKENS = 16
 """Of each answer."""
@@ -46,7 +50,7 @@ _MAX_SECONDS = 120.0
 _NUM_TURNS, _TURN_WORDS = 4, 60
 ROUTERS = ("default", "adapter")
 CONFIG = {"max_adapters": NUM_ADAPTERS, "max_lora_rank": 8, "max_model_tokens": 512, "max_num_seqs": 16}
-_FORMAT = PromptFormat(kind="compact", answer_kind="label", max_prompt_tokens=400)
+FORMAT = PromptFormat(kind="compact", answer_kind="label", max_prompt_tokens=400)
 _START_TIMEOUT_S = 240.0
 
 
@@ -142,7 +146,7 @@ def make_base(
         store.publish(adapter_of(number), folder / f"adapter-{number}", {"kind": "bench"})
     tasks = {f"task-{one}": (adapter_of(one), 0.9, request_of(one, 0)) for one in range(num_adapters)}
     fingerprint = fingerprint_of(manifest["sha256"], SpecialistConfig(**CONFIG | {"max_adapters": num_adapters}))
-    publish_stage(store, "graph-tax", tasks, base=BASE, fingerprint=fingerprint, prompt_format=_FORMAT)
+    publish_stage(store, "graph-tax", tasks, base=BASE, fingerprint=fingerprint, prompt_format=FORMAT)
     return {"parameters": num_parameters, "answer_tokens": NUM_TOKENS, "concurrency": _CONCURRENCY, **CONFIG}
 
 
@@ -167,7 +171,7 @@ async def _bare(store: Store, num: int) -> dict[str, Any]:
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, logprobs=0, stop_token_ids=[tokenizer.eos_token_id])
 
     async def ask(engine: Any, lora: Any, adapter: int, number: int) -> None:
-        prompt = TokensPrompt(prompt_token_ids=render_prompt(request_of(adapter, number), _FORMAT, tokenizer).ids)
+        prompt = TokensPrompt(prompt_token_ids=render_prompt(request_of(adapter, number), FORMAT, tokenizer).ids)
         async for _ in engine.generate(prompt, params, f"{adapter}-{number}-{time.time()}", lora_request=lora):
             pass
 
@@ -217,9 +221,7 @@ def _run_graph(
     # A place for each engine and for the gateway, also where there are fewer cores: they are told to share.
     connect(num_cpus=replicas + 1)
     specialists = {**CONFIG, "min_replicas": replicas, "max_replicas": replicas, "request_router": router}
-    args = {"store": store.uri, "upstream": [{"base_url": f"{llm}/v1"}], "specialists": specialists}
-    # What is measured is the way through the graph, however long an engine takes on a machine with other things to do.
-    args["gateway"] = {"specialist_timeout_s": _MAX_SECONDS}
+    args = {"store": store.uri, "upstream": [{"base_url": f"{llm}/v1"}], "specialists": specialists, "gateway": PATIENT}
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
         serve.run(build(ServeArgs.model_validate(args)), name="graph-tax", route_prefix="/")
@@ -253,33 +255,38 @@ async def _load_graph(url: str, key: str, bodies: Sequence[dict[str, Any]]) -> d
         was_asked = route in ("escalate", "accept") and reason != "the prompt does not fit"
         return None if reply.status == 200 and was_asked else f"{reply.status}, {route}: {reason}"
 
-    before = _others_cpu()
+    before = others_cpu()
     turn = await load(url, requests, checked, concurrency=_CONCURRENCY, max_requests=num, max_seconds=_MAX_SECONDS)
     if turn.errors:
         raise RuntimeError(f"graph: {len(turn.errors)} of {num} not as they must be; {turn.errors[0]}")
-    return _rates(len(turn.whole_ms), turn.seconds, _others_cpu() - before)
+    return _rates(len(turn.whole_ms), turn.seconds, others_cpu() - before)
 
 
-def _others_cpu() -> float:
+def others_cpu() -> float:
     """CPU milliseconds of all processes below this one, which is the load."""
     return sum(used for pid, used in usage_of(os.getpid()).cpu_s.items() if pid != os.getpid()) * 1e3
 
 
-async def wait_for_specialists(url: str, key: str) -> None:
+async def wait_for_specialists(url: str, key: str, request: Mapping[str, Any] | None = None) -> None:
     """Ask until a specialist answers.
+
+    Args:
+        request: what is asked; None takes one of this benchmark's tasks.
 
     Raises:
         RuntimeError: none did in four minutes.
     """
     end = time.perf_counter() + _START_TIMEOUT_S
+    body = json.dumps(request or request_of(0, 0)).encode()
     while time.perf_counter() < end:
         exchange = await open_connection(url)
-        reply = await exchange.ask(http_request(url, json.dumps(request_of(0, 0)).encode(), key))
+        reply = await exchange.ask(http_request(url, body, key))
         exchange.close()
         if reply.headers.get("x-understudy-route") in ("escalate", "accept"):
             return
         await asyncio.sleep(1.0)
-    raise RuntimeError(f"the specialists did not load: {reply.headers}")
+    told = {name: reply.headers.get(f"x-understudy-{name}") for name in ("route", "reason")}
+    raise RuntimeError(f"no specialist answered in {_START_TIMEOUT_S:.0f} s: {reply.status}, {told}")
 
 
 def _rates(num: int, seconds: float, cpu_ms: float) -> dict[str, Any]:

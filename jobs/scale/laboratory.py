@@ -31,6 +31,8 @@ class Laboratory(NamedTuple):
     save: Callable[[Sequence[Material]], tuple[pathlib.Path, str]]
     """Tasks -> the folder where trials read them, and their hash."""
     say: Callable[[str], object]
+    names_store: bool = False
+    """Whether the words say which store: then its calls, and what it serves, are what an experiment is about."""
 
     def pick(self, **sizes: Any) -> Any:
         """What belongs to this size; `full` is as `small` where it is not given."""

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.errors import InputError
 from jobs.__main__ import main
+from jobs.bench.mixed_adapters import draw_adapters
 from jobs.recipe import load_recipe
 from jobs.scale.cells import Cell, CellBook, Measured, describe, measure_here
 from jobs.scale.charts import Axes, Dot, draw_lines, drawable
@@ -20,7 +21,7 @@ from jobs.scale.data import sizes_of
 from jobs.scale.fleet import foretell
 from jobs.scale.material import load_logs, read_material, save_material
 from jobs.scale.report import Findings, write_findings
-from jobs.scale.serve import draw_adapters, pace_of
+from jobs.scale.serve import pace_of
 from jobs.scale.tasks import group_tasks
 from jobs.scale.trial import HELD_OUT, draw, judge, wrong_of
 from training.fleet import plan_fleet

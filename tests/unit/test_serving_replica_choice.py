@@ -57,6 +57,17 @@ def test_a_memory_forgets_the_oldest_adapter_and_keeps_prompts_apart_by_adapter(
     assert memory.look(0, set(), "d", [b"1"]).num_shared == 0
 
 
+def test_a_call_for_no_adapter_goes_to_any_replica_however_many_adapters_it_has_and_to_where_its_prompt_was() -> None:
+    """Else every one of them, such as the question for its facts, would go to the replica with the fewest adapters."""
+    full, empty = Memory(2), Memory(2)
+    full.note("a", [])
+    seen = [full.look(0, {"b"}, "", []), empty.look(0, set(), "", [])]
+    assert {rank[0] for rank in (choose(seen, 8, random.Random(seed))[0] for seed in range(20))} == {0, 1}
+    empty.note("", [b"1"])
+    assert choose([one.look(0, set(), "", [b"1", b"2"]) for one in (full, empty)], 8, random.Random(0)) == [[1], [0]]
+    assert empty.look(0, set(), "a", []).num_adapters == 0, "the base is no adapter"
+
+
 class Replica:
     """Simulated: adapters and prompts kept by recency; one call is done each turn."""
 

@@ -15,6 +15,7 @@ from cluster.records import Release, Specialist
 from cluster.route_model import RouteModel
 from cluster.store import Store
 from serving.app import ServeArgs, build
+from serving.specialist import served_adapters
 from serving.table import ServingTable, crowded_base
 
 
@@ -143,6 +144,20 @@ def test_a_merged_specialist_is_served_by_an_engine_of_its_own_that_loads_no_ada
         assert list(other.snapshot.specialists) == ["a"] and "no engine serves its model" in other.snapshot.skipped["b"]
 
     asyncio.run(scenario())
+
+
+def test_a_new_replica_loads_what_the_served_release_asks_its_model_for(tmp_path: pathlib.Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    assert served_adapters(store, BASE) == []
+    merged = _specialists("m")[0].model_copy(update={"merged": "merged/m/1"})
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "weights").write_text("none")
+    store.publish("merged/m/1", tmp_path / "scratch", {})
+    _promote(store, tmp_path / "scratch", [*_specialists("b", "a"), *_specialists("c", base="bases/other"), merged])
+    assert served_adapters(store, BASE) == ["adapters/a", "adapters/b"]
+    assert served_adapters(store, "bases/other") == ["adapters/c"] and served_adapters(store, "merged/m/1") == []
+    store.write_json(registry.CURRENT, {"release": "f" * 64, "history": []})
+    assert served_adapters(store, BASE) == [], "a release that cannot be read keeps no replica from starting"
 
 
 def test_a_release_with_more_adapters_than_an_engine_holds_is_refused_at_build(tmp_path: pathlib.Path) -> None:
