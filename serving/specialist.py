@@ -243,7 +243,6 @@ def _server_class() -> Any:
 
         async def _start_engine(self) -> None:
             """Without Ray's usage report, whose actor would import the engine once more (13 s on a CPU)."""
-            assert self.engine is not None
             await self.engine.start()
 
         async def fingerprint(self) -> str:
