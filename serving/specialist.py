@@ -205,9 +205,11 @@ async def add_adapter(client: Any, lora: Any) -> None:
         raise EngineError(f"{lora.lora_name}: {error}") from None
 
 
-def _fetch_adapter(store: Store, adapter: str) -> Any:
+def _fetch_adapter(store: Store, adapter: str, number: int) -> Any:
+    from vllm.lora.request import LoRARequest
+
     try:
-        return store.fetch(adapter)
+        return LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(store.fetch(adapter)))
     except StoreError as error:
         raise EngineError(f"{adapter}: {error}") from None
 
@@ -270,11 +272,8 @@ def _server_class() -> Any:
 
         async def _load_adapter(self, adapter: str) -> Any:
             """Fetch the adapter, give it to the engine, and run one token through it."""
-            from vllm.lora.request import LoRARequest
-
             number = self._numbers.setdefault(adapter, len(self._numbers) + 1)
-            folder = await asyncio.to_thread(_fetch_adapter, self._store, adapter)
-            lora = LoRARequest(lora_name=adapter, lora_int_id=number, lora_path=str(folder))
+            lora = await asyncio.to_thread(_fetch_adapter, self._store, adapter, number)
             await add_adapter(self.engine._engine_client, lora)
             await self._generate([self._tokenizer.eos_token_id], max_tokens=1, lora=lora)
             self.num_loads += 1
