@@ -35,7 +35,7 @@ WHAT = {"agreement": "right", "coverage": "kept"}
 def run(lab: Laboratory) -> Findings:
     """Measure the learning curves and fit their laws."""
     material = list(lab.load())[: lab.pick(quick=2, small=4, full=99)]
-    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=160, small=800, full=3200)
+    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=320, small=800, full=3200)
     parameters = [
         {
             "task": one.name,
@@ -47,7 +47,7 @@ def run(lab: Laboratory) -> Findings:
             "batch_size": 16,
         }
         for one in material
-        for count in sizes_of(len(one.splits["train"]), lab.pick(quick=4, small=2))
+        for count in sizes_of(len(one.splits["train"]), 2)
         for seed in range(seeds)
     ]
     measured = lab.train("data", material, parameters)

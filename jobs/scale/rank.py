@@ -39,7 +39,7 @@ _HEAD = ["way", "servable", "task", "steps", "seeds", "agreement", "interval", "
 def run(lab: Laboratory) -> Findings:
     """Fine-tune in every way and compare on the same test calls."""
     material = list(lab.load())[: lab.pick(quick=1, small=3, full=6)]
-    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=40, small=240, full=1200)
+    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=120, small=240, full=1200)
     base = lab.base if lab.recipe.select.base else lab.pick(quick="scratch-micro", small="scratch-tiny")
     entry = find_entry(base)
     start = _start(lab, material, entry) if isinstance(entry, ScratchModel) else None
@@ -115,7 +115,7 @@ def _start(lab: Laboratory, material: Sequence[Material], entry: ScratchModel) -
         ConfigError: what an earlier run of OUT trained is gone.
     """
     _, data = lab.save(material)
-    steps = lab.pick(quick=60, small=400, full=2000)
+    steps = lab.pick(quick=160, small=400, full=2000)
     cells = lab.cells("rank base", data, [{"base": entry.name, "steps": steps}])
     work = lab.out / f"base-{cells[0].key}"
 

@@ -31,8 +31,8 @@ _HEAD = ["way", "models", "task", "seeds", "agreement", "interval", "certified c
 def run(lab: Laboratory) -> Findings:
     """Train every way and compare on the same test calls."""
     material = list(lab.load())[: lab.pick(quick=3, small=5, full=12)]
-    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=80, small=800, full=3200)
-    count = lab.pick(quick=200, small=1600, full=100_000)
+    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=240, small=800, full=3200)
+    count = lab.pick(quick=800, small=1600, full=100_000)
     ways = _ways(material)
     parameters = [
         {
