@@ -22,7 +22,6 @@ _WIDTH, _ROOM, _NAME_HEIGHT = 6.6, 3.6, 0.2
 """Inches; narrow, so that letters can be read where a page is."""
 _NAMES_A_ROW = 2
 _MOST_TICKS, _APART = 8, 1.3
-_MILLIONS_FROM = 100_000
 
 
 class Dot(NamedTuple):
@@ -172,12 +171,10 @@ def plain(value: float) -> str:
     """A number as an axis and a sentence tell it.
 
     Example:
-        >>> plain(282_600), plain(2_016_960), plain(1_000), plain(0.05)
-        ('0.28M', '2M', '1,000', '0.05')
+        >>> plain(138_462.5), plain(2051), plain(0.2826), plain(1)
+        ('138,462', '2,051', '0.283', '1')
     """
-    if value >= _MILLIONS_FROM:
-        return f"{value / 1e6:.2g}M"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _wrap(name: str) -> list[str]:

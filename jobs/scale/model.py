@@ -153,9 +153,9 @@ def _draw(name: str, rows: Sequence[Sequence[Any]]) -> str:
     series: dict[str, list[Dot]] = {}
     for row in rows:
         if row[0] == name:
-            series.setdefault(f"{row[3]:,} examples", []).append(Dot(row[2], row[6], *read_span(row[7])))
+            series.setdefault(f"{row[3]:,} examples", []).append(Dot(row[2] / 1e6, row[6], *read_span(row[7])))
     caption = f"{name}: agreement on test calls by parameters, every training at the same compute; bars are {LEVEL:.0%} intervals."
-    axes = Axes("parameters", "agreement on test calls", is_x_log=True, y_limits=(0, 1.02))
+    axes = Axes("million parameters", "agreement on test calls", is_x_log=True, y_limits=(0, 1.02))
     return draw_lines(series, axes, caption)
 
 
@@ -183,8 +183,8 @@ def _tell(name: str, right: Mapping[int, np.ndarray], fit: Fit | None) -> str:
     if means[best] < LEARNED:
         return f"{name} is not learned by any base at this budget: the best agrees on {means[best]:.0%}"
     alike = [size for size in right if size != best and not _is_better(right[best], right[size])]
-    others = f", from which {' and '.join(map(plain, alike))} cannot be told" if alike else ""
-    told = f"{name} does best on {plain(best)} parameters, agreement {means[best]:.0%}{others}"
+    others = f", from which {' and '.join(map(_millions, alike))} cannot be told" if alike else ""
+    told = f"{name} does best on {_millions(best)} parameters, agreement {means[best]:.0%}{others}"
     if not fit:
         return told
     if not fit.law.is_fitting:
@@ -194,6 +194,10 @@ def _tell(name: str, right: Mapping[int, np.ndarray], fit: Fit | None) -> str:
         for variable, rate, ends in zip(fit.law.variables, fit.law.rates, fit.law.rate_intervals, strict=True)
     ]
     return f"{told} (error above its floor goes with {', with '.join(powers)})"
+
+
+def _millions(size: int) -> str:
+    return f"{plain(size / 1e6)}M"
 
 
 def _is_better(one: np.ndarray, other: np.ndarray) -> bool:

@@ -24,7 +24,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1rem; color: #555; } .lead { font-size: 1.25rem; } table { border-collapse: collapse; font-size: 0.85rem; }
 th, td { text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
 td { white-space: nowrap; }
-figure { margin: 1.5rem 0; } figure svg { width: 100%; min-width: 26rem; max-width: 48rem; height: auto; }
+figure { margin: 1.5rem 0; } figure svg { width: 100%; min-width: 21rem; max-width: 48rem; height: auto; }
 figcaption { color: #555; font-size: 0.9rem; } .wide { overflow-x: auto; } pre { overflow-x: auto; font-size: 0.8rem; }
 p, li { overflow-wrap: anywhere; } ul { padding-left: 1.2rem; } summary { cursor: pointer; }
 """

@@ -207,7 +207,7 @@ def test_axes_tell_plain_numbers_and_names_are_rows_of_their_own() -> None:
     points = {"clinc150: domain": Dot(0, 0.5, 0.4, 0.6), "snips": Dot(0, 0.7)}
     groups = draw_groups({"apart": points, "shared": {"snips": Dot(0, 0.1)}}, "agreement", "A caption.")
     assert {"clinc150: domain", "snips", "apart", "shared", "agreement"} <= ticks_of(groups)
-    assert "0.5 of clinc150: domain" in groups and plain(282_600) == "0.28M"
+    assert "0.5 of clinc150: domain" in groups and plain(0.2826) == "0.283"
 
 
 @pytest.mark.parametrize("most", [50, 51, 60, 99, 400, 850, 5000])

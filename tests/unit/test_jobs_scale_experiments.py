@@ -129,7 +129,7 @@ def test_model_tells_a_larger_base_that_is_better_from_one_that_is_worse(tmp_pat
     assert better[1] == pytest.approx(0.2, abs=0.12)
     steps = {row[1]: row[4] for row in found.rows}
     assert steps["scratch-0.3M"] > 20 * steps["scratch-10M"], "not the same compute"
-    assert "better does best on 0.1M parameters" in found.sentence and len(found.pictures) == 2
+    assert "better does best on 0.102M parameters" in found.sentence and len(found.pictures) == 2
 
 
 def test_model_calls_no_base_best_that_may_be_none() -> None:
@@ -137,7 +137,7 @@ def test_model_calls_no_base_best_that_may_be_none() -> None:
     alike = {size: (rng.random((3, 200)) < 0.7).astype(float) for size in (282_600, 688_768)}
     told = model._tell("alike", {**alike, 2_016_960: np.zeros((3, 200))}, None)
     assert re.search(
-        r"alike does best on 0\.(28|69)M parameters, agreement \d\d%, from which 0\.(28|69)M cannot be told$", told
+        r"alike does best on 0\.(283|689)M parameters, agreement \d\d%, from which 0\.(283|689)M cannot be told$", told
     )
     nothing = model._tell("hard", {size: np.zeros((2, 100)) for size in alike}, None)
     assert "hard is not learned by any base at this budget" in nothing and "best on" not in nothing
