@@ -37,7 +37,7 @@ WHAT = {"agreement": "right", "coverage": "kept"}
 def run(lab: Laboratory) -> Findings:
     """Measure the learning curves and fit their laws."""
     material = list(lab.load())[: lab.pick(quick=2, small=4, full=99)]
-    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=320, small=800, full=3200)
+    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=480, small=800, full=3200)
     parameters = [
         {
             "task": one.name,
