@@ -55,7 +55,11 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
         help="cells, laws.json, report.html; on a cluster a folder that all nodes see; default out/scale/EXPERIMENT. The "
         "same command again goes on where it stopped",
     )
-    scale.add_argument("--quick", action="store_true", help="minutes on two cores: shows that it runs")
+    scale.add_argument(
+        "--quick",
+        action="store_true",
+        help="minutes on two cores: few calls, and the ten most frequent answers of tasks that have more",
+    )
     scale.add_argument("--full", action="store_true", help="more seeds, sizes and steps than two cores do in minutes")
     scale.add_argument(
         "--calls",
