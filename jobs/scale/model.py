@@ -208,7 +208,7 @@ def _is_better(one: np.ndarray, other: np.ndarray) -> bool:
 def _notes(lab: Laboratory, rows: Sequence[Sequence[Any]], flops: float, seeds: int) -> list[str]:
     told = [
         f"Every training spends about {flops:.2g} floating point operations (6 a weight and token, 4 with LoRA), padding "
-        f"left out of the plan; {seeds} seeds. A larger base sees fewer tokens: at a larger budget the best size is larger.",
+        f"left out of the plan; {seeds} seeds. A larger base sees fewer tokens: at a larger budget the best size may be larger.",
         "A law's power of parameters above 0 says that a larger base is worse at this budget; the law has one power, "
         "and where the best size lies inside the range its residual tells that it does not fit.",
         "Scratch bases have seen the task's own examples and nothing else.",

@@ -20,7 +20,7 @@ from jobs import provenance
 from jobs.tables import show_table
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1rem; color: #555; } .lead { font-size: 1.25rem; } table { border-collapse: collapse; font-size: 0.85rem; }
 th, td { text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
 td { white-space: nowrap; }
