@@ -24,7 +24,8 @@ from jobs.scale.report import Findings
 from jobs.scale.trial import wrong_of
 from training.usefulness import group_topics
 
-WAYS = ("apart", "groups", "shared")
+_AND = "+"
+"""Between the ways that a model is one of."""
 _HEAD = [
     "way",
     "models",
@@ -43,9 +44,10 @@ def run(lab: Laboratory) -> Findings:
     seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=240, small=800, full=3200)
     count = lab.pick(quick=800, small=1600, full=100_000)
     ways = _ways(material)
+    # A group of one task is learned apart: one model stands for both ways.
     parameters = [
         {
-            "way": way,
+            "way": _AND.join(way for way, groups in ways.items() if group in groups),
             "tasks": list(group),
             "base": lab.base,
             "examples": count,
@@ -53,8 +55,7 @@ def run(lab: Laboratory) -> Findings:
             "seed": seed,
             "batch_size": 16,
         }
-        for way, groups in ways.items()
-        for group in groups
+        for group in dict.fromkeys(group for groups in ways.values() for group in groups)
         for seed in range(seeds)
     ]
     # The longest first: a shared model that began last would run alone at the end.
@@ -112,7 +113,7 @@ def _of_way(
     measured: Sequence[Measured], way: str, material: Sequence[Material], seeds: int
 ) -> dict[str, list[dict[str, Any]]]:
     """task_id -> what each seed's model is worth on it."""
-    own = [m for m in measured if m.cell.parameters["way"] == way]
+    own = [m for m in measured if way in m.cell.parameters["way"].split(_AND)]
     by_seed = {(t, m.cell.parameters["seed"]): facts for m in own for t, facts in m.result["tasks"].items()}
     return {one.task.task_id: [by_seed[one.task.task_id, seed] for seed in range(seeds)] for one in material}
 

@@ -163,18 +163,24 @@ def test_a_base_outside_the_catalog_has_the_budget_of_its_own_size(tmp_path: pat
 
 def test_tasks_gives_every_way_the_same_steps_and_says_which_is_better(tmp_path: pathlib.Path) -> None:
     material = [make_task(name) for name in "abc"]
-    worse = {"apart": 0.1, "shared": 0.3, "groups": 0.2}
+    worse = {"apart": 0.1, "apart+groups": 0.1, "shared": 0.3, "groups": 0.2}
     lab = world(tmp_path, lambda one, task: worse[one["way"]], *material)
     found = tasks.run(lab)
     spent: dict[tuple[str, int], int] = {}
-    for record in {(r["way"], r["seed"], tuple(r["tasks"]), r["steps"]) for r in map(_listed, found.records)}:
-        spent[record[:2]] = spent.get(record[:2], 0) + record[3]
+    for ways, seed, _, steps in {
+        (r["way"], r["seed"], tuple(r["tasks"]), r["steps"]) for r in map(_listed, found.records)
+    }:
+        for way in ways.split("+"):
+            spent[way, seed] = spent.get((way, seed), 0) + steps
+    assert {way for way, _ in spent} == {"apart", "groups", "shared"}
+    trained = {(tuple(r["tasks"]), r["seed"]) for r in map(_listed, found.records)}
+    assert len(trained) == 5 * 3, "a group of one task is trained a second time"
     assert len(set(spent.values())) == 1
     assert "specialists for each of 3 tasks are better than one shared model" in found.sentence
     assert found.laws["apart minus shared"]["mean"] == pytest.approx(0.2, abs=0.03)
     same = tasks.run(world(tmp_path, lambda one, task: 0.2, *material))
     assert "cannot be told from" in same.sentence
-    chance = tasks.run(world(tmp_path, lambda one, task: 0.97 + 0.02 * (one["way"] == "apart"), *material))
+    chance = tasks.run(world(tmp_path, lambda one, task: 0.97 + 0.02 * one["way"].startswith("apart"), *material))
     assert "no way learns the 3 tasks" in chance.sentence, "ways are compared that all learned nothing"
 
 
