@@ -41,7 +41,7 @@ _HEAD = [
 def run(lab: Laboratory) -> Findings:
     """Train every way and compare on the same test calls."""
     material = list(lab.load())[: lab.pick(quick=3, small=5, full=12)]
-    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=240, small=800, full=3200)
+    seeds, steps = lab.pick(small=3, full=5), lab.pick(quick=320, small=800, full=3200)
     count = lab.pick(quick=800, small=1600, full=100_000)
     ways = _ways(material)
     # A group of one task is learned apart: one model stands for both ways.
