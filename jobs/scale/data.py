@@ -17,8 +17,8 @@ import numpy as np
 from jobs.scale.cells import Measured
 from jobs.scale.charts import Axes, Dot, draw_lines
 from jobs.scale.laboratory import Laboratory
-from jobs.scale.laws import LEARNED, LEVEL, Fit, Grid, Interval, Need, fit_law, mean_interval
-from jobs.scale.material import Material
+from jobs.scale.laws import LEVEL, Fit, Grid, Interval, Need, fit_law, mean_interval
+from jobs.scale.material import Material, tell_baselines
 from jobs.scale.report import Findings
 from jobs.scale.trial import wrong_of
 
@@ -167,27 +167,27 @@ def _sentence(
     told = f"{len(within)} of {len(material)} tasks reach {_WANTED[1]:.0%} agreement within the data" + (
         f" (from {within[0]:,.0f} examples on)" if within else ""
     )
+    learned = [one.name for one in material if one.is_learned(last[one.name][3])]
     of_each = " of each task" if len(last) > 1 else ""
     return (
         f"With all {_range([row[1] for row in last.values()], ',')} train examples{of_each} agreement is "
-        f"{_range([row[3] for row in last.values()], '.0%')}; {told}{_rates(last, fits)}; the data stops at {most:,} examples, "
+        f"{_range([row[3] for row in last.values()], '.0%')}; {told}{_rates(learned, fits)}; the data stops at {most:,} examples, "
         f"below the rule of thumb's {_RULE_OF_THUMB[0]:,}."
     )
 
 
-def _rates(last: Mapping[str, Sequence[Any]], fits: Mapping[str, Mapping[str, Fit | None]]) -> str:
-    """What the laws say of those tasks that were learned at all: one of a few right answers is one of chance."""
-    learned = {name: own["agreement"] for name, own in fits.items() if last[name][3] > LEARNED}
-    laws = {name: fit.law for name, fit in learned.items() if fit}
-    fitting = [law for law in laws.values() if law.is_fitting]
+def _rates(learned: Sequence[str], fits: Mapping[str, Mapping[str, Fit | None]]) -> str:
+    """What the laws say of those tasks that were learned at all."""
+    laws = [fit.law for name in learned if (fit := fits[name]["agreement"])]
+    fitting = [law for law in laws if law.is_fitting]
     if not fitting:
         return f"; no power law fits any of {len(laws)} learned tasks" if laws else ""
     told = f"; error above its floor goes with examples to the power of {_range([-law.rates[0] for law in fitting], '+.2f')}"
     if len(fitting) == 1:
         ends = fitting[0].rate_intervals[0]
         told += f" ({LEVEL:.0%} interval {-ends.high:+.2f} to {-ends.low:+.2f})"
-    if len(fitting) < len(last):
-        told += f" in the {len(fitting)} of {len(last)} tasks that were learned and that a power law fits"
+    if len(fitting) < len(fits):
+        told += f" in the {len(fitting)} of {len(fits)} tasks that were learned and that a power law fits"
     return told
 
 
@@ -209,6 +209,7 @@ def _notes(
         "and nothing else, so a pretrained base may need fewer calls.",
         "An answer is right if it is the reference's token for token; certified coverage is the share of test calls that a gate "
         f"with epsilon {lab.recipe.gate.epsilon:g} and delta {lab.recipe.gate.delta:g} keeps, 0 where it is refused.",
+        tell_baselines(material),
     ]
     for one in material:
         for what, fit in fits[one.name].items():

@@ -24,8 +24,6 @@ from pydantic import Field
 from cluster.records import Record
 
 LEVEL = 0.9
-LEARNED = 0.1
-"""Agreement below which a task is not called learned, and ways to learn it are not compared."""
 NUM_DRAWS = 300
 _LEAST_ERROR = 1e-4
 _SAME = 1e-9

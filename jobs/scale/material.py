@@ -37,6 +37,8 @@ _MOST_QUICK: Mapping[Split, int] = {"train": 800, "validation": 100, "calibratio
 MOST_ANSWERS_QUICK = 10
 """Answers of a task that a model trained for seconds can learn: of 77 or 151 it learns none."""
 LEAST_TRAIN = 50
+_LEAST_LEARNED = 0.1
+"""Agreement up to which nothing is called learned."""
 
 
 class Material(NamedTuple):
@@ -54,6 +56,23 @@ class Material(NamedTuple):
         """For pictures and tables."""
         cut = f" ({self.num_answers} answers)" if self.num_answers else ""
         return f"{self.source}: {self.task.name}{cut}" if self.source else f"{self.task.name}{cut}"
+
+    @property
+    def baseline(self) -> float:
+        """Agreement on test calls of whoever always gives the answer that is most frequent in train."""
+        counts = Counter(_answered(one) for one in self.splits["train"])
+        asked = [_answered(one) for one in self.splits["test"]]
+        return asked.count(counts.most_common(1)[0][0]) / len(asked)
+
+    def is_learned(self, agreement: float) -> bool:
+        """Whether a model of this agreement learned anything: laws and comparisons of those that did not are of chance."""
+        return agreement > max(_LEAST_LEARNED, self.baseline)
+
+
+def tell_baselines(material: Sequence[Material]) -> str:
+    """A note for the reader of agreements."""
+    told = ", ".join(f"{one.baseline:.0%} of {one.name}" for one in material)
+    return f"Always the answer that is most frequent in train is right for {told}; a task counts as learned above that and above {_LEAST_LEARNED:.0%}."
 
 
 def load_logs(paths: Sequence[pathlib.Path], recipe: Recipe, *, is_quick: bool = False) -> list[Material]:

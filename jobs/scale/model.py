@@ -18,8 +18,8 @@ from jobs.scale.cells import Measured
 from jobs.scale.charts import Axes, Dot, draw_lines, plain
 from jobs.scale.data import read_span, sizes_of, span
 from jobs.scale.laboratory import Laboratory
-from jobs.scale.laws import LEARNED, LEVEL, Fit, Grid, fit_law, mean_interval
-from jobs.scale.material import Material
+from jobs.scale.laws import LEVEL, Fit, Grid, fit_law, mean_interval
+from jobs.scale.material import Material, tell_baselines
 from jobs.scale.report import Findings
 from jobs.scale.trial import mean_tokens, wrong_of
 from training.bases import describe_base, open_base
@@ -78,7 +78,7 @@ def run(lab: Laboratory) -> Findings:
         laws={name: fit.law.model_dump() for name, fit in fits.items() if fit},
         records=[_record(m, one) for one in material for m in grids[one.name]],
         pictures=[_draw(one.name, rows) for one in material],
-        notes=_notes(lab, rows, flops, seeds),
+        notes=[*_notes(lab, rows, flops, seeds), tell_baselines(material)],
     )
 
 
@@ -162,7 +162,7 @@ def _draw(name: str, rows: Sequence[Sequence[Any]]) -> str:
 def _sentence(
     grids: Mapping[str, Sequence[Measured]], material: Sequence[Material], fits: Mapping[str, Fit | None]
 ) -> str:
-    told = [_tell(one.name, _right_by_size(grids[one.name], one.task.task_id), fits[one.name]) for one in material]
+    told = [_tell(one, _right_by_size(grids[one.name], one.task.task_id), fits[one.name]) for one in material]
     return f"At equal compute {'; '.join(told)}."
 
 
@@ -176,11 +176,11 @@ def _right_by_size(measured: Sequence[Measured], task_id: str) -> dict[int, np.n
     return {size: 1 - np.array(own, float) for size, own in found.items()}
 
 
-def _tell(name: str, right: Mapping[int, np.ndarray], fit: Fit | None) -> str:
+def _tell(one: Material, right: Mapping[int, np.ndarray], fit: Fit | None) -> str:
     """Which base is best, which of the others may be as good, and how the error goes by the law, if it fits."""
-    means = {size: float(own.mean()) for size, own in right.items()}
+    name, means = one.name, {size: float(own.mean()) for size, own in right.items()}
     best = max(means, key=lambda size: means[size])
-    if means[best] < LEARNED:
+    if not one.is_learned(means[best]):
         return f"{name} is not learned by any base at this budget: the best agrees on {means[best]:.0%}"
     alike = [size for size in right if size != best and not _is_better(right[best], right[size])]
     others = f", from which {' and '.join(map(_millions, alike))} cannot be told" if alike else ""

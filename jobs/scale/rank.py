@@ -20,8 +20,8 @@ from jobs.scale.cells import CellBook, Measured, measure_here
 from jobs.scale.charts import Axes, Dot, draw_groups, draw_lines
 from jobs.scale.data import read_span, span
 from jobs.scale.laboratory import Laboratory
-from jobs.scale.laws import LEARNED, LEVEL, Interval, mean_interval
-from jobs.scale.material import Material
+from jobs.scale.laws import LEVEL, Interval, mean_interval
+from jobs.scale.material import Material, tell_baselines
 from jobs.scale.report import Findings
 from jobs.scale.trial import pretrain_base, wrong_of
 from training.catalog import ScratchModel, find_entry
@@ -76,7 +76,7 @@ def run(lab: Laboratory) -> Findings:
     rows = [row for one in material for way in ways for row in _rows(one, way, ways[way][0]["method"], measured)]
     best = {one.name: _best(one, ways, measured) for one in material}
     return Findings(
-        sentence=_sentence(rows, best),
+        sentence=_sentence(rows, best, material),
         head=_HEAD,
         rows=rows,
         laws={
@@ -97,6 +97,7 @@ def run(lab: Laboratory) -> Findings:
                 else "; "
             )
             + f"{steps} steps of LoRA, two thirds of that with all weights; {seeds} seeds; the scale alpha / rank is the same at all ranks.",
+            tell_baselines(material),
             "DoRA and full fine-tunes cannot be served as adapters over one base; they are here to compare with.",
         ],
     )
@@ -191,12 +192,15 @@ def _draw_ways(rows: Sequence[Sequence[Any]]) -> str:
     return draw_groups(series, "agreement on test calls", caption, limits=(0, 1.02))
 
 
-def _sentence(rows: Sequence[Sequence[Any]], best: Mapping[str, tuple[str, float, Interval]]) -> str:
+def _sentence(
+    rows: Sequence[Sequence[Any]], best: Mapping[str, tuple[str, float, Interval]], material: Sequence[Material]
+) -> str:
     told = []
+    of_name = {one.name: one for one in material}
     for name, (way, mean, ends) in best.items():
         full = next(row[5] for row in rows if row[2] == name and row[0] == "full")
         top = next(row[5] for row in rows if row[2] == name and row[0] == way)
-        if top < LEARNED:
+        if not of_name[name].is_learned(top):
             told.append(f"{name} is not learned in any way at this budget: the best agrees on {top:.1%}")
             continue
         over = (

@@ -18,8 +18,8 @@ from jobs.scale.cells import Measured
 from jobs.scale.charts import Dot, draw_groups
 from jobs.scale.data import read_span, span
 from jobs.scale.laboratory import Laboratory
-from jobs.scale.laws import LEARNED, LEVEL, Interval, joint_mean_interval, mean_interval
-from jobs.scale.material import Material
+from jobs.scale.laws import LEVEL, Interval, joint_mean_interval, mean_interval
+from jobs.scale.material import Material, tell_baselines
 from jobs.scale.report import Findings
 from jobs.scale.trial import wrong_of
 from training.usefulness import group_topics
@@ -65,7 +65,7 @@ def run(lab: Laboratory) -> Findings:
     rows = [row for way in ways for row in _rows(way, len(ways[way]), material, found[way])]
     differences = {way: _difference(found["apart"], found[way]) for way in ways if way != "apart"}
     return Findings(
-        sentence=_sentence(rows, differences, len(material)),
+        sentence=_sentence(rows, differences, material),
         head=_HEAD,
         rows=rows,
         laws={f"apart minus {way}": {"mean": mean, **ends.model_dump()} for way, (mean, ends) in differences.items()},
@@ -74,6 +74,7 @@ def run(lab: Laboratory) -> Findings:
         notes=[
             f"{lab.base}; every way takes {steps * len(material)} steps of 16 examples in all and at most {count} examples of "
             f"each task; {seeds} seeds. Operations differ as far as tasks' prompts differ in length.",
+            tell_baselines(material),
             "Differences are between means over tasks, every task counting alike, on the same test calls and seeds.",
             "A shared model of the same size is as cheap to serve as one specialist; what many adapters cost to serve is "
             "`understudy scale serve`.",
@@ -161,12 +162,15 @@ def _draw(rows: Sequence[Sequence[Any]]) -> str:
     return draw_groups(series, "agreement on test calls", caption, limits=(0, 1.02))
 
 
-def _sentence(rows: Sequence[Sequence[Any]], differences: Mapping[str, tuple[float, Interval]], num_tasks: int) -> str:
+def _sentence(
+    rows: Sequence[Sequence[Any]], differences: Mapping[str, tuple[float, Interval]], material: Sequence[Material]
+) -> str:
     means = {
         way: float(np.mean([row[4] for row in rows if row[0] == way])) for way in dict.fromkeys(row[0] for row in rows)
     }
     told = ", ".join(f"{way} {mean:.1%}" for way, mean in means.items())
-    if max(means.values()) < LEARNED:
+    num_tasks, of_name = len(material), {one.name: one for one in material}
+    if not any(of_name[row[2]].is_learned(row[4]) for row in rows):
         return f"At this compute no way learns the {num_tasks} tasks, so that none can be compared: agreement {told}."
     mean, ends = differences["shared"]
     verdict = "are better than" if ends.low > 0 else "are worse than" if ends.high < 0 else "cannot be told from"
