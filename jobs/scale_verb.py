@@ -59,7 +59,11 @@ def add_verb(verbs: Any, words: dict[str, Any], sections: tuple[str, ...]) -> No
         help="cells, laws.json, report.html; on a cluster a folder that all nodes see; default out/scale/EXPERIMENT. The "
         "same command again goes on where it stopped",
     )
-    scale.add_argument("--quick", action="store_true", help="minutes on two cores: shows that it runs")
+    scale.add_argument(
+        "--quick",
+        action="store_true",
+        help="minutes on two cores: few calls, and the ten most frequent answers of tasks that have more",
+    )
     scale.add_argument("--full", action="store_true", help="more seeds, sizes and steps than two cores do in minutes")
     scale.add_argument(
         "--calls",
@@ -166,15 +170,15 @@ def names_store(words: Sequence[str]) -> bool:
 
 def _laboratory(options: argparse.Namespace, recipe: Recipe, out: pathlib.Path, takes_store: bool) -> Laboratory:
     from jobs.scale.laboratory import Laboratory
-    from jobs.scale.material import load_logs, load_shared, load_store, save_material, shorten
+    from jobs.scale.material import load_logs, load_shared, load_store, save_material
 
     @functools.cache
     def load() -> Sequence[Material]:
         if takes_store:
-            found = load_store(recipe)
-        else:
-            found = load_logs(options.calls, recipe) if options.calls else load_shared(recipe)
-        return shorten(found) if options.quick else found
+            return load_store(recipe, is_quick=options.quick)
+        if options.calls:
+            return load_logs(options.calls, recipe, is_quick=options.quick)
+        return load_shared(recipe, is_quick=options.quick)
 
     def save(material: Sequence[Material]) -> tuple[pathlib.Path, str]:
         return _material_folder(out), save_material(material, _material_folder(out))

@@ -18,7 +18,7 @@ from jobs.bench.figures import Pair, Spread, coverage_of, describe, pairs, sprea
 from jobs.bench.processes import Watched, module, watch
 
 PARTS = ("curate", "discover", "train", "serve", "gate")
-QUICK_LIMITS_S = {"curate": 300, "discover": 240, "train": 450, "serve": 510, "gate": 240}
+QUICK_LIMITS_S = {"curate": 240, "discover": 180, "train": 420, "serve": 720, "gate": 180}
 """Together 29 minutes, with which half an hour is kept whatever hangs."""
 BOOK = "book.json"
 _TAIL_CHARS = 1_500

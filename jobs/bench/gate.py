@@ -32,7 +32,7 @@ from jobs.bench.gate_pools import (
     synthetic_pools,
 )
 from jobs.bench.gate_refine import measure_refine
-from jobs.bench.gate_tracer import find_tracer, measure_tracer
+from jobs.bench.gate_tracer import NUM_RESAMPLES, find_tracer, measure_tracer
 from training.gate import GateConfig, certify, clopper_pearson_interval, plan_grid
 
 EPSILONS = (0.02, 0.05, 0.1)
@@ -96,12 +96,11 @@ def bench_gate(
     pools = [ask(one.name, stand_ins[one.name], one.pool_texts, one.pool_classes) for one in sets]
     tracer = find_tracer(say)
     cells: dict[str, dict[str, dict[str, Any]]] = {}
+    num_drawn, num_resamples = _NUM_VALIDATION + _NUM_CALIBRATION, min(size.resamples, NUM_RESAMPLES)
     for epsilon in EPSILONS:
         for pool in [*pools, *synthetic_pools(epsilon)]:
             cell = measure_gate(pool, epsilon, size.resamples)
-            cell["tracer"] = (
-                measure_tracer(tracer, pool, epsilon, _NUM_VALIDATION + _NUM_CALIBRATION) if tracer else None
-            )
+            cell["tracer"] = tracer and measure_tracer(tracer, pool, epsilon, num_drawn, num_resamples)
             cells.setdefault(pool.name, {})[str(epsilon)] = cell
             say(f"gate {pool.name} epsilon {epsilon}: {cell}")
     return {

@@ -59,13 +59,15 @@ def find_tracer(say: Callable[[str], object]) -> str | None:
     return python
 
 
-def measure_tracer(python: str, pool: Pool, epsilon: float, num_drawn: int) -> dict[str, Any]:
+def measure_tracer(
+    python: str, pool: Pool, epsilon: float, num_drawn: int, num_resamples: int = NUM_RESAMPLES
+) -> dict[str, Any]:
     """Mean coverage of its thresholds in the pool, and the share of them whose true risk is above epsilon."""
     # Wrong answers of one class, where the pool has no classes: it splits by class.
     answers = pool.answers if pool.classes.any() else (~pool.agrees).astype(int)
     draws = [
         np.random.default_rng([seed, round(1 / epsilon)]).integers(0, len(pool.agrees), num_drawn)
-        for seed in range(NUM_RESAMPLES)
+        for seed in range(num_resamples)
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "draws.npz"
@@ -83,4 +85,4 @@ def measure_tracer(python: str, pool: Pool, epsilon: float, num_drawn: int) -> d
         is_kept = np.zeros(len(pool.agrees), bool) if threshold is None else pool.confidences >= threshold
         coverages.append(float(is_kept.mean()))
         num_violations += bool(is_kept.any()) and float((~pool.agrees[is_kept]).mean()) > epsilon
-    return {"coverage": float(np.mean(coverages)), "violation_rate": num_violations / NUM_RESAMPLES}
+    return {"coverage": float(np.mean(coverages)), "violation_rate": num_violations / num_resamples}

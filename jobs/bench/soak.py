@@ -20,7 +20,7 @@ from jobs.bench.http_load import Reply, Turn, connect, http_request, load, slope
 from jobs.bench.passthrough import ours
 from jobs.bench.processes import module, server, usage_of
 
-_SOAK_S, _QUICK_S = 1_200.0, 60.0
+_SOAK_S, _QUICK_S = 1_200.0, 20.0
 _ROUND_S, _BURST_S = 4.0, 1.0
 _CALM, _BURST = 4, 32
 _LEAVE_S = 0.01

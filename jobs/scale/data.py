@@ -18,24 +18,26 @@ from jobs.scale.cells import Measured
 from jobs.scale.charts import Axes, Dot, draw_lines
 from jobs.scale.laboratory import Laboratory
 from jobs.scale.laws import LEVEL, Fit, Grid, Interval, Need, fit_law, mean_interval
-from jobs.scale.material import Material
+from jobs.scale.material import Material, tell_baselines
 from jobs.scale.report import Findings
 from jobs.scale.trial import wrong_of
 
 _FIRST = 50
 _WANTED = (0.8, 0.9, 0.95)
 """Agreement, and coverage, that a number of calls is asked for."""
-_LEARNED = 0.1
 _FURTHEST = 1_000
 _RULE_OF_THUMB = (10_000, 100_000)
-_HEAD = ["task", "examples", "seeds", "agreement", "interval", "certified coverage", "interval", "gates open"]
+_HEAD = [
+    *("task", "examples", "seeds", "agreement", f"{LEVEL:.0%} interval"),
+    *("certified coverage", f"coverage's {LEVEL:.0%} interval", "gates open"),
+]
 WHAT = {"agreement": "right", "coverage": "kept"}
 
 
 def run(lab: Laboratory) -> Findings:
     """Measure the learning curves and fit their laws."""
     material = list(lab.load())[: lab.pick(quick=2, small=4, full=99)]
-    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=160, small=800, full=3200)
+    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=480, small=800, full=3200)
     parameters = [
         {
             "task": one.name,
@@ -47,16 +49,12 @@ def run(lab: Laboratory) -> Findings:
             "batch_size": 16,
         }
         for one in material
-        for count in sizes_of(len(one.splits["train"]), lab.pick(quick=4, small=2))
+        for count in sizes_of(len(one.splits["train"]), 2)
         for seed in range(seeds)
     ]
     measured = lab.train("data", material, parameters)
     curves = {one.name: _of_task(measured, one.task.task_id) for one in material}
     fits = {name: {what: _fit(own, what) for what in WHAT} for name, own in curves.items()}
-    needs = {
-        name: {what: [fit.need(1 - share) for share in _WANTED] for what, fit in own.items() if fit}
-        for name, own in fits.items()
-    }
     rows = [row for name, own in curves.items() for row in _rows(name, own)]
     return Findings(
         sentence=_sentence(material, rows, fits),
@@ -64,7 +62,7 @@ def run(lab: Laboratory) -> Findings:
         rows=rows,
         laws={
             name: {
-                what: {"law": fit.law.model_dump(), "needed": [need.model_dump() for need in needs[name][what]]}
+                what: {"law": fit.law.model_dump(), "needed": [fit.need(1 - share).model_dump() for share in _WANTED]}
                 for what, fit in own.items()
                 if fit
             }
@@ -74,7 +72,7 @@ def run(lab: Laboratory) -> Findings:
             _record(one, task) for one in measured for task in material if task.task.task_id in one.result["tasks"]
         ],
         pictures=[_draw(rows, fits, what) for what in WHAT],
-        notes=_notes(lab, material, needs, steps, seeds),
+        notes=_notes(lab, material, fits, steps, seeds),
     )
 
 
@@ -136,18 +134,20 @@ def _record(one: Measured, task: Material) -> dict[str, Any]:
 
 def _draw(rows: Sequence[Sequence[Any]], fits: Mapping[str, Mapping[str, Fit | None]], what: str) -> str:
     place = 3 if what == "agreement" else 5
+    if what == "coverage" and not any(row[place] for row in rows):
+        return "<p>No gate opened at any number of examples: certified coverage is 0 everywhere.</p>"
     series: dict[str, list[Dot]] = {}
     for row in rows:
         series.setdefault(row[0], []).append(Dot(row[1], row[place], *read_span(row[place + 1])))
     laws = {}
     for name, own in fits.items():
-        if fit := own[what]:
+        if (fit := own[what]) and fit.law.is_fitting:
             xs = np.geomspace(_FIRST, 4 * series[name][-1].x, 40)
             laws[name] = [(float(x), 1 - fit.law.error_at([float(x)])) for x in xs]
     label = {"agreement": "agreement on test calls", "coverage": "certified coverage of test calls"}[what]
     caption = (
-        f"{label.capitalize()} by train examples; bars are {LEVEL:.0%} intervals over seeds and calls, curves the fitted laws, "
-        "drawn on to four times the data."
+        f"{label.capitalize()} by train examples; bars are {LEVEL:.0%} intervals over seeds and calls, curves the laws that "
+        "fit, drawn on to four times the data; lines from point to point are no law."
     )
     return draw_lines(
         series, Axes("train examples of the task", label, is_x_log=True, y_limits=(0, 1.02)), caption, laws=laws
@@ -160,27 +160,47 @@ def _sentence(
     fits: Mapping[str, Mapping[str, Fit | None]],
 ) -> str:
     last = {row[0]: row for row in rows}
-    least, most = (pick(row[1] for row in last.values()) for pick in (min, max))
-    # Of tasks that were learned at all: a law of a few right answers is one of chance.
-    rates = [-fit.law.rates[0] for name, own in fits.items() if (fit := own["agreement"]) and last[name][3] > _LEARNED]
+    most = max(row[1] for row in last.values())
     # As measured, and not by the law: a task that is always answered rightly has none.
     reached = {name: [row[1] for row in rows if row[0] == name and row[3] >= _WANTED[1]] for name in last}
     within = sorted(min(counts) for counts in reached.values() if counts)
     told = f"{len(within)} of {len(material)} tasks reach {_WANTED[1]:.0%} agreement within the data" + (
         f" (from {within[0]:,.0f} examples on)" if within else ""
     )
-    exponents = f"; error falls with examples to the power of {min(rates):.2f} to {max(rates):.2f}" if rates else ""
-    low, high = (pick(row[3] for row in last.values()) for pick in (min, max))
+    learned = [one.name for one in material if one.is_learned(last[one.name][3])]
+    of_each = " of each task" if len(last) > 1 else ""
     return (
-        f"With all {least:,} to {most:,} train examples of each task agreement is {low:.0%} to {high:.0%}; {told}{exponents}; "
-        f"the data stops at {most:,} examples, below the rule of thumb's {_RULE_OF_THUMB[0]:,}."
+        f"With all {_range([row[1] for row in last.values()], ',')} train examples{of_each} agreement is "
+        f"{_range([row[3] for row in last.values()], '.0%')}; {told}{_rates(learned, fits)}; the data stops at {most:,} examples, "
+        f"below the rule of thumb's {_RULE_OF_THUMB[0]:,}."
     )
+
+
+def _rates(learned: Sequence[str], fits: Mapping[str, Mapping[str, Fit | None]]) -> str:
+    """What the laws say of those tasks that were learned at all."""
+    laws = [fit.law for name in learned if (fit := fits[name]["agreement"])]
+    fitting = [law for law in laws if law.is_fitting]
+    if not fitting:
+        return f"; no power law fits any of {len(laws)} learned tasks" if laws else ""
+    told = f"; error above its floor goes with examples to the power of {_range([-law.rates[0] for law in fitting], '+.2f')}"
+    if len(fitting) == 1:
+        ends = fitting[0].rate_intervals[0]
+        told += f" ({LEVEL:.0%} interval {-ends.high:+.2f} to {-ends.low:+.2f})"
+    if len(fitting) < len(fits):
+        told += f" in the {len(fitting)} of {len(fits)} tasks that were learned and that a power law fits"
+    return told
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """From the smallest to the largest, or the one value that all are told as."""
+    low, high = (f"{pick(values):{form}}" for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _notes(
     lab: Laboratory,
     material: Sequence[Material],
-    needs: Mapping[str, Mapping[str, list[Need]]],
+    fits: Mapping[str, Mapping[str, Fit | None]],
     steps: int,
     seeds: int,
 ) -> list[str]:
@@ -189,10 +209,20 @@ def _notes(
         "and nothing else, so a pretrained base may need fewer calls.",
         "An answer is right if it is the reference's token for token; certified coverage is the share of test calls that a gate "
         f"with epsilon {lab.recipe.gate.epsilon:g} and delta {lab.recipe.gate.delta:g} keeps, 0 where it is refused.",
+        tell_baselines(material),
     ]
     for one in material:
-        for what, own in needs.get(one.name, {}).items():
-            told += [f"{one.name}: {what} of {1 - need.error:.0%} {_tell(need, one)}" for need in own]
+        for what, fit in fits[one.name].items():
+            if not fit:
+                continue
+            if fit.law.is_fitting:
+                needs = [fit.need(1 - share) for share in _WANTED]
+                told += [f"{one.name}: {what} of {1 - need.error:.0%} {_tell(need, one)}" for need in needs]
+            else:
+                told.append(
+                    f"{one.name}: no power law fits {what}: the likeliest lies outside the intervals of {fit.law.num_missed} of "
+                    f"{fit.law.num_points} sizes, so nothing is said of what more examples would do"
+                )
     return told
 
 

@@ -19,7 +19,7 @@ from cluster.errors import ConfigError
 from cluster.prices import tokens_cost_usd
 from cluster.records import Record, Usage
 from jobs.recipe import Recipe
-from jobs.scale.charts import Axes, Dot, draw_lines
+from jobs.scale.charts import Axes, Dot, draw_groups, draw_lines
 from jobs.scale.laboratory import Laboratory
 from jobs.scale.report import Findings
 
@@ -217,17 +217,29 @@ def _least_utilisation(prices: Prices, given: GivenConfig) -> float | None:
     return least if least <= 1 else None
 
 
+def _busy_share(given: GivenConfig) -> float:
+    """Share of their time that the replicas kept up answer, if all calls are moved and no more replicas are paid."""
+    there_is = 3600 * _HOURS_A_MONTH * given.min_replicas * given.calls_per_s
+    return min(1.0, given.calls_per_month / there_is) if there_is else 1.0
+
+
 def _calls(value: float | None) -> str:
     return "never" if value is None else f"{value:,.0f}"
 
 
 def _draw_cost(records: Sequence[Mapping[str, Any]], alone: float) -> str:
+    # At 0 nothing is paid but the LLM; a line from there to the first point would hide that the first call pays what is fixed.
     series = {
-        f"utilisation {u:.0%}": [Dot(100 * r["moved"], r["total"] / alone) for r in records if r["utilisation"] == u]
+        f"utilisation {u:.0%}": [
+            Dot(100 * r["moved"], r["total"] / alone) for r in records if r["utilisation"] == u and r["moved"]
+        ]
         for u in (0.05, 0.1, 0.2, 0.5, 1.0)
     }
     axes = Axes("share of calls asked of specialists, %", "cost of a month / LLM alone")
-    return draw_lines(series, axes, "Total cost by the share of calls moved.", levels={"LLM alone": 1.0})
+    caption = (
+        "Total cost by the share of calls moved; training and the replicas kept up are paid from the first call on."
+    )
+    return draw_lines(series, axes, caption, levels={"LLM alone": 1.0})
 
 
 def _draw_break_even(prices: Prices, given: GivenConfig) -> str:
@@ -247,14 +259,12 @@ def _draw_break_even(prices: Prices, given: GivenConfig) -> str:
 def _draw_sensitivity(swings: Mapping[str, Mapping[str, float | None]]) -> str:
     labels = {"half": "half as much", "double": "twice as much"}
     series = {
-        label: [Dot(k, value) for k, own in enumerate(swings.values(), 1) if (value := own[key]) is not None]
+        label: {name: Dot(0, value) for name, own in swings.items() if (value := own[key]) is not None}
         for key, label in labels.items()
     }
     series = {label: dots for label, dots in series.items() if dots}
-    listed = ", ".join(f"{k} {name}" for k, name in enumerate(swings, 1))
-    axes = Axes("number that is changed", "break-even calls a task and month", is_y_log=True)
-    caption = f"What the break-even volume hangs on; a missing point never pays. Numbers: {listed}."
-    return draw_lines(series, axes, caption) if series else ""
+    caption = "What the break-even volume hangs on: each number halved and doubled. A missing point never pays."
+    return draw_groups(series, "break-even calls a task and month", caption, is_log=True) if series else ""
 
 
 def _sentence(prices: Prices, given: GivenConfig, alone: float) -> str:
@@ -266,10 +276,12 @@ def _sentence(prices: Prices, given: GivenConfig, alone: float) -> str:
             f"At these prices no volume pays: an answer of a specialist costs {1000 * replica_usd_per_call(prices, given, 1.0):.3g} USD per "
             f"1,000 calls at full load, and saves {1000 * prices.llm_call * given.kept:.3g} USD."
         )
+    busy = _busy_share(given)
+    kept_up = f"; the replicas kept up are busy {busy:.1%} of their time with that" if busy < given.utilisation else ""
     pays = f"a task pays from {volume:,.0f} calls a month on" if volume is not None else "no volume of a task pays"
     return (
         f"At {given.utilisation:.0%} utilisation {pays}, and all {given.calls_per_month:,.0f} calls moved cost "
-        f"{cost.total / alone:.2f} of the LLM alone; below {least:.1%} utilisation no volume pays."
+        f"{cost.total / alone:.2f} of the LLM alone{kept_up}; below {least:.1%} utilisation no volume pays."
     )
 
 

@@ -25,7 +25,7 @@ class Laboratory(NamedTuple):
     recipe: Recipe
     out: pathlib.Path
     size: Size
-    """quick: minutes on two cores, shows that it runs. small: what two cores can in a quarter of an hour. full: more."""
+    """quick: minutes on two cores, tasks made easy enough to be learned in them. small: what two cores can in a quarter of an hour. full: more."""
     load: Callable[[], Sequence[Material]]
     """The tasks, read when an experiment needs them."""
     save: Callable[[Sequence[Material]], tuple[pathlib.Path, str]]

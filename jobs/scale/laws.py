@@ -8,7 +8,8 @@ Intervals come from a bootstrap over seeds and calls. Seeds: of S trainings of o
 "Resampling inference with complex survey data", JASA 83: with S draws the variance would be (S - 1) / S of what it is).
 Calls: answers of all sizes and seeds to the same calls are drawn together, because they err together. With one seed only
 the calls vary, and the interval says nothing of another training. A law that is not of this form gets an interval all
-the same: residuals tell.
+the same: `Law.num_missed` tells. Calls that are all answered alike have no bootstrap; what so many calls would miss is said
+instead (Clopper and Pearson).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from cluster.records import Record
 LEVEL = 0.9
 NUM_DRAWS = 300
 _LEAST_ERROR = 1e-4
+_SAME = 1e-9
+"""Draws that differ less differ by rounding."""
 _RATES = (-1.0, 3.0)
 _STARTS = (0.1, 0.4, 1.0)
 _FALLING = (0.5, 0.98)
@@ -54,6 +57,13 @@ class Law(Record):
     num_seeds: int
     residual: float
     """Largest difference of a measured mean error from the law."""
+    num_missed: int
+    """Of the sizes, those at which the law lies outside the interval of the measured mean error."""
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether the law misses no more sizes than intervals of that level do by chance, rounded up."""
+        return self.num_missed <= math.ceil((1 - LEVEL) * self.num_points)
 
     def error_at(self, sizes: Sequence[float]) -> float:
         """What the law says of such sizes, between 0 and 1."""
@@ -136,7 +146,9 @@ def fit_law(grid: Grid, variables: Sequence[str], *, num_draws: int = NUM_DRAWS,
         (_minimise(logs, means, num_calls, start) for start in _starts(means, logs.shape[1])), key=lambda f: f[1]
     )
     rng = np.random.default_rng(seed)
-    draws = [_minimise(logs, _redraw(grid, groups, rng), num_calls, best[0])[0] for _ in range(num_draws)]
+    drawn = np.array([_redraw(grid, groups, rng) for _ in range(num_draws)])
+    draws = [_minimise(logs, one, num_calls, best[0])[0] for one in drawn]
+    fitted = _errors(best[0], logs)
     natural = np.array([_natural(theta, pivot) for theta in [best[0], *draws]])
     found = natural[1:]
     law = Law(
@@ -148,7 +160,12 @@ def fit_law(grid: Grid, variables: Sequence[str], *, num_draws: int = NUM_DRAWS,
         floor_interval=interval(found[:, 0]),
         num_points=len(points),
         num_seeds=len(set(grid.seeds)),
-        residual=float(np.abs(_errors(best[0], logs) - means).max()),
+        residual=float(np.abs(fitted - means).max()),
+        num_missed=sum(
+            not ends.low <= error <= ends.high
+            for error, mean, own in zip(fitted, means, drawn.T, strict=True)
+            for ends in [_around(float(mean), own, num_calls)]
+        ),
     )
     return Fit(law, found, float(grid.sizes[:, 0].min()), float(grid.sizes[:, 0].max()))
 
@@ -160,24 +177,31 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
     return Interval(low=float(low), high=float(high))
 
 
-def mean_interval(values: np.ndarray, *, num_draws: int = NUM_DRAWS, seed: int = 0) -> tuple[float, Interval]:
+def mean_interval(
+    values: np.ndarray, *, lowest: float = 0.0, num_draws: int = NUM_DRAWS, seed: int = 0
+) -> tuple[float, Interval]:
     """Mean of [S, C] graded calls of S seeds, with an interval over both.
 
+    Args:
+        lowest: a call's lowest value; -1 for differences.
+
     Example:
-        >>> mean_interval(np.ones((3, 50)))[1]
-        Interval(low=1.0, high=1.0)
+        >>> round(mean_interval(np.ones((3, 50)))[1].low, 2)
+        0.94
     """
     grid = Grid(np.ones((len(values), 1)), tuple(range(len(values))), np.asarray(values, float))
     rng = np.random.default_rng(seed)
     rows = [list(range(len(values)))]
-    return float(np.mean(values)), interval([_redraw(grid, rows, rng)[0] for _ in range(num_draws)])
+    mean = float(np.mean(values))
+    drawn = [_redraw(grid, rows, rng)[0] for _ in range(num_draws)]
+    return mean, _around(mean, drawn, grid.wrong.shape[1], lowest)
 
 
 def joint_mean_interval(
     groups: Sequence[np.ndarray], *, num_draws: int = NUM_DRAWS, seed: int = 0
 ) -> tuple[float, Interval]:
-    """Mean over groups of [S, C] graded calls, C of each group's own, whose seeds err together: these are drawn for all
-    groups at once, calls for each."""
+    """Mean over groups of differences of [S, C] graded calls, C of each group's own, whose seeds err together: these are drawn
+    for all groups at once, calls for each."""
     rng = np.random.default_rng(seed)
     num_seeds = len(groups[0])
     found = []
@@ -185,7 +209,17 @@ def joint_mean_interval(
         rows = rng.choice(num_seeds, size=max(1, num_seeds - 1))
         weights = [rng.multinomial(one.shape[1], np.full(one.shape[1], 1 / one.shape[1])) for one in groups]
         found.append(np.mean([(one[rows] @ own).mean() / own.sum() for one, own in zip(groups, weights, strict=True)]))
-    return float(np.mean([one.mean() for one in groups])), interval(found)
+    mean = float(np.mean([one.mean() for one in groups]))
+    return mean, _around(mean, found, len(groups) * min(one.shape[1] for one in groups), lowest=-1.0)
+
+
+def _around(mean: float, drawn: Sequence[float] | np.ndarray, num_calls: int, lowest: float = 0.0) -> Interval:
+    """The interval of the draws; where all calls are alike, and so all draws, what so many calls may hide."""
+    ends = interval(drawn)
+    if ends.high - ends.low > _SAME:
+        return ends
+    hidden = 1 - ((1 - LEVEL) / 2) ** (1 / num_calls)
+    return Interval(low=max(lowest, mean - hidden), high=min(1.0, mean + hidden))
 
 
 def _group(grid: Grid) -> tuple[np.ndarray, list[list[int]]]:

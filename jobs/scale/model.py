@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from jobs.scale.cells import Measured
-from jobs.scale.charts import Axes, Dot, draw_lines
-from jobs.scale.data import sizes_of, span
+from jobs.scale.charts import Axes, Dot, draw_lines, plain
+from jobs.scale.data import read_span, sizes_of, span
 from jobs.scale.laboratory import Laboratory
 from jobs.scale.laws import LEVEL, Fit, Grid, fit_law, mean_interval
-from jobs.scale.material import Material
+from jobs.scale.material import Material, tell_baselines
 from jobs.scale.report import Findings
 from jobs.scale.trial import mean_tokens, wrong_of
 from training.bases import describe_base, open_base
@@ -35,14 +35,24 @@ _SHAPES = {
     "scratch-30M": (10, 512, 8, 1344),
 }
 """Name -> layers, hidden size, heads, intermediate size."""
-_HEAD = ["task", "base", "parameters", "examples", "steps", "seeds", "agreement", "interval", "seconds a run"]
+_HEAD = [
+    "task",
+    "base",
+    "parameters",
+    "examples",
+    "steps",
+    "seeds",
+    "agreement",
+    f"{LEVEL:.0%} interval",
+    "seconds a run",
+]
 
 
 def run(lab: Laboratory) -> Findings:
     """Measure the grid and fit the law of each task."""
     material = list(lab.load())[: lab.pick(quick=1, small=2, full=4)]
     bases, seeds = _bases(lab), lab.pick(quick=2, small=3)
-    flops = lab.pick(quick=5e10, small=6e11, full=6e12)
+    flops = lab.pick(quick=4e11, small=6e11, full=6e12)
     parameters = []
     for one in material:
         counts = sizes_of(len(one.splits["train"]), lab.pick(quick=3, small=4), first=lab.pick(quick=100, small=200))
@@ -62,13 +72,13 @@ def run(lab: Laboratory) -> Findings:
     fits = {one.name: _fit(grids[one.name], one.task.task_id) for one in material}
     rows = [row for one in material for row in _rows(one, grids[one.name])]
     return Findings(
-        sentence=_sentence(rows, fits),
+        sentence=_sentence(grids, material, fits),
         head=_HEAD,
         rows=rows,
         laws={name: fit.law.model_dump() for name, fit in fits.items() if fit},
         records=[_record(m, one) for one in material for m in grids[one.name]],
         pictures=[_draw(one.name, rows) for one in material],
-        notes=_notes(lab, rows, flops, seeds),
+        notes=[*_notes(lab, rows, flops, seeds), tell_baselines(material)],
     )
 
 
@@ -143,40 +153,66 @@ def _draw(name: str, rows: Sequence[Sequence[Any]]) -> str:
     series: dict[str, list[Dot]] = {}
     for row in rows:
         if row[0] == name:
-            low, high = map(float, row[7].split(" to "))
-            series.setdefault(f"{row[3]} examples", []).append(Dot(row[2], row[6], low, high))
+            series.setdefault(f"{row[3]:,} examples", []).append(Dot(row[2] / 1e6, row[6], *read_span(row[7])))
     caption = f"{name}: agreement on test calls by parameters, every training at the same compute; bars are {LEVEL:.0%} intervals."
-    return draw_lines(series, Axes("parameters", "agreement", is_x_log=True), caption)
+    axes = Axes("million parameters", "agreement on test calls", is_x_log=True, y_limits=(0, 1.02))
+    return draw_lines(series, axes, caption)
 
 
-def _sentence(rows: Sequence[Sequence[Any]], fits: Mapping[str, Fit | None]) -> str:
-    told = []
-    for name in dict.fromkeys(row[0] for row in rows):
-        own = [row for row in rows if row[0] == name]
-        most = max(row[3] for row in own)
-        best = max((row for row in own if row[3] == most), key=lambda row: row[6])
-        fit = fits[name]
-        law = ""
-        if fit:
-            (size, count), (of_size, of_count) = fit.law.rates, fit.law.rate_intervals
-            law = (
-                f" (error falls with parameters to the power of {-size:+.2f} [{-of_size.high:+.2f}, {-of_size.low:+.2f}], with "
-                f"examples {-count:+.2f} [{-of_count.high:+.2f}, {-of_count.low:+.2f}])"
-            )
-        if not best[6]:
-            told.append(f"{name} is not learned by any base at this budget")
-            continue
-        told.append(f"{name} does best on {best[2] / 1e6:.2g}M parameters, agreement {best[6]:.0%}{law}")
+def _sentence(
+    grids: Mapping[str, Sequence[Measured]], material: Sequence[Material], fits: Mapping[str, Fit | None]
+) -> str:
+    told = [_tell(one, _right_by_size(grids[one.name], one.task.task_id), fits[one.name]) for one in material]
     return f"At equal compute {'; '.join(told)}."
+
+
+def _right_by_size(measured: Sequence[Measured], task_id: str) -> dict[int, np.ndarray]:
+    """Parameters -> graded test calls of each seed, at the most examples."""
+    most = max(m.cell.parameters["examples"] for m in measured)
+    found: dict[int, list[list[bool]]] = {}
+    for m in sorted(measured, key=lambda m: (m.result["parameters"], m.cell.parameters["seed"])):
+        if m.cell.parameters["examples"] == most:
+            found.setdefault(m.result["parameters"], []).append(wrong_of(m.result["tasks"][task_id]))
+    return {size: 1 - np.array(own, float) for size, own in found.items()}
+
+
+def _tell(one: Material, right: Mapping[int, np.ndarray], fit: Fit | None) -> str:
+    """Which base is best, which of the others may be as good, and how the error goes by the law, if it fits."""
+    name, means = one.name, {size: float(own.mean()) for size, own in right.items()}
+    best = max(means, key=lambda size: means[size])
+    if not one.is_learned(means[best]):
+        return f"{name} is not learned by any base at this budget: the best agrees on {means[best]:.0%}"
+    alike = [size for size in right if size != best and not _is_better(right[best], right[size])]
+    others = f", from which {' and '.join(map(_millions, alike))} cannot be told" if alike else ""
+    told = f"{name} does best on {_millions(best)} parameters, agreement {means[best]:.0%}{others}"
+    if not fit:
+        return told
+    if not fit.law.is_fitting:
+        return f"{told}, and no power law fits"
+    powers = [
+        f"{variable} to the power of {-rate:+.2f} [{-ends.high:+.2f}, {-ends.low:+.2f}]"
+        for variable, rate, ends in zip(fit.law.variables, fit.law.rates, fit.law.rate_intervals, strict=True)
+    ]
+    return f"{told} (error above its floor goes with {', with '.join(powers)})"
+
+
+def _millions(size: int) -> str:
+    return f"{plain(size / 1e6)}M"
+
+
+def _is_better(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether the interval of the difference lies above 0."""
+    return mean_interval(one - other, lowest=-1.0)[1].low > 0
 
 
 def _notes(lab: Laboratory, rows: Sequence[Sequence[Any]], flops: float, seeds: int) -> list[str]:
     told = [
         f"Every training spends about {flops:.2g} floating point operations (6 a weight and token, 4 with LoRA), padding "
-        f"left out of the plan; {seeds} seeds. A larger base sees fewer tokens: at a larger budget the best size is larger.",
+        f"left out of the plan; {seeds} seeds. A larger base sees fewer tokens: at a larger budget the best size may be larger.",
         "A law's power of parameters above 0 says that a larger base is worse at this budget; the law has one power, "
         "and where the best size lies inside the range its residual tells that it does not fit.",
         "Scratch bases have seen the task's own examples and nothing else.",
+        "The best base is told on the test calls that it was picked on, which flatters it.",
     ]
     if lab.size != "full":
         told.append("30M parameters and a larger budget: --full.")

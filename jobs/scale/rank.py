@@ -17,11 +17,11 @@ import numpy as np
 
 from cluster.errors import ConfigError
 from jobs.scale.cells import CellBook, Measured, measure_here
-from jobs.scale.charts import Axes, Dot, draw_lines
-from jobs.scale.data import span
+from jobs.scale.charts import Axes, Dot, draw_groups, draw_lines
+from jobs.scale.data import read_span, span
 from jobs.scale.laboratory import Laboratory
 from jobs.scale.laws import LEVEL, Interval, mean_interval
-from jobs.scale.material import Material
+from jobs.scale.material import Material, tell_baselines
 from jobs.scale.report import Findings
 from jobs.scale.trial import pretrain_base, wrong_of
 from training.catalog import ScratchModel, find_entry
@@ -31,15 +31,27 @@ from training.probe import at_rank
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _RANKS = (1, 2, 4, 8, 16, 32)
+_FIRST = "lora, rank 1"
+"""The way that others are compared with."""
 _OTHER_RANK = 8
 """Of targets and methods that are compared at one rank."""
-_HEAD = ["way", "servable", "task", "steps", "seeds", "agreement", "interval", "certified coverage", "CPU s a run"]
+_HEAD = [
+    "way",
+    "servable",
+    "task",
+    "steps",
+    "seeds",
+    "agreement",
+    f"{LEVEL:.0%} interval",
+    "certified coverage",
+    "CPU s a run",
+]
 
 
 def run(lab: Laboratory) -> Findings:
     """Fine-tune in every way and compare on the same test calls."""
     material = list(lab.load())[: lab.pick(quick=1, small=3, full=6)]
-    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=40, small=240, full=1200)
+    seeds, steps = lab.pick(quick=2, small=3, full=5), lab.pick(quick=120, small=240, full=1200)
     base = lab.base if lab.recipe.select.base else lab.pick(quick="scratch-micro", small="scratch-tiny")
     entry = find_entry(base)
     start = _start(lab, material, entry) if isinstance(entry, ScratchModel) else None
@@ -64,7 +76,7 @@ def run(lab: Laboratory) -> Findings:
     rows = [row for one in material for way in ways for row in _rows(one, way, ways[way][0]["method"], measured)]
     best = {one.name: _best(one, ways, measured) for one in material}
     return Findings(
-        sentence=_sentence(rows, best),
+        sentence=_sentence(rows, best, material),
         head=_HEAD,
         rows=rows,
         laws={
@@ -76,7 +88,7 @@ def run(lab: Laboratory) -> Findings:
             for one in material
             if one.task.task_id in m.result["tasks"]
         ],
-        pictures=[_draw_ranks(rows), _draw_ways(rows, ways)],
+        pictures=[_draw_ranks(rows), _draw_ways(rows)],
         notes=[
             f"{base}"
             + (
@@ -85,6 +97,7 @@ def run(lab: Laboratory) -> Findings:
                 else "; "
             )
             + f"{steps} steps of LoRA, two thirds of that with all weights; {seeds} seeds; the scale alpha / rank is the same at all ranks.",
+            tell_baselines(material),
             "DoRA and full fine-tunes cannot be served as adapters over one base; they are here to compare with.",
         ],
     )
@@ -115,7 +128,7 @@ def _start(lab: Laboratory, material: Sequence[Material], entry: ScratchModel) -
         ConfigError: what an earlier run of OUT trained is gone.
     """
     _, data = lab.save(material)
-    steps = lab.pick(quick=60, small=400, full=2000)
+    steps = lab.pick(quick=160, small=400, full=2000)
     cells = lab.cells("rank base", data, [{"base": entry.name, "steps": steps}])
     work = lab.out / f"base-{cells[0].key}"
 
@@ -153,7 +166,7 @@ def _best(one: Material, ways: Mapping[str, Any], measured: Sequence[Measured]) 
     """The best way, and how much better than rank 1 it is. It was picked on the calls it is told on: the mean flatters."""
     right = {way: _right(one, _of(one, way, measured)) for way in ways}
     best = max(right, key=lambda way: float(right[way].mean()))
-    mean, ends = mean_interval(right[best] - right["lora, rank 1"])
+    mean, ends = mean_interval(right[best] - right[_FIRST], lowest=-1.0)
     return best, mean, ends
 
 
@@ -166,29 +179,35 @@ def _draw_ranks(rows: Sequence[Sequence[Any]]) -> str:
     series: dict[str, list[Dot]] = {}
     for row in rows:
         if row[0].startswith("lora, rank "):
-            low, high = map(float, row[6].split(" to "))
-            series.setdefault(row[2], []).append(Dot(int(row[0].rsplit(" ", 1)[1]), row[5], low, high))
+            series.setdefault(row[2], []).append(Dot(int(row[0].rsplit(" ", 1)[1]), row[5], *read_span(row[6])))
     caption = f"Agreement on test calls by LoRA rank at equal compute; bars are {LEVEL:.0%} intervals."
-    return draw_lines(series, Axes("rank", "agreement", is_x_log=True), caption)
+    return draw_lines(series, Axes("rank", "agreement on test calls", is_x_log=True, y_limits=(0, 1.02)), caption)
 
 
-def _draw_ways(rows: Sequence[Sequence[Any]], ways: Mapping[str, Any]) -> str:
-    numbers = {way: place for place, way in enumerate(ways, 1)}
-    series: dict[str, list[Dot]] = {}
+def _draw_ways(rows: Sequence[Sequence[Any]]) -> str:
+    series: dict[str, dict[str, Dot]] = {}
     for row in rows:
-        low, high = map(float, row[6].split(" to "))
-        series.setdefault(row[2], []).append(Dot(numbers[row[0]], row[5], low, high))
-    listed = ", ".join(f"{number} {way}" for way, number in numbers.items())
-    return draw_lines(series, Axes("way", "agreement"), f"Agreement by way of fine-tuning: {listed}.")
+        series.setdefault(row[2], {})[row[0]] = Dot(0, row[5], *read_span(row[6]))
+    caption = f"Agreement on test calls by way of fine-tuning at equal compute; bars are {LEVEL:.0%} intervals."
+    return draw_groups(series, "agreement on test calls", caption, limits=(0, 1.02))
 
 
-def _sentence(rows: Sequence[Sequence[Any]], best: Mapping[str, tuple[str, float, Interval]]) -> str:
+def _sentence(
+    rows: Sequence[Sequence[Any]], best: Mapping[str, tuple[str, float, Interval]], material: Sequence[Material]
+) -> str:
     told = []
+    of_name = {one.name: one for one in material}
     for name, (way, mean, ends) in best.items():
         full = next(row[5] for row in rows if row[2] == name and row[0] == "full")
         top = next(row[5] for row in rows if row[2] == name and row[0] == way)
-        told.append(
-            f"{name}: {way} is best at {top:.1%} agreement, {mean:+.1%} ({ends.low:+.1%} to {ends.high:+.1%}) over rank 1, full "
-            f"fine-tuning {full:.1%}"
+        if not of_name[name].is_learned(top):
+            told.append(f"{name} is not learned in any way at this budget: the best agrees on {top:.1%}")
+            continue
+        over = (
+            f", {100 * mean:+.1f} points ({LEVEL:.0%} interval {100 * ends.low:+.1f} to {100 * ends.high:+.1f}) over rank 1"
+            if way != _FIRST
+            else ""
         )
+        others = f", full fine-tuning {full:.1%}" if way != "full" else ""
+        told.append(f"{name}: {way} is best at {top:.1%} agreement{over}{others}")
     return f"At equal compute {'; '.join(told)}."

@@ -20,10 +20,13 @@ from jobs import provenance
 from jobs.tables import show_table
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-.lead { font-size: 1.25rem; } table { border-collapse: collapse; font-size: 0.85rem; } th, td { text-align: left; padding: 0.2rem 0.7rem 0.2rem 0;
-border-bottom: 1px solid #ddd; vertical-align: top; } figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
-figcaption { color: #555; font-size: 0.9rem; } .wide { overflow-x: auto; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1rem; color: #555; } .lead { font-size: 1.25rem; } table { border-collapse: collapse; font-size: 0.85rem; }
+th, td { text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
+td { white-space: nowrap; }
+figure { margin: 1.5rem 0; } figure svg { width: 100%; min-width: 21rem; max-width: 48rem; height: auto; }
+figcaption { color: #555; font-size: 0.9rem; } .wide { overflow-x: auto; } pre { overflow-x: auto; font-size: 0.8rem; }
+p, li { overflow-wrap: anywhere; } ul { padding-left: 1.2rem; } summary { cursor: pointer; }
 """
 
 
@@ -54,8 +57,10 @@ def write_findings(out: pathlib.Path, name: str, findings: Findings, words: Sequ
     out.mkdir(parents=True, exist_ok=True)
     facts = {"command": " ".join(words), "machine": provenance.machine(), "packages": provenance.code()["packages"]}
     pq.write_table(pa.Table.from_pylist(_columns(findings.records)), out / "cells.parquet")
-    told = {"experiment": name, "found": findings.sentence, "laws": findings.laws, "notes": list(findings.notes)}
-    (out / "laws.json").write_text(json.dumps({**told, "provenance": facts}, indent=1) + "\n")
+    table = [dict(zip(findings.head, row, strict=True)) for row in findings.rows]
+    told = {"experiment": name, "quick": "--quick" in words, "found": findings.sentence, "laws": findings.laws}
+    told |= {"table": table, "notes": list(findings.notes), "provenance": facts}
+    (out / "laws.json").write_text(json.dumps(told, indent=1) + "\n")
     (out / "report.html").write_text(_page(name, findings, facts), encoding="utf-8", errors="replace")
     show_table(findings.head, findings.rows, sys.stdout)
     for note in findings.notes:
@@ -90,10 +95,12 @@ def _page(name: str, findings: Findings, facts: Mapping[str, Any]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>understudy scale {html.escape(name)}</title><style>{_STYLE}</style></head><body>"
-        f'<p class="lead">{html.escape(findings.sentence)}</p>{mark}{"".join(findings.pictures)}'
+        f'<h1>understudy scale {html.escape(name)}</h1><p class="lead">{html.escape(findings.sentence)}</p>{mark}{"".join(findings.pictures)}'
         f'<h2>Table</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
-        f"<h2>Notes</h2><ul>{notes}</ul><h2>Laws</h2><pre>{html.escape(json.dumps(findings.laws, indent=1))}</pre>"
+        f"<h2>Notes</h2><ul>{notes}</ul><details><summary>What is in laws.json beside the table</summary>"
+        f"<pre>{html.escape(json.dumps(findings.laws, indent=1))}</pre></details>"
         f"<h2>How it was made</h2><p>{html.escape(made)}</p></body></html>\n"
     )
 

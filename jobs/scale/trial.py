@@ -127,9 +127,8 @@ def pretrain_base(
         is_scratch=True,
         max_prompt_tokens=recipe.specialists.max_model_tokens * 3 // 4,
     )
-    config = recipe.pretrain.model_copy(
-        update={"num_steps": steps, "checkpoint_every": steps, "warmup_steps": steps // 10}
-    )
+    length = {"num_steps": steps, "checkpoint_every": steps, "warmup_steps": steps // 10}
+    config = recipe.pretrain.model_copy(update={**length, **_rate(recipe, entry)})
     folder, _ = pretrain(entry, config, tokenizer, list(data.values()), work)
     numbers = {task_id: one.prompt_format.task_number for task_id, one in data.items()}
     (folder / NUMBERS_FILE).write_text(json.dumps(numbers))

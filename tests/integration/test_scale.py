@@ -44,7 +44,7 @@ def dying(flag: pathlib.Path) -> Callable[[Any, dict[str, Any]], dict[str, Any]]
     from jobs.scale.trial import train_cell
 
     def train(bench: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-        if parameters["seed"] == 1 and parameters["examples"] == 200 and not flag.exists():
+        if parameters["seed"] == 1 and parameters["examples"] == 100 and not flag.exists():
             os.kill(os.getpid(), signal.SIGKILL)
         return train_cell(bench, parameters)
 
@@ -55,7 +55,7 @@ def test_a_killed_experiment_goes_on_where_it_stopped(
     ray_cluster: None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_calls(tmp_path / "calls.jsonl", 700)
+    write_calls(tmp_path / "calls.jsonl", 360)
     flag, out = tmp_path / "flag", tmp_path / "lab"
     monkeypatch.setattr(laboratory, "train_cell", dying(flag))
     words = [
@@ -87,8 +87,9 @@ def test_a_killed_experiment_goes_on_where_it_stopped(
     assert "1 of 1 tasks reach 90% agreement within the data (from " in laws["found"]
     rows = pq.read_table(out / "cells.parquet").to_pylist()
     assert len(rows) == len(after) and {row["seed"] for row in rows} == {0, 1}
-    assert all(row["agreement"] > 0.9 for row in rows if row["examples"] > 300), "twelve answers were not learned"
+    assert {row["task"].endswith("(10 answers)") for row in rows} == {True}
+    assert all(row["agreement"] > 0.9 for row in rows if row["examples"] > 100), "ten answers were not learned"
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 2 and "number 1" not in page
+    assert "<svg" in page and "number 1" not in page
     one = json.loads(next((out / "cells").glob("*.json")).read_text())
     assert one["provenance"]["hardware"]["cores"] and one["cell"]["parameters"]["seed"] in (0, 1)

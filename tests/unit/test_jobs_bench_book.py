@@ -15,6 +15,7 @@ from jobs.bench import book, results
 from jobs.bench.book import peer_rows, read_numbers, rows_of, write_book
 from jobs.bench.figures import Compared, Spread, compare, flatten, spread
 from jobs.bench.processes import Watched, watch
+from jobs.scale.laws import Interval, Law
 
 ROOT = pathlib.Path(__file__).parents[2]
 HARDWARE = {"processor": "P", "cores": 2, "memory_gib": 4.0}
@@ -38,7 +39,7 @@ def test_a_part_that_fails_keeps_what_it_had_and_the_others_go_on(tmp_path: path
     assert [name for name, quick, limit in seen if quick and limit] == ["curate", "train", "serve", "gate"]
     ended = {row[0]: row[1] for row in rows_of(found)}
     assert ended["curate"] == "done" and "status 1" in ended["train"] and "no luck" in ended["serve"]
-    assert "took more than 240 s" in ended["gate"] and "https" not in json.dumps(found)
+    assert f"took more than {book.QUICK_LIMITS_S['gate']} s" in ended["gate"] and "https" not in json.dumps(found)
     assert read_numbers(found)["serve"]["coverage.a.ours"].median == 0.5
     assert read_numbers(found)["train"] == {"wall_s": Spread(2, 2, 2, 1), "cpu_s": Spread(3, 3, 3, 1)}
     assert peer_rows(found) == [["gate", "share kept, a", "0.5", "0.4", "TRACER's gate", "1.25"]]
@@ -113,6 +114,22 @@ def test_the_page_takes_any_subset_and_refuses_what_has_no_provenance(tmp_path: 
     write(tmp_path / "x.json", 1, provenance={"command": "understudy"})
     with pytest.raises(InputError, match=r"x\.json: provenance\.date"):
         results.write_results(tmp_path)
+
+
+def test_the_page_says_a_law_with_its_intervals(tmp_path: pathlib.Path) -> None:
+    law = Law(
+        variables=("parameters", "examples"), rates=(-0.1, 0.42), floor=0.05, scale=2.0, num_points=9, num_seeds=3,
+        rate_intervals=(Interval(low=-0.2, high=0.01), Interval(low=0.3, high=0.5)),
+        floor_interval=Interval(low=0.0, high=0.1), residual=0.02, num_missed=1,
+    )  # fmt: skip
+    laws = {"snips": {"agreement": {"law": law.model_dump(), "needed": [{"error": 0.1}]}}, "pace": {"answer_s": 0.25}}
+    one = {"experiment": "data", "quick": True, "found": "It falls.", "laws": laws, "provenance": FACTS}
+    (tmp_path / "scale-data.json").write_text(json.dumps(one))
+    page = results.write_results(tmp_path)
+    assert "| snips, agreement | examples | -0.42 (-0.50 to -0.30) | 0.050 (0.000 to 0.100) | 1 of 9 |" in page
+    assert "| snips, agreement | parameters | +0.10 (-0.01 to +0.20) |" in page
+    assert "| pace.answer_s | 0.25 |" in page and "num_missed" not in page
+    assert "QUICK: few calls" in page
 
 
 def test_results_md_is_what_its_json_says() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+import re
 from collections import Counter
 from typing import Any
 
@@ -16,7 +17,7 @@ from jobs.__main__ import main
 from jobs.bench.mixed_adapters import draw_adapters
 from jobs.recipe import load_recipe
 from jobs.scale.cells import Cell, CellBook, Measured, describe, measure_here
-from jobs.scale.charts import Axes, Dot, draw_lines, drawable
+from jobs.scale.charts import Axes, Dot, draw_groups, draw_lines, drawable, plain
 from jobs.scale.data import sizes_of
 from jobs.scale.fleet import foretell
 from jobs.scale.material import load_logs, read_material, save_material
@@ -59,6 +60,28 @@ def test_train_holds_no_request_that_a_later_split_asks_too(tmp_path: pathlib.Pa
     asked = {s: {json.dumps(e.request["messages"]) for e in own} for s, own in task.splits.items()}
     assert len(asked["train"]) > 50
     assert not asked["train"] & (asked["validation"] | asked["calibration"] | asked["test"])
+
+
+def test_quick_takes_few_answers_of_many_and_leaves_alone_what_has_too_few_calls_of_them(
+    tmp_path: pathlib.Path,
+) -> None:
+    """A model of seconds learns none of 40 answers; ten it learns, and the task says that it is not whole."""
+    found = {}
+    for name, places in (("many", 40), ("few", 4), ("own", 10_000)):
+        path = tmp_path / f"{name}.jsonl"
+        write_calls(path, 1200)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            content = json.dumps({"room": number % places, "level": "low"})
+            row["response"]["choices"][0]["message"]["content"] = content
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (found[name],) = load_logs([path], load_recipe(["gate.epsilon=0.2"]), is_quick=True)
+    answers = {n: [{e.target["content"] for e in own} for own in one.splits.values()] for n, one in found.items()}
+    assert all(len(own) <= 10 for own in answers["many"]) and len(set.union(*answers["many"])) == 10
+    assert found["many"].name.endswith(" (10 answers)") and len(found["many"].splits["train"]) > 100
+    assert len(set.union(*answers["few"])) == 4 and "answers" not in found["few"].name
+    assert len(set.union(*answers["own"])) > 500 and "answers" not in found["own"].name
+    assert len(found["own"].splits["test"]) <= 150
 
 
 def test_no_example_stays_on_disk_where_an_experiment_fails(tmp_path: pathlib.Path, monkeypatch) -> None:
@@ -151,10 +174,15 @@ def test_a_page_stands_alone_and_says_first_what_was_found(
     write_findings(tmp_path / "out", "data", findings, ["understudy", "scale", "data"])
     page = (tmp_path / "out" / "report.html").read_text()
     body = page.split("<body>")[1]
-    assert body.startswith('<p class="lead">Found &lt;this&gt;.</p>')
+    assert body.startswith('<h1>understudy scale data</h1><p class="lead">Found &lt;this&gt;.</p>')
+    assert 'name="viewport"' in page, "a telephone shows the page at a quarter of its size"
     assert "<b>" not in page and "default-src 'none'" in page and not {"<script", "<link", "src="} & set(page.split())
     assert page.count("<svg") == 1 and 'aria-label="A caption.' in page and "0.5 at 50" in page
     assert "understudy scale data on " in page
+    told = json.loads((tmp_path / "out" / "laws.json").read_text())
+    assert (
+        told["table"] == [{"task": name, "agreement": 0.51234}, {"task": "b", "agreement": None}] and not told["quick"]
+    )
     table = pq.read_table(tmp_path / "out" / "cells.parquet").to_pylist()
     assert table == [{"task": "a", "deep": "[1, 2]", "more": None}, {"task": "b", "deep": None, "more": 1.5}]
     out = capsys.readouterr().out
@@ -163,6 +191,24 @@ def test_a_page_stands_alone_and_says_first_what_was_found(
 
 def test_names_from_traffic_are_drawn_plain() -> None:
     assert drawable("a$b\u4f60") == "a?b?" and len(drawable("x" * 99)) == 40
+
+
+def ticks_of(picture: str) -> set[str]:
+    return set(re.findall(r">([^<>]+)</text>", picture))
+
+
+def test_axes_tell_plain_numbers_and_names_are_rows_of_their_own() -> None:
+    """A reader looks for 200 examples and for a task, not for 10^2 and for the fourth."""
+    axes = Axes("examples", "agreement", is_x_log=True)
+    assert {"50", "200", "2,051"} <= ticks_of(
+        draw_lines({"a": [Dot(50, 0.1), Dot(200, 0.2), Dot(2051, 0.3)]}, axes, "c")
+    )
+    near = draw_lines({"a": [Dot(1000, 0.1), Dot(1100, 0.2), Dot(2051, 0.3)]}, axes, "c")
+    assert {"1,500", "2,000"} <= ticks_of(near), "labels of 1,000 and 1,100 would lie over each other"
+    points = {"clinc150: domain": Dot(0, 0.5, 0.4, 0.6), "snips": Dot(0, 0.7)}
+    groups = draw_groups({"apart": points, "shared": {"snips": Dot(0, 0.1)}}, "agreement", "A caption.")
+    assert {"clinc150: domain", "snips", "apart", "shared", "agreement"} <= ticks_of(groups)
+    assert "0.5 of clinc150: domain" in groups and plain(0.2826) == "0.283"
 
 
 @pytest.mark.parametrize("most", [50, 51, 60, 99, 400, 850, 5000])

@@ -104,6 +104,18 @@ def test_data_that_is_never_learned_or_always_has_no_law(tmp_path: pathlib.Path)
     perfect = data.run(world(tmp_path, lambda one, task: -1.0, make_task("a")))
     assert perfect.laws == {"a": {}} and "1 of 1 tasks reach 90% agreement within the data (from 50" in perfect.sentence
     assert found.laws == {"a": {}} and "0 of 1 tasks reach 90%" in found.sentence and "power" not in found.sentence
+    assert "<svg" not in found.pictures[1] and "No gate opened" in found.pictures[1]
+
+
+def test_data_does_not_carry_on_a_law_that_does_not_fit(tmp_path: pathlib.Path) -> None:
+    up_and_down = {50: 0.9, 100: 0.3, 200: 0.7, 400: 0.2, 800: 0.8, 1600: 0.5, 3200: 0.6, 6000: 0.4}
+    found = data.run(world(tmp_path, lambda one, task: up_and_down[one["examples"]], make_task("a")))
+    assert "no power law fits any of 1 learned tasks" in found.sentence
+    assert [note for note in found.notes if note.startswith("a: ")] == [
+        f"a: no power law fits {what}: the likeliest lies outside the intervals of "
+        f"{found.laws['a'][what]['law']['num_missed']} of 8 sizes, so nothing is said of what more examples would do"
+        for what in ("agreement", "coverage")
+    ]
 
 
 def test_model_tells_a_larger_base_that_is_better_from_one_that_is_worse(tmp_path: pathlib.Path) -> None:
@@ -117,7 +129,19 @@ def test_model_tells_a_larger_base_that_is_better_from_one_that_is_worse(tmp_pat
     assert better[1] == pytest.approx(0.2, abs=0.12)
     steps = {row[1]: row[4] for row in found.rows}
     assert steps["scratch-0.3M"] > 20 * steps["scratch-10M"], "not the same compute"
-    assert "better does best on " in found.sentence and len(found.pictures) == 2
+    assert "better does best on 0.102M parameters" in found.sentence and len(found.pictures) == 2
+
+
+def test_model_calls_no_base_best_that_may_be_none() -> None:
+    rng = np.random.default_rng(0)
+    alike = {size: (rng.random((3, 200)) < 0.7).astype(float) for size in (282_600, 688_768)}
+    told = model._tell(make_task("alike", 90), {**alike, 2_016_960: np.zeros((3, 200))}, None)
+    assert re.search(
+        r"alike does best on 0\.(283|689)M parameters, agreement \d\d%, from which 0\.(283|689)M cannot be told$", told
+    )
+    nothing = model._tell(make_task("hard", 90), {size: np.eye(2, 10) for size in alike}, None)
+    # One in ten is right; one in six would be, were it always the most frequent of the six answers.
+    assert "hard is not learned by any base at this budget" in nothing and "best on" not in nothing
 
 
 def test_a_base_outside_the_catalog_has_the_budget_of_its_own_size(tmp_path: pathlib.Path) -> None:
@@ -140,17 +164,25 @@ def test_a_base_outside_the_catalog_has_the_budget_of_its_own_size(tmp_path: pat
 
 def test_tasks_gives_every_way_the_same_steps_and_says_which_is_better(tmp_path: pathlib.Path) -> None:
     material = [make_task(name) for name in "abc"]
-    worse = {"apart": 0.1, "shared": 0.3, "groups": 0.2}
+    worse = {"apart": 0.1, "apart+groups": 0.1, "shared": 0.3, "groups": 0.2}
     lab = world(tmp_path, lambda one, task: worse[one["way"]], *material)
     found = tasks.run(lab)
     spent: dict[tuple[str, int], int] = {}
-    for record in {(r["way"], r["seed"], tuple(r["tasks"]), r["steps"]) for r in map(_listed, found.records)}:
-        spent[record[:2]] = spent.get(record[:2], 0) + record[3]
+    for ways, seed, _, steps in {
+        (r["way"], r["seed"], tuple(r["tasks"]), r["steps"]) for r in map(_listed, found.records)
+    }:
+        for way in ways.split("+"):
+            spent[way, seed] = spent.get((way, seed), 0) + steps
+    assert {way for way, _ in spent} == {"apart", "groups", "shared"}
+    trained = {(tuple(r["tasks"]), r["seed"]) for r in map(_listed, found.records)}
+    assert len(trained) == 5 * 3, "a group of one task is trained a second time"
     assert len(set(spent.values())) == 1
     assert "specialists for each of 3 tasks are better than one shared model" in found.sentence
     assert found.laws["apart minus shared"]["mean"] == pytest.approx(0.2, abs=0.03)
     same = tasks.run(world(tmp_path, lambda one, task: 0.2, *material))
     assert "cannot be told from" in same.sentence
+    chance = tasks.run(world(tmp_path, lambda one, task: 0.97 + 0.02 * one["way"].startswith("apart"), *material))
+    assert "no way learns the 3 tasks" in chance.sentence, "ways are compared that all learned nothing"
 
 
 def _listed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +199,8 @@ def test_rank_gives_full_training_two_thirds_of_the_steps_and_names_the_best(
     assert steps["full"] == pytest.approx(steps["lora, rank 8"] * 2 / 3, abs=4)
     assert "lora, rank 32 is best" in found.sentence and found.laws["best minus rank 1"]["a"]["low"] > 0
     assert {row[0]: row[1] for row in found.rows}["dora, rank 8"] == "no"
+    nothing = rank.run(world(tmp_path, lambda one, task: 0.98, make_task("a"))).sentence
+    assert "a is not learned in any way" in nothing and "best at" not in nothing
 
 
 @pytest.mark.parametrize(("slower", "within"), [(1.0, 5), (1.4, 0)])

@@ -92,6 +92,30 @@ def test_a_perfect_grid_and_a_hopeless_one_are_laws_too() -> None:
         assert found is not None and found.law.error_at([400]) == pytest.approx(share, abs=0.01)
 
 
+def test_a_law_that_does_not_fit_says_so() -> None:
+    """Error that falls, rises and falls again is no power law, however likely the likeliest one is."""
+    rng = np.random.default_rng(0)
+    errors = dict(zip(SIZES, (0.95, 0.9, 0.4, 0.3, 0.6, 0.7, 0.2), strict=True))
+    wrong = [rng.random(400) < error for error in errors.values() for _ in range(2)]
+    sizes, seeds = [[size] for size in SIZES for _ in range(2)], [0, 1] * len(SIZES)
+    found = fit_law(Grid.of(sizes, seeds, wrong), ["examples"], num_draws=30)
+    assert found is not None and found.law.num_missed >= 3 and not found.law.is_fitting
+    good = fit_law(draw_grid(0.0, 0.8 * 50**0.5, 0.5, calls=400), ["examples"], num_draws=30)
+    assert good is not None and good.law.is_fitting
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_calls_that_are_all_alike_are_not_sure_for_ever(value: float) -> None:
+    """Sixty of sixty right may be 95% right: .95 ** 60 is .046."""
+    mean, ends = mean_interval(np.full((3, 60), value))
+    assert mean == value and ends.high - ends.low == pytest.approx(1 - 0.05 ** (1 / 60))
+    assert 0 <= ends.low <= value <= ends.high <= 1
+    _, apart = mean_interval(np.zeros((3, 60)), lowest=-1.0)
+    assert apart.low == -apart.high < 0, "nothing differs in 60 calls, which is not that nothing does"
+    _, joint = joint_mean_interval([np.zeros((3, 60)), np.zeros((3, 90))])
+    assert joint.high == pytest.approx(1 - 0.05 ** (1 / 120)) == -joint.low
+
+
 def test_trainings_that_differ_widen_the_interval_of_a_mean() -> None:
     rng = np.random.default_rng(0)
     alike = np.stack([rng.random(500) < 0.5 for _ in range(3)])
