@@ -165,7 +165,7 @@ class Upstream:
         self._breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
         self._slots = Slots(config.max_concurrent, config.max_concurrent, config.max_wait_s)
         self._errors = EndpointErrors(config.base_url, config.api_key_env)
-        self._usage = StreamUsage()
+        self._usage = StreamUsage(clock)
         self._sleep = sleep
         self._headers = {"Content-Type": JSON, **authorization(config)}
         self._session: aiohttp.ClientSession | None = None
@@ -250,26 +250,18 @@ class Upstream:
         except UpstreamError as error:
             if error.status != 429:
                 permit.fail()
-            if error.retry_after_s:
-                self._breaker.pause(min(error.retry_after_s, LONGEST_PAUSE_S))
             raise
         finally:
             permit.leave()
 
     async def _counted(self, body: dict[str, Any], is_stream: bool, deadline: float) -> _Begun:
         """What the attempts gave, with a stream's token counts where the endpoint gives them."""
-        counted = self._usage.add(body) if is_stream else None
-        if counted is None:
-            return await self._attempts(write_json(body), is_stream, deadline)
-        begun = await self._attempts(write_json(counted), is_stream, deadline)
-        if self._usage.is_refused(body, begun.status, begun.first):
-            plain = await self._attempts(write_json(body), is_stream, deadline)
-            if plain.status == 200:
-                self._usage.learn(body, takes_it=False)
-            return plain
-        if begun.response is not None:
-            self._usage.learn(body, takes_it=True)
-        return begun._replace(hides_usage=True)
+
+        async def send(asked: dict[str, Any]) -> _Begun:
+            return await self._attempts(write_json(asked), is_stream, deadline)
+
+        begun, hides_usage = await self._usage.ask(body, send)
+        return begun._replace(hides_usage=hides_usage)
 
     async def _attempts(self, data: bytes, is_stream: bool, deadline: float) -> _Begun:
         clock = asyncio.get_running_loop().time
@@ -281,6 +273,8 @@ class Upstream:
                 wait_s = max(backoff_s(attempt), asked_s)
                 is_last = attempt == self.config.max_attempts or clock() + wait_s >= deadline
                 if is_last or not failed.may_retry or asked_s > LONGEST_RETRY_AFTER_S:
+                    if asked_s:
+                        self._breaker.pause(min(asked_s, LONGEST_PAUSE_S))
                     raise failed.error from None
             await self._sleep(wait_s)
         raise AssertionError("max_attempts is at least 1")
