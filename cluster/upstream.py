@@ -29,7 +29,7 @@ from cluster.slots import Slots
 from cluster.sse import parse_object
 from cluster.stream_usage import StreamUsage
 from cluster.tracing import outgoing
-from cluster.upstream_errors import EndpointErrors
+from cluster.upstream_errors import EndpointErrors, is_out_of_quota, is_owners
 
 MAX_REPLY_BYTES = 64 * 2**20
 EVENT_STREAM = "text/event-stream"
@@ -217,7 +217,7 @@ class Upstream:
             self._session = None
 
     def _without_list(self, status: int) -> UpstreamError:
-        if status in (401, 403) or 300 <= status < 400:
+        if is_owners(status):
             return self._errors.misconfigured(status)
         return self._errors.error(502, f"answered {status} to a request for its models; it may list none")
 
@@ -311,12 +311,12 @@ class Upstream:
     async def _begin(self, response: aiohttp.ClientResponse, is_stream: bool) -> _Begun:
         """The answer of one response, as far as it is needed to call it one."""
         status = response.status
-        if status in (401, 403) or 300 <= status < 400:
+        if is_owners(status):
             raise _Failed(self._errors.misconfigured(status), may_retry=False)
         if is_retryable(status):
             asked_s = parse_retry_after(response.headers.get("Retry-After"))
             body = parse_object(await self._read(response))
-            raise _Failed(self._errors.passed_on(status, body, asked_s), may_retry=True)
+            raise _Failed(self._errors.passed_on(status, body, asked_s), may_retry=not is_out_of_quota(body))
         if is_stream and status == 200 and response.content_type == EVENT_STREAM:
             return await self._open_stream(response)
         raw = await self._read(response)
@@ -342,10 +342,10 @@ class Upstream:
     def _reported(self, reported: dict[str, Any]) -> _Begun:
         """An error that came under status 200: the client's own is an answer, as it is under its own status."""
         status = error_status(reported)
-        if status in (401, 403):
+        if is_owners(status):
             raise _Failed(self._errors.misconfigured(status), may_retry=False)
         if is_retryable(status):
-            raise _Failed(self._errors.passed_on(status, reported, None), may_retry=True)
+            raise _Failed(self._errors.passed_on(status, reported, None), may_retry=not is_out_of_quota(reported))
         return _Begun(status, JSON, write_json(reported), reported, None)
 
     async def _chunks(self, begun: _Begun, deadline: float) -> AsyncIterator[bytes]:
@@ -380,5 +380,8 @@ class Upstream:
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
             # limit=0: how many calls run at once is counted here, not by the connection pool.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=True)
+            # No cookies: an endpoint must not know one client's call by another's.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
+            )
         return self._session

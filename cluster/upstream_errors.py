@@ -8,6 +8,20 @@ from cluster.endpoint_key import without_query
 from cluster.errors import UpstreamError
 
 
+def is_owners(status: int) -> bool:
+    """Whether a reply of this status is the owner's to mend: a refused key, an account without money or a moved address."""
+    return status in (401, 402, 403) or 300 <= status < 400
+
+
+def is_out_of_quota(body: dict[str, Any] | None) -> bool:
+    """Whether an error says that its account's quota is used up: asked again in a moment, it says so again.
+
+    Source: OpenAI API reference, error codes, 429 "You exceeded your current quota".
+    """
+    error = (body or {}).get("error")
+    return isinstance(error, dict) and "insufficient_quota" in (error.get("code"), error.get("type"))
+
+
 class EndpointErrors:
     """The errors of one endpoint, named by its address."""
 
@@ -31,8 +45,9 @@ class EndpointErrors:
         return UpstreamError(error.message, status, body, retry_after_s)
 
     def misconfigured(self, status: int) -> UpstreamError:
-        """For a reply that is the owner's to mend: a refused key or a moved address."""
-        step = f"put a valid key into {self._api_key_env}" if status in (401, 403) else "set its final address"
+        """For a reply that `is_owners`."""
+        steps = {401: f"put a valid key into {self._api_key_env}", 402: "pay its account"}
+        step = steps.get(status, steps[401] if status == 403 else "set its final address")
         return self.error(502, f"answered {status} to the gateway's request; {step}", "upstream_misconfigured")
 
     def unreachable(self, error: BaseException) -> UpstreamError:
