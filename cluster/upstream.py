@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, NamedTuple
@@ -19,8 +20,8 @@ import aiohttp
 from pydantic import AfterValidator, Field, model_validator
 
 from cluster.breaker import Breaker
-from cluster.config import Config, has_credentials
-from cluster.endpoint_key import authorization
+from cluster.config import Config
+from cluster.endpoint_key import authorization, check_address
 from cluster.errors import UpstreamError
 from cluster.json_text import write_json
 from cluster.opening import Opening, error_status, reported_error
@@ -34,16 +35,6 @@ from cluster.upstream_errors import EndpointErrors, is_out_of_quota, is_owners
 MAX_REPLY_BYTES = 64 * 2**20
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
-
-
-def _check_address(url: str) -> str:
-    if has_credentials(url):
-        raise ValueError(
-            "the address carries credentials, which would be shown and written beside every release; allowed: "
-            "https://HOST/VERSION; next: take them out, and put the LLM's key into the environment variable that "
-            "api_key_env names (OPENAI_API_KEY)"
-        )
-    return url
 
 
 class LLMNodeConfig(Config):
@@ -87,7 +78,7 @@ class LLMNodeConfig(Config):
 class UpstreamConfig(LLMNodeConfig):
     """Where one endpoint is."""
 
-    base_url: Annotated[str, AfterValidator(_check_address)] = Field(pattern=r"^https?://[^\s/]+")
+    base_url: Annotated[str, AfterValidator(check_address)] = Field(pattern=r"^https?://[^\s/]+")
     """Address up to and including the version, e.g. https://api.openai.com/v1."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; it may be unset only for a loopback address."""
@@ -138,6 +129,15 @@ class _Begun(NamedTuple):
     hides_usage: bool = False
 
 
+class _Ends(NamedTuple):
+    """Of one call, on the event loop's clock."""
+
+    total: float
+    """When it has used up total_timeout_s."""
+    caller: float
+    """When nobody waits for it any more."""
+
+
 class _Failed(Exception):
     """One attempt that gave no answer worth having."""
 
@@ -170,24 +170,30 @@ class Upstream:
         self._headers = {"Content-Type": JSON, **authorization(config)}
         self._session: aiohttp.ClientSession | None = None
 
-    async def chat(self, body: dict[str, Any]) -> UpstreamReply:
+    async def chat(self, body: dict[str, Any], *, until: float = math.inf) -> UpstreamReply:
         """Ask for a whole answer.
+
+        Args:
+            until: when its caller leaves, on the event loop's clock; no attempt is waited for beyond it.
 
         Raises:
             UpstreamError: no usable answer after all attempts; `status` and `body` are fit for the client.
         """
-        async with self._opened(body, is_stream=False) as (begun, _):
+        async with self._opened(body, until, is_stream=False) as (begun, _):
             assert begun.body is not None
             return UpstreamReply(begun.status, begun.body, begun.first)
 
     @contextlib.asynccontextmanager
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[UpstreamStream]:
+    async def stream(self, body: dict[str, Any], *, until: float = math.inf) -> AsyncIterator[UpstreamStream]:
         """Start a streamed answer; its first content is here when the block is entered.
+
+        Args:
+            until: as `chat` takes it.
 
         Raises:
             UpstreamError: the LLM gave no content after all attempts.
         """
-        async with self._opened(body, is_stream=True) as (begun, deadline):
+        async with self._opened(body, until, is_stream=True) as (begun, deadline):
             yield UpstreamStream(begun.status, begun.content_type, self._chunks(begun, deadline), begun.hides_usage)
 
     async def list_models(self) -> list[dict[str, Any]]:
@@ -222,29 +228,31 @@ class Upstream:
         return self._errors.error(502, f"answered {status} to a request for its models; it may list none")
 
     @contextlib.asynccontextmanager
-    async def _opened(self, body: dict[str, Any], *, is_stream: bool) -> AsyncIterator[tuple[_Begun, float]]:
+    async def _opened(
+        self, body: dict[str, Any], until: float, *, is_stream: bool
+    ) -> AsyncIterator[tuple[_Begun, float]]:
         """The first attempt's answer worth having, and when the call has to end; holds one of the endpoint's places."""
-        deadline = asyncio.get_running_loop().time() + self.config.total_timeout_s
+        ends = _Ends(asyncio.get_running_loop().time() + self.config.total_timeout_s, until)
         if not await self._slots.take():
             raise self._errors.busy()
         try:
-            begun = await self._begun(body, is_stream, deadline)
+            begun = await self._begun(body, is_stream, ends)
             try:
-                yield begun, deadline
+                yield begun, ends.total
             finally:
                 if begun.response is not None:
                     begun.response.close()
         finally:
             self._slots.give()
 
-    async def _begun(self, body: dict[str, Any], is_stream: bool, deadline: float) -> _Begun:
+    async def _begun(self, body: dict[str, Any], is_stream: bool, ends: _Ends) -> _Begun:
         """What the attempts gave, after a word to the breaker."""
         permit = self._breaker.begin()
         if permit is None:
             raise self._errors.left_alone(self._breaker.wait_s, has_asked=self._breaker.is_paused)
         try:
             asked = {**body, "model": self.config.model} if self.config.model else body
-            begun = await self._counted(asked, is_stream, deadline)
+            begun = await self._counted(asked, is_stream, ends)
             permit.succeed()
             return begun
         except UpstreamError as error:
@@ -254,24 +262,24 @@ class Upstream:
         finally:
             permit.leave()
 
-    async def _counted(self, body: dict[str, Any], is_stream: bool, deadline: float) -> _Begun:
+    async def _counted(self, body: dict[str, Any], is_stream: bool, ends: _Ends) -> _Begun:
         """What the attempts gave, with a stream's token counts where the endpoint gives them."""
 
         async def send(asked: dict[str, Any]) -> _Begun:
-            return await self._attempts(write_json(asked), is_stream, deadline)
+            return await self._attempts(write_json(asked), is_stream, ends)
 
         begun, hides_usage = await self._usage.ask(body, send)
         return begun._replace(hides_usage=hides_usage)
 
-    async def _attempts(self, data: bytes, is_stream: bool, deadline: float) -> _Begun:
+    async def _attempts(self, data: bytes, is_stream: bool, ends: _Ends) -> _Begun:
         clock = asyncio.get_running_loop().time
         for attempt in range(1, self.config.max_attempts + 1):
             try:
-                return await self._attempt(data, is_stream, deadline)
+                return await self._attempt(data, is_stream, ends.total)
             except _Failed as failed:
                 asked_s = failed.error.retry_after_s or 0.0
                 wait_s = max(backoff_s(attempt), asked_s)
-                is_last = attempt == self.config.max_attempts or clock() + wait_s >= deadline
+                is_last = attempt == self.config.max_attempts or clock() + wait_s >= min(ends)
                 if is_last or not failed.may_retry or asked_s > LONGEST_RETRY_AFTER_S:
                     if asked_s:
                         self._breaker.pause(min(asked_s, LONGEST_PAUSE_S))

@@ -24,6 +24,7 @@ from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig, UpstreamConfig, UpstreamReply, UpstreamStream
 from serving.billing import Bill, Spending, spent_error, was_at_work
 from serving.cluster_llm import ClusterLLMConfig
+from serving.limits import UNLIMITED, Limits, fit_budget
 from serving.openai_wire import error_body
 from serving.policy import MODEL_PREFIX
 
@@ -49,9 +50,9 @@ class LLM(Protocol):
     @property
     def config(self) -> LLMNodeConfig: ...
 
-    async def chat(self, body: dict[str, Any]) -> UpstreamReply: ...
+    async def chat(self, body: dict[str, Any], *, until: float) -> UpstreamReply: ...
 
-    def stream(self, body: dict[str, Any]) -> AbstractAsyncContextManager[UpstreamStream]: ...
+    def stream(self, body: dict[str, Any], *, until: float) -> AbstractAsyncContextManager[UpstreamStream]: ...
 
     async def list_models(self) -> list[dict[str, Any]]: ...
 
@@ -79,44 +80,52 @@ class FallbackLLM:
         """Of the LLMs, in the order in which they are asked."""
         return tuple(llm.config for llm in self._llms)
 
-    async def chat(self, body: dict[str, Any], bill: Bill | None = None) -> tuple[UpstreamReply, LLMNodeConfig]:
+    async def chat(
+        self, body: dict[str, Any], bill: Bill | None = None, limits: Limits = UNLIMITED
+    ) -> tuple[UpstreamReply, LLMNodeConfig]:
         """Ask for a whole answer.
 
         Args:
-            bill: gets what LLMs cost that were left before they answered.
+            bill: of the call; gets what LLMs cost that were left before they answered.
+            limits: of the call; what is on the bill is no longer of its budget.
 
         Raises:
-            UpstreamError: none gave one; the last one's error.
+            UpstreamError: none gave one: the error of the last one asked; 400, none could be asked within the budget.
         """
         able = await self._able(body)
         for number, llm in able:
+            fitted = self._fitted(body, bill, limits)
             try:
                 with self._read_by(llm, body, bill):
-                    return await llm.chat(body), llm.config
+                    return await llm.chat(fitted, until=limits.deadline_at), llm.config
             except UpstreamError as error:
-                self._pass_on(number, error, is_last=number == able[-1][0])
+                is_last = number == able[-1][0] or not self._is_affordable(body, bill, limits)
+                self._pass_on(number, error, is_last=is_last)
         raise AssertionError("the last one answers or raises")
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, body: dict[str, Any], bill: Bill | None = None
+        self, body: dict[str, Any], bill: Bill | None = None, limits: Limits = UNLIMITED
     ) -> AsyncIterator[tuple[UpstreamStream, LLMNodeConfig]]:
         """Start a streamed answer; its first content is here when the block is entered.
 
         Args:
-            bill: gets what LLMs cost that were left before they answered.
+            bill: as `chat` takes it.
+            limits: as `chat` takes them.
 
         Raises:
-            UpstreamError: none gave any content; the last one's error.
+            UpstreamError: as `chat` raises it, where none gave any content.
         """
         able = await self._able(body)
         for number, llm in able:
+            fitted = self._fitted(body, bill, limits)
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     with self._read_by(llm, body, bill):
-                        stream = await stack.enter_async_context(llm.stream(body))
+                        stream = await stack.enter_async_context(llm.stream(fitted, until=limits.deadline_at))
                 except UpstreamError as error:
-                    self._pass_on(number, error, is_last=number == able[-1][0])
+                    is_last = number == able[-1][0] or not self._is_affordable(body, bill, limits)
+                    self._pass_on(number, error, is_last=is_last)
                     continue
                 yield stream, llm.config
                 return
@@ -149,6 +158,17 @@ class FallbackLLM:
                 if bill is not None:
                     bill.add(cost)
             raise
+
+    def _fitted(self, body: dict[str, Any], bill: Bill | None, limits: Limits) -> dict[str, Any]:
+        """The request within what is left of the budget; raises UpstreamError where it cannot be."""
+        return fit_budget(body, limits.budget_usd - (bill.cost.usd if bill else 0.0), self.configs)
+
+    def _is_affordable(self, body: dict[str, Any], bill: Bill | None, limits: Limits) -> bool:
+        try:
+            self._fitted(body, bill, limits)
+        except UpstreamError:
+            return False
+        return True
 
     async def _able(self, body: dict[str, Any]) -> list[tuple[int, LLM]]:
         """The LLMs that can be asked, with their numbers: no LLM knows a specialist's name, only one with its own model.

@@ -42,7 +42,7 @@ from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway_config import GatewayConfig
 from serving.hedging import race
-from serving.limits import fit_budget, read_limits, within
+from serving.limits import read_limits, within
 from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
 from serving.openai_wire import CLIENT_GONE, Denied, completion_body, with_code
 from serving.passthrough import PassThrough
@@ -324,7 +324,7 @@ class GatewayCore:
     async def _ask_llm(self, call: PendingCall) -> WholeAnswer | BegunAnswer:
         """Raises UpstreamError where no LLM answers, or the longest answer could cost more than the call may."""
         left_usd = call.limits.budget_usd - call.specialist_cost_usd
-        return await ask_llm(self.fallback, fit_budget(call.request, left_usd, self.fallback.configs), call.lost)
+        return await ask_llm(self.fallback, call.request, call.lost, call.limits._replace(budget_usd=left_usd))
 
     async def _pass_on(self, call: PendingCall, answer: WholeAnswer) -> Response:
         status, raw, body, endpoint = answer
