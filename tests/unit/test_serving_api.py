@@ -21,6 +21,7 @@ from cluster.feedback import read_feedback
 from cluster.raw_upstream import RawUpstream
 from cluster.sse import SseReader
 from cluster.upstream import UpstreamConfig
+from serving import body as bodies
 from serving.admission import RateLimiter
 from serving.billing import Spending
 from serving.passthrough import MAX_BODY_BYTES, PassThrough
@@ -348,6 +349,26 @@ def test_an_endpoints_time_counts_from_the_end_of_the_clients_body(tmp_path: pat
             upstream.is_silent = True
             slow = await run.http.post(EMBEDDINGS, content=b"x")
             assert (slow.status_code, slow.json()["error"]["code"]) == (504, "upstream_timeout")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", [EMBEDDINGS, PATH])
+def test_a_body_that_stalls_is_given_up_and_says_nothing_of_the_endpoint(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(bodies, "STALL_S", 0.05)
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        async with gateway(tmp_path, max_ongoing=1) as run, endpoint(run, breaker_failures=1):
+            for _ in range(2):
+                late = await run.http.post(path, content=stalling())
+                assert (late.status_code, late.json()["error"]["code"]) == (408, "request_timeout")
+            assert (await run.http.post(EMBEDDINGS, content=b"x")).status_code == 200
 
     asyncio.run(scenario())
 

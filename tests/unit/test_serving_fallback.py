@@ -172,7 +172,8 @@ def test_an_llm_that_is_left_at_work_has_read_the_request_and_one_that_fails_has
 
     async def main() -> None:
         slow, failing = Script(silent), Script(whole(500))
-        async with two(slow, failing, **PRICED, max_usd_per_day=0.1, breaker_failures=1_000) as (fallback, meter):
+        quick = {"timeout_s": 0.1, "first_token_timeout_s": 0.1, "breaker_failures": 1_000}
+        async with two(slow, failing, **PRICED, **quick, max_usd_per_day=0.1) as (fallback, meter):
             bill = Bill()
             for number in range(10):
                 assert fallback.spending.wait_s(fallback.configs[0]) == 0
