@@ -48,7 +48,7 @@ from serving.openai_wire import CLIENT_GONE, Denied, completion_body, with_code
 from serving.passthrough import PassThrough
 from serving.pending import PendingCall, agent_of
 from serving.relay import LLMRelay
-from serving.replies import failed_reply, fault_reply, kept_reply, told_of
+from serving.replies import failed_reply, fault_reply, kept_reply, llm_reply, told_of
 from serving.rollout import RolloutConfig
 from serving.shadow import Shadows
 from serving.table import ServingTable, Snapshot
@@ -333,7 +333,7 @@ class GatewayCore:
             await self.finish(call, status=status if status >= 400 else 502, error=error)
         else:
             await self.finish(call, response=body, endpoint=endpoint)
-        return Response(raw, status, media_type="application/json", headers=call.response_headers())
+        return llm_reply(status, raw, body, call.request, call.response_headers())
 
     async def _fail(self, call: PendingCall, error: UpstreamError) -> Response:
         if self.config.degraded == "specialist" and (answer := await self._stand_in(call, error)):
