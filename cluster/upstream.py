@@ -208,7 +208,7 @@ class Upstream:
             asked = self._client().get(address, headers=self._headers, timeout=timeout, allow_redirects=False)
             async with asked as response:
                 if response.status != 200:
-                    raise self._without_list(response.status)
+                    raise self._errors.without_list(response.status)
                 body = self._parse(response.status, await self._read(response))
         except _Failed as failed:
             raise failed.error from None
@@ -221,11 +221,6 @@ class Upstream:
         if self._session is not None:
             await self._session.close()
             self._session = None
-
-    def _without_list(self, status: int) -> UpstreamError:
-        if is_owners(status):
-            return self._errors.misconfigured(status)
-        return self._errors.error(502, f"answered {status} to a request for its models; it may list none")
 
     @contextlib.asynccontextmanager
     async def _opened(

@@ -7,6 +7,9 @@ from typing import Any
 from cluster.endpoint_key import without_query
 from cluster.errors import UpstreamError
 
+LISTS_NONE = "no_model_list"
+"""Code of the error of an endpoint that has no list of its models."""
+
 
 def is_owners(status: int) -> bool:
     """Whether a reply of this status is the owner's to mend: a refused key, an account without money or a moved address."""
@@ -70,6 +73,13 @@ class EndpointErrors:
         """For an endpoint that has as many calls in flight as it may have."""
         reason = "has as many calls in flight as upstream.max_concurrent allows; try again or raise it"
         return self.error(429, reason, "upstream_busy", 1.0)
+
+    def without_list(self, status: int) -> UpstreamError:
+        """For a reply of this status to a request for the endpoint's models; some serve chat completions alone."""
+        if is_owners(status):
+            return self.misconfigured(status)
+        code = LISTS_NONE if status in (404, 405, 501) else "upstream_error"
+        return self.error(502, f"answered {status} to a request for its models; it may list none", code)
 
     def named(self, reason: str) -> str:
         """The reason, with the address; without its query, which may hold a key."""

@@ -22,10 +22,11 @@ from typing_extensions import TypeAliasType
 from cluster.errors import UpstreamError
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig, UpstreamConfig, UpstreamReply, UpstreamStream
+from cluster.upstream_errors import LISTS_NONE
 from serving.billing import Bill, Spending, spent_error, was_at_work
 from serving.cluster_llm import ClusterLLMConfig
 from serving.limits import UNLIMITED, Limits, fit_budget
-from serving.openai_wire import error_body
+from serving.openai_wire import error_body, error_code
 from serving.policy import MODEL_PREFIX
 
 
@@ -131,7 +132,7 @@ class FallbackLLM:
                 return
 
     async def list_models(self) -> list[dict[str, Any]]:
-        """Model list of the first LLM that gives one.
+        """Model list of the first LLM that gives one; of one that has none, the model that its entry in the recipe names.
 
         Raises:
             UpstreamError: none did; the last one's error.
@@ -140,6 +141,9 @@ class FallbackLLM:
             try:
                 return await llm.list_models()
             except UpstreamError as error:
+                if error_code(error.body) == LISTS_NONE:
+                    name = llm.config.own_model
+                    return [{"id": name, "object": "model", "created": 0, "owned_by": "llm"}] if name else []
                 self._pass_on(number, error, is_last=number == len(self._llms) - 1)
         raise AssertionError("the last one answers or raises")
 
@@ -188,13 +192,12 @@ class FallbackLLM:
         return [one for one, wait_s in zip(able, waits, strict=True) if not wait_s]
 
     async def _unknown(self, model: str) -> UpstreamError:
-        try:
+        known = ""
+        with contextlib.suppress(UpstreamError):
             known = ", ".join(str(entry.get("id")) for entry in await self.list_models())
-        except UpstreamError:
-            known = "a model of the LLM"
         message = (
             f"model={model}: this call is for the LLM, and no upstream has a model of its own to ask; "
-            f"allowed: {known}; or let upstream.N.model name one"
+            f"allowed: {known or 'a model of the LLM'}; or let upstream.N.model name one"
         )
         return UpstreamError(
             message, 400, error_body(message, kind="invalid_request_error", code="model_not_found", param="model")

@@ -354,6 +354,9 @@ def test_models_are_listed_and_looked_up(tmp_path: pathlib.Path, own_model: str 
             with pytest.raises(openai.APIStatusError) as not_allowed:
                 await quick.models.delete("llm-1")
             assert not_allowed.value.status_code == 405
+            run.llm.lists_models = False
+            listed = [model.id async for model in quick.models.list()]
+            assert listed == (names if own_model else [NAMED]), "what the recipe names, where the LLM lists nothing"
             await run.llm.close()
             assert (await quick.models.retrieve(NAMED)).owned_by == "understudy"
 
