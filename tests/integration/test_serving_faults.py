@@ -23,6 +23,7 @@ from cluster.store import Store
 from jobs.bench.stage import make_key, publish_stage, task_request
 from jobs.bench.stub_graph import APP, BROKEN, SLOW, bind_stub_graph, stub_facts, stub_text
 from serving.app import ServeArgs
+from serving.openai_wire import CLIENT_GONE
 from serving.reassembly import reassemble
 
 pytestmark = pytest.mark.integration
@@ -53,6 +54,7 @@ def test_no_client_notices_what_happens_to_a_specialist(serve_port: int, tmp_pat
             client = Client(f"http://127.0.0.1:{serve_port}/v1/chat/completions", key)
             async with client.http:
                 await client.until_accepted()
+                await leave(client)
                 await lose_the_engine(client)
                 await lose_the_routes(client, release)
             return client.call_ids
@@ -60,18 +62,24 @@ def test_no_client_notices_what_happens_to_a_specialist(serve_port: int, tmp_pat
             await asyncio.to_thread(serve.delete, APP)
             await llm.close()
 
+    async def leave(client: Client) -> None:
+        """Its work ends in the engine, and the call is kept as left."""
+        with pytest.raises(httpx.ReadTimeout):
+            await client.ask(SLOW, timeout=1.0)
+        await until("num_left", 1)
+
     async def lose_the_engine(client: Client) -> None:
         """Its only replica dies while it answers; an adapter that does not load is left out from the start."""
         before = await asyncio.to_thread(stub_facts)
         asking = [asyncio.create_task(client.ask(SLOW, stream=bool(number % 2))) for number in range(4)]
-        while (await asyncio.to_thread(stub_facts))["num_asked"] < before["num_asked"] + len(asking):
-            await asyncio.sleep(0.05)
+        await until("num_asked", before["num_asked"] + len(asking))
         os.kill(before["pid"], signal.SIGKILL)
         asking += [asyncio.create_task(client.ask(task)) for task in (BROKEN, "good", "good")]
         replies = await asyncio.gather(*asking)
         assert [said for _, said in replies[:5]] == [LLM_TEXT] * 5, "nothing of the specialist's"
-        routes = [headers["x-understudy-route"] for headers, _ in replies]
-        assert routes[:5] == ["fall_back"] * 4 + ["llm"], routes
+        told = [(headers["x-understudy-route"], headers["x-understudy-reason"]) for headers, _ in replies]
+        assert told[:4] == [("fall_back", "error: ActorDiedError")] * 4, told
+        assert told[4] == ("llm", "adapter does not load"), told
         await client.until_accepted()
 
     async def lose_the_routes(client: Client, release: str) -> None:
@@ -82,21 +90,29 @@ def test_no_client_notices_what_happens_to_a_specialist(serve_port: int, tmp_pat
         assert (headers["x-understudy-release"], said) == (release, stub_text(ADAPTERS["good"], SURE))
 
     call_ids = asyncio.run(scenario())
-    kept = collections.Counter(call.call_id for call in read_calls(store))
-    assert kept == dict.fromkeys(call_ids, 1)
+    calls = read_calls(store)
+    kept = collections.Counter(call.call_id for call in calls if call.status != CLIENT_GONE)
+    assert kept == dict.fromkeys(call_ids, 1) and len(calls) == len(call_ids) + 1
+
+
+async def until(fact: str, number: int) -> None:
+    """Wait until the engine has done something so many times."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await asyncio.to_thread(stub_facts))[fact] < number:
+            await asyncio.sleep(0.05)
 
 
 class Client:
     """Takes nothing but whole answers, of the specialist or of the LLM."""
 
     def __init__(self, url: str, key: str) -> None:
-        self.http = httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT_S)
+        self.http = httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"})
         self.call_ids: list[str] = []
         self._url = url
 
-    async def ask(self, task: str, **extra: Any) -> tuple[httpx.Headers, str]:
+    async def ask(self, task: str, timeout: float = TIMEOUT_S, **extra: Any) -> tuple[httpx.Headers, str]:
         """Headers of the answer, and what it says."""
-        reply = await self.http.post(self._url, json=task_request(task, SURE, **extra))
+        reply = await self.http.post(self._url, json=task_request(task, SURE, **extra), timeout=timeout)
         assert reply.status_code == 200, reply.text
         self.call_ids.append(reply.headers["x-understudy-call-id"])
         reader = SseReader()
