@@ -86,15 +86,15 @@ class StreamUsage:
         return plain, False
 
     def _asks(self, body: dict[str, Any]) -> bool:
-        return self._clock() >= self._refuses_until.get(_model_of(body), 0.0)
+        return self._clock() >= self._refuses_until.get(model_of(body), 0.0)
 
     def _takes_it(self, body: dict[str, Any]) -> bool:
-        return self._refuses_until.get(_model_of(body)) == 0.0
+        return self._refuses_until.get(model_of(body)) == 0.0
 
     def _learn(self, body: dict[str, Any], *, takes_it: bool) -> None:
         if len(self._refuses_until) >= _MAX_MODELS:
             self._refuses_until.clear()
-        self._refuses_until[_model_of(body)] = 0.0 if takes_it else self._clock() + FORGOTTEN_AFTER_S
+        self._refuses_until[model_of(body)] = 0.0 if takes_it else self._clock() + FORGOTTEN_AFTER_S
 
 
 def with_usage(body: dict[str, Any]) -> dict[str, Any] | None:
@@ -162,6 +162,7 @@ def _brings_usage_alone(event: bytes) -> bool:
     return bool(chunks) and all(map(is_usage_alone, chunks))
 
 
-def _model_of(body: dict[str, Any]) -> str:
+def model_of(body: dict[str, Any]) -> str:
+    """The model that a request names; "" where it names none."""
     model = body.get("model")
     return model if isinstance(model, str) else ""

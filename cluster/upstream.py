@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import aiohttp
 from pydantic import AfterValidator, Field, model_validator
 
-from cluster.breaker import Breaker
+from cluster.breaker import Breaker, Pauses
 from cluster.config import Config
 from cluster.endpoint_key import authorization, check_address
 from cluster.errors import UpstreamError
@@ -28,7 +28,7 @@ from cluster.opening import Opening, error_status, reported_error
 from cluster.retries import LONGEST_PAUSE_S, LONGEST_RETRY_AFTER_S, backoff_s, is_retryable, parse_retry_after
 from cluster.slots import Slots
 from cluster.sse import parse_object
-from cluster.stream_usage import StreamUsage
+from cluster.stream_usage import StreamUsage, model_of
 from cluster.tracing import outgoing
 from cluster.upstream_errors import EndpointErrors, is_out_of_quota, is_owners
 
@@ -163,6 +163,7 @@ class Upstream:
         """
         self.config = config
         self._breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
+        self._pauses = Pauses(clock)
         self._slots = Slots(config.max_concurrent, config.max_concurrent, config.max_wait_s)
         self._errors = EndpointErrors(config.base_url, config.api_key_env)
         self._usage = StreamUsage(clock)
@@ -242,11 +243,13 @@ class Upstream:
 
     async def _begun(self, body: dict[str, Any], is_stream: bool, ends: _Ends) -> _Begun:
         """What the attempts gave, after a word to the breaker."""
+        asked = {**body, "model": self.config.model} if self.config.model else body
+        if wait_s := self._pauses.wait_s(model_of(asked)):
+            raise self._errors.left_alone(wait_s, has_asked=True)
         permit = self._breaker.begin()
         if permit is None:
-            raise self._errors.left_alone(self._breaker.wait_s, has_asked=self._breaker.is_paused)
+            raise self._errors.left_alone(self._breaker.wait_s, has_asked=False)
         try:
-            asked = {**body, "model": self.config.model} if self.config.model else body
             begun = await self._counted(asked, is_stream, ends)
             permit.succeed()
             return begun
@@ -261,7 +264,12 @@ class Upstream:
         """What the attempts gave, with a stream's token counts where the endpoint gives them."""
 
         async def send(asked: dict[str, Any]) -> _Begun:
-            return await self._attempts(write_json(asked), is_stream, ends)
+            try:
+                return await self._attempts(write_json(asked), is_stream, ends)
+            except UpstreamError as error:
+                if error.retry_after_s:
+                    self._pauses.add(model_of(asked), min(error.retry_after_s, LONGEST_PAUSE_S))
+                raise
 
         begun, hides_usage = await self._usage.ask(body, send)
         return begun._replace(hides_usage=hides_usage)
@@ -276,8 +284,6 @@ class Upstream:
                 wait_s = max(backoff_s(attempt), asked_s)
                 is_last = attempt == self.config.max_attempts or clock() + wait_s >= min(ends)
                 if is_last or not failed.may_retry or asked_s > LONGEST_RETRY_AFTER_S:
-                    if asked_s:
-                        self._breaker.pause(min(asked_s, LONGEST_PAUSE_S))
                     raise failed.error from None
             await self._sleep(wait_s)
         raise AssertionError("max_attempts is at least 1")

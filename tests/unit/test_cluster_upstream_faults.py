@@ -191,6 +191,21 @@ def test_what_the_endpoint_asked_for_is_told_and_kept_to() -> None:
     assert len(script.bodies) == 1
 
 
+def test_a_rate_that_is_used_up_for_one_model_is_none_of_anothers() -> None:
+    script = Script(whole(429, Retry_After="7"), whole())
+
+    async def main() -> None:
+        async with running(script, max_attempts=1) as (upstream, _):
+            with pytest.raises(UpstreamError):
+                await upstream.chat(BODY)
+            assert (await upstream.chat({**BODY, "model": "llm-2"})).status == 200
+            with pytest.raises(UpstreamError, match="asked to be left alone"):
+                await upstream.chat(BODY)
+
+    asyncio.run(main())
+    assert [body["model"] for body in script.bodies] == ["llm-1", "llm-2"]
+
+
 def test_an_open_breaker_says_when_to_come_back() -> None:
     script = Script(whole(500))
 
