@@ -64,8 +64,10 @@ def test_no_client_notices_what_happens_to_a_specialist(serve_port: int, tmp_pat
 
     async def leave(client: Client) -> None:
         """Its work ends in the engine, and the call is kept as left."""
-        with pytest.raises(httpx.ReadTimeout):
-            await client.ask(SLOW, timeout=1.0)
+        before = await asyncio.to_thread(stub_facts)
+        asking = asyncio.create_task(client.ask(SLOW))
+        await until("num_asked", before["num_asked"] + 1)
+        asking.cancel()
         await until("num_left", 1)
 
     async def lose_the_engine(client: Client) -> None:
@@ -78,7 +80,7 @@ def test_no_client_notices_what_happens_to_a_specialist(serve_port: int, tmp_pat
         replies = await asyncio.gather(*asking)
         assert [said for _, said in replies[:5]] == [LLM_TEXT] * 5, "nothing of the specialist's"
         told = [(headers["x-understudy-route"], headers["x-understudy-reason"]) for headers, _ in replies]
-        assert told[:4] == [("fall_back", "error: ActorDiedError")] * 4, told
+        assert all(route == "fall_back" and reason.startswith("error: ") for route, reason in told[:4]), told
         assert told[4] == ("llm", "adapter does not load"), told
         await client.until_accepted()
 
@@ -106,13 +108,13 @@ class Client:
     """Takes nothing but whole answers, of the specialist or of the LLM."""
 
     def __init__(self, url: str, key: str) -> None:
-        self.http = httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"})
+        self.http = httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT_S)
         self.call_ids: list[str] = []
         self._url = url
 
-    async def ask(self, task: str, timeout: float = TIMEOUT_S, **extra: Any) -> tuple[httpx.Headers, str]:
+    async def ask(self, task: str, **extra: Any) -> tuple[httpx.Headers, str]:
         """Headers of the answer, and what it says."""
-        reply = await self.http.post(self._url, json=task_request(task, SURE, **extra), timeout=timeout)
+        reply = await self.http.post(self._url, json=task_request(task, SURE, **extra))
         assert reply.status_code == 200, reply.text
         self.call_ids.append(reply.headers["x-understudy-call-id"])
         reader = SseReader()
