@@ -307,7 +307,15 @@ def test_what_the_endpoint_says_is_passed_on_but_what_is_the_owners_to_mend(tmp_
     async def scenario() -> None:
         async with gateway(tmp_path) as run, endpoint(run) as upstream:
             upstream.body = b'{"error": {"message": "sk-owner is wrong"}}'
-            for status, expected in ((400, 400), (404, 404), (429, 429), (500, 500), (401, 502), (302, 502)):
+            for status, expected in (
+                (400, 400),
+                (404, 404),
+                (429, 429),
+                (500, 500),
+                (401, 502),
+                (402, 502),
+                (302, 502),
+            ):
                 upstream.status = status
                 reply = await run.http.post(EMBEDDINGS, content=b"{}")
                 assert reply.status_code == expected and len(upstream.requests) == 1
