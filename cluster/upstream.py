@@ -30,9 +30,11 @@ from cluster.slots import Slots
 from cluster.sse import parse_object
 from cluster.stream_usage import StreamUsage, model_of
 from cluster.tracing import outgoing
-from cluster.upstream_errors import EndpointErrors, is_out_of_quota, is_owners
+from cluster.upstream_errors import EndpointErrors, FailedAttempt, is_out_of_quota, is_owners
 
 MAX_REPLY_BYTES = 64 * 2**20
+_HANGS_AFTER = 0.5
+"""Share of first_token_timeout_s after which a stream without content, when its caller leaves it, counts as one that hangs."""
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
 
@@ -138,14 +140,6 @@ class _Ends(NamedTuple):
     """When nobody waits for it any more."""
 
 
-class _Failed(Exception):
-    """One attempt that gave no answer worth having."""
-
-    def __init__(self, error: UpstreamError, *, may_retry: bool) -> None:
-        super().__init__(error)
-        self.error, self.may_retry = error, may_retry
-
-
 class Upstream:
     """Client of one endpoint. Belongs to one event loop; close it there."""
 
@@ -211,7 +205,7 @@ class Upstream:
                 if response.status != 200:
                     raise self._errors.without_list(response.status)
                 body = self._parse(response.status, await self._read(response))
-        except _Failed as failed:
+        except FailedAttempt as failed:
             raise failed.error from None
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._errors.unreachable(error) from None
@@ -249,10 +243,17 @@ class Upstream:
         permit = self._breaker.begin()
         if permit is None:
             raise self._errors.left_alone(self._breaker.wait_s, has_asked=False)
+        clock = asyncio.get_running_loop().time
+        hangs_at = clock() + self.config.first_token_timeout_s * _HANGS_AFTER
         try:
             begun = await self._counted(asked, is_stream, ends)
             permit.succeed()
             return begun
+        except asyncio.CancelledError:
+            # An LLM that hangs would never be left alone where every caller is less patient than its timeout.
+            if is_stream and clock() >= hangs_at:
+                permit.fail()
+            raise
         except UpstreamError as error:
             if error.status != 429:
                 permit.fail()
@@ -279,7 +280,7 @@ class Upstream:
         for attempt in range(1, self.config.max_attempts + 1):
             try:
                 return await self._attempt(data, is_stream, ends.total)
-            except _Failed as failed:
+            except FailedAttempt as failed:
                 asked_s = failed.error.retry_after_s or 0.0
                 wait_s = max(backoff_s(attempt), asked_s)
                 is_last = attempt == self.config.max_attempts or clock() + wait_s >= min(ends)
@@ -289,7 +290,7 @@ class Upstream:
         raise AssertionError("max_attempts is at least 1")
 
     async def _attempt(self, data: bytes, is_stream: bool, deadline: float) -> _Begun:
-        """Raises _Failed; the response is closed then."""
+        """Raises FailedAttempt; the response is closed then."""
         clock = asyncio.get_running_loop().time
         limit_s = self.config.first_token_timeout_s if is_stream else self.config.timeout_s
         # The total goes on to count while a stream is read, and whatever keeps its pieces coming.
@@ -310,9 +311,11 @@ class Upstream:
                     begun = await self._begin(response, is_stream)
                     undo.pop_all()
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            raise _Failed(self._errors.unreachable(error), may_retry=not isinstance(error, TimeoutError)) from None
+            raise FailedAttempt(
+                self._errors.unreachable(error), may_retry=not isinstance(error, TimeoutError)
+            ) from None
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise _Failed(self._errors.unreachable(error), may_retry=False) from None
+            raise FailedAttempt(self._errors.unreachable(error), may_retry=False) from None
         if begun.response is None:
             response.release()
         return begun
@@ -321,11 +324,11 @@ class Upstream:
         """The answer of one response, as far as it is needed to call it one."""
         status = response.status
         if is_owners(status):
-            raise _Failed(self._errors.misconfigured(status), may_retry=False)
+            raise FailedAttempt(self._errors.misconfigured(status), may_retry=False)
         if is_retryable(status):
             asked_s = parse_retry_after(response.headers.get("Retry-After"))
             body = parse_object(await self._read(response))
-            raise _Failed(self._errors.passed_on(status, body, asked_s), may_retry=not is_out_of_quota(body))
+            raise FailedAttempt(self._errors.passed_on(status, body, asked_s), may_retry=not is_out_of_quota(body))
         if is_stream and status == 200 and response.content_type == EVENT_STREAM:
             return await self._open_stream(response)
         raw = await self._read(response)
@@ -345,16 +348,16 @@ class Upstream:
             response.close()
             return self._reported(opening.error)
         if opening.fault is not None:
-            raise _Failed(self._errors.error(502, f"broke off: its stream {opening.fault}"), may_retry=True)
+            raise FailedAttempt(self._errors.error(502, f"broke off: its stream {opening.fault}"), may_retry=True)
         return _Begun(200, EVENT_STREAM, opening.held, None, response)
 
     def _reported(self, reported: dict[str, Any]) -> _Begun:
         """An error that came under status 200: the client's own is an answer, as it is under its own status."""
         status = error_status(reported)
         if is_owners(status):
-            raise _Failed(self._errors.misconfigured(status), may_retry=False)
+            raise FailedAttempt(self._errors.misconfigured(status), may_retry=False)
         if is_retryable(status):
-            raise _Failed(self._errors.passed_on(status, reported, None), may_retry=not is_out_of_quota(reported))
+            raise FailedAttempt(self._errors.passed_on(status, reported, None), may_retry=not is_out_of_quota(reported))
         return _Begun(status, JSON, write_json(reported), reported, None)
 
     async def _chunks(self, begun: _Begun, deadline: float) -> AsyncIterator[bytes]:
@@ -376,14 +379,14 @@ class Upstream:
             size += len(chunk)
             if size > MAX_REPLY_BYTES:
                 reason = f"sent more than {MAX_REPLY_BYTES} bytes; ask for a shorter answer"
-                raise _Failed(self._errors.error(502, reason), may_retry=False)
+                raise FailedAttempt(self._errors.error(502, reason), may_retry=False)
         return b"".join(pieces)
 
     def _parse(self, status: int, raw: bytes) -> dict[str, Any]:
         body = parse_object(raw)
         if body is None:
             reason = f"answered {status} with something that is no JSON object; is this the API's address?"
-            raise _Failed(self._errors.error(502, reason), may_retry=False)
+            raise FailedAttempt(self._errors.error(502, reason), may_retry=False)
         return body
 
     def _client(self) -> aiohttp.ClientSession:

@@ -84,3 +84,11 @@ class EndpointErrors:
     def named(self, reason: str) -> str:
         """The reason, with the address; without its query, which may hold a key."""
         return f"upstream.base_url={self._address} {reason}"
+
+
+class FailedAttempt(Exception):
+    """One attempt that gave no answer worth having."""
+
+    def __init__(self, error: UpstreamError, *, may_retry: bool) -> None:
+        super().__init__(error)
+        self.error, self.may_retry = error, may_retry
