@@ -1,13 +1,16 @@
 """Whether an endpoint may be called: closed, open for a while after failures in a row, then half open for one probe.
 
-Beside its failures it keeps what the endpoint itself asked for: to be left alone until a moment (Retry-After). Knows
-nothing of what is called. Belongs to one event loop.
+Beside it stands what the endpoint itself asked for: to be left alone until a moment (Retry-After), with one of its models
+alone, because providers limit each for itself. Knows nothing of what is called. Belongs to one event loop.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+
+_MAX_MODELS = 1_000
+"""Models that a pause is remembered of; clients name them, so there is no end to them."""
 
 
 class Permit:
@@ -41,19 +44,12 @@ class Breaker:
         self._limit, self._reset_s, self._clock = failures, reset_s, clock
         self._num_failures = 0
         self._open_until = 0.0
-        self._paused_until = 0.0
         self._probe: Permit | None = None
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether the endpoint itself asked to be left alone, and that time is not over."""
-        return self._clock() < self._paused_until
 
     @property
     def wait_s(self) -> float:
         """Seconds until a call may go out; 0 where one may, or where only a probe in flight is waited for."""
-        until = max(self._paused_until, self._open_until if self._num_failures >= self._limit else 0.0)
-        return max(0.0, until - self._clock())
+        return max(0.0, self._open_until - self._clock()) if self._num_failures >= self._limit else 0.0
 
     def begin(self) -> Permit | None:
         """Leave for one call, or None. While half open the first one gets it, and no other until that one has ended."""
@@ -66,10 +62,6 @@ class Breaker:
             self._probe = permit
         return permit
 
-    def pause(self, seconds: float) -> None:
-        """Let no call out for so long."""
-        self._paused_until = max(self._paused_until, self._clock() + seconds)
-
     def _end(self, permit: Permit, is_good: bool | None) -> None:
         if permit is self._probe:
             self._probe = None
@@ -78,3 +70,23 @@ class Breaker:
         elif is_good is not None:
             self._num_failures += 1
             self._open_until = self._clock() + self._reset_s
+
+
+class Pauses:
+    """Which models an endpoint asked to be left alone with, and until when."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._until: dict[str, float] = {}
+
+    def add(self, model: str, seconds: float) -> None:
+        """Let no call of the model out for so long."""
+        now = self._clock()
+        if len(self._until) >= _MAX_MODELS:
+            self._until = {name: until for name, until in self._until.items() if until > now}
+        if model in self._until or len(self._until) < _MAX_MODELS:
+            self._until[model] = max(self._until.get(model, 0.0), now + seconds)
+
+    def wait_s(self, model: str) -> float:
+        """Seconds until a call of the model may go out; 0 where one may."""
+        return max(0.0, self._until.get(model, 0.0) - self._clock())

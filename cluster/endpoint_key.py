@@ -7,10 +7,26 @@ import os
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from cluster.config import has_credentials
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.upstream import UpstreamConfig
+
+
+def check_address(url: str) -> str:
+    """The address, where it carries no credentials.
+
+    Raises:
+        ValueError: it does.
+    """
+    if has_credentials(url):
+        raise ValueError(
+            "the address carries credentials, which would be shown and written beside every release; allowed: "
+            "https://HOST/VERSION; next: take them out, and put the LLM's key into the environment variable that "
+            "api_key_env names (OPENAI_API_KEY)"
+        )
+    return url
 
 
 def authorization(config: UpstreamConfig) -> dict[str, str]:

@@ -18,7 +18,7 @@ from cluster.breaker import Breaker, Permit
 from cluster.endpoint_key import authorization
 from cluster.tracing import outgoing
 from cluster.upstream import UpstreamConfig
-from cluster.upstream_errors import EndpointErrors
+from cluster.upstream_errors import EndpointErrors, is_owners
 
 Headers = list[tuple[str, str]]
 
@@ -82,7 +82,7 @@ class RawUpstream:
             # Where nothing was said yet, the client left first.
             permit.leave()
         try:
-            if response.status in (401, 403) or 300 <= response.status < 400:
+            if is_owners(response.status):
                 raise self._errors.misconfigured(response.status)
             replied = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in response.raw_headers]
             yield RawReply(response.status, _kept(replied, _OF_THE_ACCOUNT), self._pieces(response))

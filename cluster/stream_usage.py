@@ -2,7 +2,8 @@
 
 An endpoint reports what a stream used only where `stream_options.include_usage` asks for it; without it what is spent is
 an estimate. So every stream asks. Some endpoints refuse requests with the option: which, and for which of their models,
-is learnt from a request that they refuse with it and answer without. The extra event is cut out of the bytes; no other is
+is learnt from a request that they refuse with it and answer without, and forgotten after a while: they are upgraded, and
+what was refused may have been another thing of that one request. The extra event is cut out of the bytes; no other is
 written anew. Endpoints that are asked may add `"usage": null` to their other chunks, and that stays, as in OpenAI's own.
 Source: OpenAI API reference, chat completions, stream_options.
 """
@@ -10,10 +11,15 @@ Source: OpenAI API reference, chat completions, stream_options.
 from __future__ import annotations
 
 import re
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 
+from cluster.errors import UpstreamError
 from cluster.sse import SseReader
 
+FORGOTTEN_AFTER_S = 3_600.0
+"""How long a refusal is believed; then a stream asks again, which costs a model that still refuses one request more."""
 _MAX_MODELS = 1_000
 """Models that something is remembered of; clients name them, so there is no end to them."""
 _REFUSALS = (400, 422)
@@ -24,30 +30,71 @@ _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n|\Z)){2,}")
 """A carriage return that comes last may be half of a line end."""
 
 
+class Begun(Protocol):
+    """An endpoint's reply to a streamed request, as far as it must be known here."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def first(self) -> bytes: ...
+
+
+BegunT = TypeVar("BegunT", bound=Begun)
+
+
 class StreamUsage:
     """What one endpoint makes of the option."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Nothing is known yet: every model is asked."""
-        self._takes_it: dict[str, bool] = {}
+        self._clock = clock
+        self._refuses_until: dict[str, float] = {}
+        """Of a model that took the option, always over."""
 
-    def add(self, body: dict[str, Any]) -> dict[str, Any] | None:
-        """The streamed request with the option; None where its client asks itself, or the model is known to refuse it."""
-        return with_usage(body) if self._takes_it.get(_model_of(body), True) else None
+    async def ask(
+        self, body: dict[str, Any], send: Callable[[dict[str, Any]], Awaitable[BegunT]]
+    ) -> tuple[BegunT, bool]:
+        """The reply to a streamed request, asked for its counts where that may be; and whether they were asked for here.
 
-    def is_refused(self, body: dict[str, Any], status: int, raw: bytes) -> bool:
-        """Whether a reply to a request with the option may be about the option, so that it is worth asking without it.
+        A request that is refused with the option is sent as its client wrote it. Where that gives no reply, and the refusal
+        does not speak of the option, the client gets the refusal: it would take its own mistake for the endpoint's trouble
+        and send it again.
 
-        Once a model has taken it, only an error that names it is: the client's own mistakes are not sent twice.
+        Args:
+            send: raises UpstreamError where the endpoint gives no reply.
         """
-        is_known = self._takes_it.get(_model_of(body), False)
-        return status in _REFUSALS and (not is_known or any(name in raw for name in _NAMES))
+        counted = with_usage(body) if self._asks(body) else None
+        if counted is None:
+            return await send(body), False
+        begun = await send(counted)
+        if begun.status == 200:
+            self._learn(body, takes_it=True)
+            return begun, True
+        is_named = any(name in begun.first for name in _NAMES)
+        # Once a model has taken it, only an error that names it is about it: clients' own mistakes are not sent twice.
+        if begun.status not in _REFUSALS or (self._takes_it(body) and not is_named):
+            return begun, False
+        try:
+            plain = await send(body)
+        except UpstreamError:
+            if is_named:
+                raise
+            return begun, False
+        if plain.status == 200:
+            self._learn(body, takes_it=False)
+        return plain, False
 
-    def learn(self, body: dict[str, Any], *, takes_it: bool) -> None:
-        """Remember what a model does with the option."""
-        if len(self._takes_it) >= _MAX_MODELS:
-            self._takes_it.clear()
-        self._takes_it[_model_of(body)] = takes_it
+    def _asks(self, body: dict[str, Any]) -> bool:
+        return self._clock() >= self._refuses_until.get(model_of(body), 0.0)
+
+    def _takes_it(self, body: dict[str, Any]) -> bool:
+        return self._refuses_until.get(model_of(body)) == 0.0
+
+    def _learn(self, body: dict[str, Any], *, takes_it: bool) -> None:
+        if len(self._refuses_until) >= _MAX_MODELS:
+            self._refuses_until.clear()
+        self._refuses_until[model_of(body)] = 0.0 if takes_it else self._clock() + FORGOTTEN_AFTER_S
 
 
 def with_usage(body: dict[str, Any]) -> dict[str, Any] | None:
@@ -115,6 +162,7 @@ def _brings_usage_alone(event: bytes) -> bool:
     return bool(chunks) and all(map(is_usage_alone, chunks))
 
 
-def _model_of(body: dict[str, Any]) -> str:
+def model_of(body: dict[str, Any]) -> str:
+    """The model that a request names; "" where it names none."""
     model = body.get("model")
     return model if isinstance(model, str) else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, NamedTuple
@@ -18,32 +19,24 @@ from typing import Annotated, Any, NamedTuple
 import aiohttp
 from pydantic import AfterValidator, Field, model_validator
 
-from cluster.breaker import Breaker
-from cluster.config import Config, has_credentials
-from cluster.endpoint_key import authorization
+from cluster.breaker import Breaker, Pauses
+from cluster.config import Config
+from cluster.endpoint_key import authorization, check_address
 from cluster.errors import UpstreamError
 from cluster.json_text import write_json
 from cluster.opening import Opening, error_status, reported_error
 from cluster.retries import LONGEST_PAUSE_S, LONGEST_RETRY_AFTER_S, backoff_s, is_retryable, parse_retry_after
 from cluster.slots import Slots
 from cluster.sse import parse_object
-from cluster.stream_usage import StreamUsage
+from cluster.stream_usage import StreamUsage, model_of
 from cluster.tracing import outgoing
-from cluster.upstream_errors import EndpointErrors
+from cluster.upstream_errors import EndpointErrors, FailedAttempt, is_out_of_quota, is_owners
 
 MAX_REPLY_BYTES = 64 * 2**20
+_HANGS_AFTER = 0.5
+"""Share of first_token_timeout_s after which a stream without content, when its caller leaves it, counts as one that hangs."""
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
-
-
-def _check_address(url: str) -> str:
-    if has_credentials(url):
-        raise ValueError(
-            "the address carries credentials, which would be shown and written beside every release; allowed: "
-            "https://HOST/VERSION; next: take them out, and put the LLM's key into the environment variable that "
-            "api_key_env names (OPENAI_API_KEY)"
-        )
-    return url
 
 
 class LLMNodeConfig(Config):
@@ -87,7 +80,7 @@ class LLMNodeConfig(Config):
 class UpstreamConfig(LLMNodeConfig):
     """Where one endpoint is."""
 
-    base_url: Annotated[str, AfterValidator(_check_address)] = Field(pattern=r"^https?://[^\s/]+")
+    base_url: Annotated[str, AfterValidator(check_address)] = Field(pattern=r"^https?://[^\s/]+")
     """Address up to and including the version, e.g. https://api.openai.com/v1."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; it may be unset only for a loopback address."""
@@ -138,12 +131,13 @@ class _Begun(NamedTuple):
     hides_usage: bool = False
 
 
-class _Failed(Exception):
-    """One attempt that gave no answer worth having."""
+class _Ends(NamedTuple):
+    """Of one call, on the event loop's clock."""
 
-    def __init__(self, error: UpstreamError, *, may_retry: bool) -> None:
-        super().__init__(error)
-        self.error, self.may_retry = error, may_retry
+    total: float
+    """When it has used up total_timeout_s."""
+    caller: float
+    """When nobody waits for it any more."""
 
 
 class Upstream:
@@ -163,31 +157,38 @@ class Upstream:
         """
         self.config = config
         self._breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
+        self._pauses = Pauses(clock)
         self._slots = Slots(config.max_concurrent, config.max_concurrent, config.max_wait_s)
         self._errors = EndpointErrors(config.base_url, config.api_key_env)
-        self._usage = StreamUsage()
+        self._usage = StreamUsage(clock)
         self._sleep = sleep
         self._headers = {"Content-Type": JSON, **authorization(config)}
         self._session: aiohttp.ClientSession | None = None
 
-    async def chat(self, body: dict[str, Any]) -> UpstreamReply:
+    async def chat(self, body: dict[str, Any], *, until: float = math.inf) -> UpstreamReply:
         """Ask for a whole answer.
+
+        Args:
+            until: when its caller leaves, on the event loop's clock; no attempt is waited for beyond it.
 
         Raises:
             UpstreamError: no usable answer after all attempts; `status` and `body` are fit for the client.
         """
-        async with self._opened(body, is_stream=False) as (begun, _):
+        async with self._opened(body, until, is_stream=False) as (begun, _):
             assert begun.body is not None
             return UpstreamReply(begun.status, begun.body, begun.first)
 
     @contextlib.asynccontextmanager
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[UpstreamStream]:
+    async def stream(self, body: dict[str, Any], *, until: float = math.inf) -> AsyncIterator[UpstreamStream]:
         """Start a streamed answer; its first content is here when the block is entered.
+
+        Args:
+            until: as `chat` takes it.
 
         Raises:
             UpstreamError: the LLM gave no content after all attempts.
         """
-        async with self._opened(body, is_stream=True) as (begun, deadline):
+        async with self._opened(body, until, is_stream=True) as (begun, deadline):
             yield UpstreamStream(begun.status, begun.content_type, self._chunks(begun, deadline), begun.hides_usage)
 
     async def list_models(self) -> list[dict[str, Any]]:
@@ -202,9 +203,9 @@ class Upstream:
             asked = self._client().get(address, headers=self._headers, timeout=timeout, allow_redirects=False)
             async with asked as response:
                 if response.status != 200:
-                    raise self._without_list(response.status)
+                    raise self._errors.without_list(response.status)
                 body = self._parse(response.status, await self._read(response))
-        except _Failed as failed:
+        except FailedAttempt as failed:
             raise failed.error from None
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._errors.unreachable(error) from None
@@ -216,77 +217,80 @@ class Upstream:
             await self._session.close()
             self._session = None
 
-    def _without_list(self, status: int) -> UpstreamError:
-        if status in (401, 403) or 300 <= status < 400:
-            return self._errors.misconfigured(status)
-        return self._errors.error(502, f"answered {status} to a request for its models; it may list none")
-
     @contextlib.asynccontextmanager
-    async def _opened(self, body: dict[str, Any], *, is_stream: bool) -> AsyncIterator[tuple[_Begun, float]]:
+    async def _opened(
+        self, body: dict[str, Any], until: float, *, is_stream: bool
+    ) -> AsyncIterator[tuple[_Begun, float]]:
         """The first attempt's answer worth having, and when the call has to end; holds one of the endpoint's places."""
-        deadline = asyncio.get_running_loop().time() + self.config.total_timeout_s
+        ends = _Ends(asyncio.get_running_loop().time() + self.config.total_timeout_s, until)
         if not await self._slots.take():
             raise self._errors.busy()
         try:
-            begun = await self._begun(body, is_stream, deadline)
+            begun = await self._begun(body, is_stream, ends)
             try:
-                yield begun, deadline
+                yield begun, ends.total
             finally:
                 if begun.response is not None:
                     begun.response.close()
         finally:
             self._slots.give()
 
-    async def _begun(self, body: dict[str, Any], is_stream: bool, deadline: float) -> _Begun:
+    async def _begun(self, body: dict[str, Any], is_stream: bool, ends: _Ends) -> _Begun:
         """What the attempts gave, after a word to the breaker."""
+        asked = {**body, "model": self.config.model} if self.config.model else body
+        if wait_s := self._pauses.wait_s(model_of(asked)):
+            raise self._errors.left_alone(wait_s, has_asked=True)
         permit = self._breaker.begin()
         if permit is None:
-            raise self._errors.left_alone(self._breaker.wait_s, has_asked=self._breaker.is_paused)
+            raise self._errors.left_alone(self._breaker.wait_s, has_asked=False)
+        clock = asyncio.get_running_loop().time
+        hangs_at = clock() + self.config.first_token_timeout_s * _HANGS_AFTER
         try:
-            asked = {**body, "model": self.config.model} if self.config.model else body
-            begun = await self._counted(asked, is_stream, deadline)
+            begun = await self._counted(asked, is_stream, ends)
             permit.succeed()
             return begun
+        except asyncio.CancelledError:
+            # An LLM that hangs would never be left alone where every caller is less patient than its timeout.
+            if is_stream and clock() >= hangs_at:
+                permit.fail()
+            raise
         except UpstreamError as error:
             if error.status != 429:
                 permit.fail()
-            if error.retry_after_s:
-                self._breaker.pause(min(error.retry_after_s, LONGEST_PAUSE_S))
             raise
         finally:
             permit.leave()
 
-    async def _counted(self, body: dict[str, Any], is_stream: bool, deadline: float) -> _Begun:
+    async def _counted(self, body: dict[str, Any], is_stream: bool, ends: _Ends) -> _Begun:
         """What the attempts gave, with a stream's token counts where the endpoint gives them."""
-        counted = self._usage.add(body) if is_stream else None
-        if counted is None:
-            return await self._attempts(write_json(body), is_stream, deadline)
-        begun = await self._attempts(write_json(counted), is_stream, deadline)
-        if self._usage.is_refused(body, begun.status, begun.first):
-            plain = await self._attempts(write_json(body), is_stream, deadline)
-            if plain.status == 200:
-                self._usage.learn(body, takes_it=False)
-            return plain
-        if begun.response is not None:
-            self._usage.learn(body, takes_it=True)
-        return begun._replace(hides_usage=True)
 
-    async def _attempts(self, data: bytes, is_stream: bool, deadline: float) -> _Begun:
+        async def send(asked: dict[str, Any]) -> _Begun:
+            try:
+                return await self._attempts(write_json(asked), is_stream, ends)
+            except UpstreamError as error:
+                if error.retry_after_s:
+                    self._pauses.add(model_of(asked), min(error.retry_after_s, LONGEST_PAUSE_S))
+                raise
+
+        begun, hides_usage = await self._usage.ask(body, send)
+        return begun._replace(hides_usage=hides_usage)
+
+    async def _attempts(self, data: bytes, is_stream: bool, ends: _Ends) -> _Begun:
         clock = asyncio.get_running_loop().time
         for attempt in range(1, self.config.max_attempts + 1):
             try:
-                return await self._attempt(data, is_stream, deadline)
-            except _Failed as failed:
+                return await self._attempt(data, is_stream, ends.total)
+            except FailedAttempt as failed:
                 asked_s = failed.error.retry_after_s or 0.0
                 wait_s = max(backoff_s(attempt), asked_s)
-                is_last = attempt == self.config.max_attempts or clock() + wait_s >= deadline
+                is_last = attempt == self.config.max_attempts or clock() + wait_s >= min(ends)
                 if is_last or not failed.may_retry or asked_s > LONGEST_RETRY_AFTER_S:
                     raise failed.error from None
             await self._sleep(wait_s)
         raise AssertionError("max_attempts is at least 1")
 
     async def _attempt(self, data: bytes, is_stream: bool, deadline: float) -> _Begun:
-        """Raises _Failed; the response is closed then."""
+        """Raises FailedAttempt; the response is closed then."""
         clock = asyncio.get_running_loop().time
         limit_s = self.config.first_token_timeout_s if is_stream else self.config.timeout_s
         # The total goes on to count while a stream is read, and whatever keeps its pieces coming.
@@ -307,9 +311,11 @@ class Upstream:
                     begun = await self._begin(response, is_stream)
                     undo.pop_all()
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            raise _Failed(self._errors.unreachable(error), may_retry=not isinstance(error, TimeoutError)) from None
+            raise FailedAttempt(
+                self._errors.unreachable(error), may_retry=not isinstance(error, TimeoutError)
+            ) from None
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise _Failed(self._errors.unreachable(error), may_retry=False) from None
+            raise FailedAttempt(self._errors.unreachable(error), may_retry=False) from None
         if begun.response is None:
             response.release()
         return begun
@@ -317,12 +323,12 @@ class Upstream:
     async def _begin(self, response: aiohttp.ClientResponse, is_stream: bool) -> _Begun:
         """The answer of one response, as far as it is needed to call it one."""
         status = response.status
-        if status in (401, 403) or 300 <= status < 400:
-            raise _Failed(self._errors.misconfigured(status), may_retry=False)
+        if is_owners(status):
+            raise FailedAttempt(self._errors.misconfigured(status), may_retry=False)
         if is_retryable(status):
             asked_s = parse_retry_after(response.headers.get("Retry-After"))
             body = parse_object(await self._read(response))
-            raise _Failed(self._errors.passed_on(status, body, asked_s), may_retry=True)
+            raise FailedAttempt(self._errors.passed_on(status, body, asked_s), may_retry=not is_out_of_quota(body))
         if is_stream and status == 200 and response.content_type == EVENT_STREAM:
             return await self._open_stream(response)
         raw = await self._read(response)
@@ -342,16 +348,16 @@ class Upstream:
             response.close()
             return self._reported(opening.error)
         if opening.fault is not None:
-            raise _Failed(self._errors.error(502, f"broke off: its stream {opening.fault}"), may_retry=True)
+            raise FailedAttempt(self._errors.error(502, f"broke off: its stream {opening.fault}"), may_retry=True)
         return _Begun(200, EVENT_STREAM, opening.held, None, response)
 
     def _reported(self, reported: dict[str, Any]) -> _Begun:
         """An error that came under status 200: the client's own is an answer, as it is under its own status."""
         status = error_status(reported)
-        if status in (401, 403):
-            raise _Failed(self._errors.misconfigured(status), may_retry=False)
+        if is_owners(status):
+            raise FailedAttempt(self._errors.misconfigured(status), may_retry=False)
         if is_retryable(status):
-            raise _Failed(self._errors.passed_on(status, reported, None), may_retry=True)
+            raise FailedAttempt(self._errors.passed_on(status, reported, None), may_retry=not is_out_of_quota(reported))
         return _Begun(status, JSON, write_json(reported), reported, None)
 
     async def _chunks(self, begun: _Begun, deadline: float) -> AsyncIterator[bytes]:
@@ -373,18 +379,21 @@ class Upstream:
             size += len(chunk)
             if size > MAX_REPLY_BYTES:
                 reason = f"sent more than {MAX_REPLY_BYTES} bytes; ask for a shorter answer"
-                raise _Failed(self._errors.error(502, reason), may_retry=False)
+                raise FailedAttempt(self._errors.error(502, reason), may_retry=False)
         return b"".join(pieces)
 
     def _parse(self, status: int, raw: bytes) -> dict[str, Any]:
         body = parse_object(raw)
         if body is None:
             reason = f"answered {status} with something that is no JSON object; is this the API's address?"
-            raise _Failed(self._errors.error(502, reason), may_retry=False)
+            raise FailedAttempt(self._errors.error(502, reason), may_retry=False)
         return body
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
             # limit=0: how many calls run at once is counted here, not by the connection pool.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=True)
+            # No cookies: an endpoint must not know one client's call by another's.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
+            )
         return self._session

@@ -7,6 +7,23 @@ from typing import Any
 from cluster.endpoint_key import without_query
 from cluster.errors import UpstreamError
 
+LISTS_NONE = "no_model_list"
+"""Code of the error of an endpoint that has no list of its models."""
+
+
+def is_owners(status: int) -> bool:
+    """Whether a reply of this status is the owner's to mend: a refused key, an account without money or a moved address."""
+    return status in (401, 402, 403) or 300 <= status < 400
+
+
+def is_out_of_quota(body: dict[str, Any] | None) -> bool:
+    """Whether an error says that its account's quota is used up: asked again in a moment, it says so again.
+
+    Source: OpenAI API reference, error codes, 429 "You exceeded your current quota".
+    """
+    error = (body or {}).get("error")
+    return isinstance(error, dict) and "insufficient_quota" in (error.get("code"), error.get("type"))
+
 
 class EndpointErrors:
     """The errors of one endpoint, named by its address."""
@@ -31,8 +48,9 @@ class EndpointErrors:
         return UpstreamError(error.message, status, body, retry_after_s)
 
     def misconfigured(self, status: int) -> UpstreamError:
-        """For a reply that is the owner's to mend: a refused key or a moved address."""
-        step = f"put a valid key into {self._api_key_env}" if status in (401, 403) else "set its final address"
+        """For a reply that `is_owners`."""
+        steps = {401: f"put a valid key into {self._api_key_env}", 402: "pay its account"}
+        step = steps.get(status, steps[401] if status == 403 else "set its final address")
         return self.error(502, f"answered {status} to the gateway's request; {step}", "upstream_misconfigured")
 
     def unreachable(self, error: BaseException) -> UpstreamError:
@@ -56,6 +74,21 @@ class EndpointErrors:
         reason = "has as many calls in flight as upstream.max_concurrent allows; try again or raise it"
         return self.error(429, reason, "upstream_busy", 1.0)
 
+    def without_list(self, status: int) -> UpstreamError:
+        """For a reply of this status to a request for the endpoint's models; some serve chat completions alone."""
+        if is_owners(status):
+            return self.misconfigured(status)
+        code = LISTS_NONE if status in (404, 405, 501) else "upstream_error"
+        return self.error(502, f"answered {status} to a request for its models; it may list none", code)
+
     def named(self, reason: str) -> str:
         """The reason, with the address; without its query, which may hold a key."""
         return f"upstream.base_url={self._address} {reason}"
+
+
+class FailedAttempt(Exception):
+    """One attempt that gave no answer worth having."""
+
+    def __init__(self, error: UpstreamError, *, may_retry: bool) -> None:
+        super().__init__(error)
+        self.error, self.may_retry = error, may_retry

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,14 +18,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import UpstreamError
+from cluster.telemetry import log_event
 from cluster.tracing import is_tracing, stop_tracing
 from serving.body import read_body
 from serving.feedback import MAX_FEEDBACK_BYTES
 from serving.gateway import GatewayCore
-from serving.openai_wire import Denied, error_body, parse_request, parse_strictly
+from serving.openai_wire import Denied, parse_request, parse_strictly
 from serving.overload import InFlightLimit, retry_headers
 from serving.passthrough import OWN_PATHS
 from serving.policy import no_such_model
+from serving.replies import failed_reply, fault_reply
 from serving.status import status_routes
 from serving.table import model_entries
 from serving.traces import TracedRequests
@@ -101,8 +104,7 @@ def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> 
 
     async def fail(_: Request, error: UpstreamError) -> Response:
         core.count_failure(error.status)
-        body = error.body or error_body(error.message, kind="upstream_error")
-        return JSONResponse(body, error.status, headers=retry_headers(error.status, error.retry_after_s))
+        return failed_reply(error, {})
 
     async def not_found(request: Request, _: Exception) -> Response:
         listed = ", ".join(core.passthrough.paths) or "none"
@@ -122,6 +124,13 @@ def _answer_errors(api: FastAPI, core: GatewayCore, methods: dict[str, str]) -> 
         message = f"Not with this method; allowed: {method}"
         return await deny(request, Denied(405, message, code="method_not_allowed", headers=error.headers))
 
+    async def fail_inside(_: Request, error: Exception) -> Response:
+        # The process edge of what is no chat completion; Starlette raises it again, for the server's own log.
+        log_event("request_failed", logging.ERROR, error=type(error).__name__)
+        core.count_failure(500)
+        return fault_reply()
+
+    api.add_exception_handler(Exception, fail_inside)
     api.add_exception_handler(Denied, deny)  # type: ignore[arg-type]
     api.add_exception_handler(UpstreamError, fail)  # type: ignore[arg-type]
     api.add_exception_handler(404, not_found)

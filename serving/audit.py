@@ -126,7 +126,8 @@ class Auditor:
 
         async def chat(system: str, user: str) -> str | None:
             said = [{"role": role, "content": text} for role, text in (("system", system), ("user", user))]
-            body = {"model": call.request["model"], "messages": said, "max_tokens": MAX_ANSWER_TOKENS, "temperature": 0}
+            named = {"model": call.request["model"]} if "model" in call.request else {}
+            body = {**named, "messages": said, "max_tokens": MAX_ANSWER_TOKENS, "temperature": 0}
             if self.budget.is_spent:
                 return None
             lost = Bill()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -97,28 +98,35 @@ class ClusterLLM:
         self._breaker = Breaker(config.breaker_failures, config.breaker_reset_s, clock)
         self._handle = handle.options(stream=True)
 
-    async def chat(self, body: dict[str, Any]) -> UpstreamReply:
+    async def chat(self, body: dict[str, Any], *, until: float = math.inf) -> UpstreamReply:
         """Ask for a whole answer.
+
+        Args:
+            until: when its caller leaves, on the event loop's clock.
 
         Raises:
             UpstreamError: no usable answer; `status` and `body` are fit for the client.
         """
-        async with self._opened({**body, "stream": False}, self.config.timeout_s) as (status, raw, _, _):
+        async with self._opened({**body, "stream": False}, self.config.timeout_s, until) as (status, raw, _, _):
             reply = parse_object(raw)
             if reply is None:
                 raise self._error(502, "answered with something that is no JSON object")
             return UpstreamReply(status, reply, raw)
 
     @contextlib.asynccontextmanager
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[UpstreamStream]:
+    async def stream(self, body: dict[str, Any], *, until: float = math.inf) -> AsyncIterator[UpstreamStream]:
         """Start a streamed answer; its first content is here when the block is entered.
+
+        Args:
+            until: as `chat` takes it.
 
         Raises:
             UpstreamError: the model gave no content.
         """
         body = {**body, "stream": True}
         counted = with_usage(body)
-        async with self._opened(counted or body, self.config.first_token_timeout_s) as (status, first, rest, deadline):
+        asked = self._opened(counted or body, self.config.first_token_timeout_s, until)
+        async with asked as (status, first, rest, deadline):
             kind = EVENT_STREAM if status == 200 else JSON
             yield UpstreamStream(status, kind, self._chunks(first, rest, deadline), counted is not None)
 
@@ -130,10 +138,12 @@ class ClusterLLM:
         """Nothing to close: the handle belongs to Serve."""
 
     @contextlib.asynccontextmanager
-    async def _opened(self, body: dict[str, Any], limit_s: float) -> AsyncIterator[tuple[int, bytes, Any, float]]:
+    async def _opened(
+        self, body: dict[str, Any], limit_s: float, until: float
+    ) -> AsyncIterator[tuple[int, bytes, Any, float]]:
         """Status and beginning of an answer worth having, the iterator of the rest, and when the call has to end."""
         clock = asyncio.get_running_loop().time
-        deadline = clock() + self.config.total_timeout_s
+        deadline = min(clock() + self.config.total_timeout_s, until)
         permit = self._breaker.begin()
         if permit is None:
             reason = "has failed repeatedly and is being left alone; try again shortly"
@@ -205,7 +215,8 @@ class ClusterLLM:
         self, status: int, reason: str, code: str = "upstream_error", retry_after_s: float | None = None
     ) -> UpstreamError:
         message = f"{self._who()} {reason}"
-        return UpstreamError(message, status, error_body(message, kind="upstream_error", code=code), retry_after_s)
+        kind = "rate_limit_error" if status == 429 else "upstream_error"
+        return UpstreamError(message, status, error_body(message, kind=kind, code=code), retry_after_s)
 
     def _who(self) -> str:
         return f"upstream.cluster_model={self.config.model_name}"

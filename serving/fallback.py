@@ -22,9 +22,11 @@ from typing_extensions import TypeAliasType
 from cluster.errors import UpstreamError
 from cluster.telemetry import Meter, log_event
 from cluster.upstream import LLMNodeConfig, UpstreamConfig, UpstreamReply, UpstreamStream
+from cluster.upstream_errors import LISTS_NONE
 from serving.billing import Bill, Spending, spent_error, was_at_work
 from serving.cluster_llm import ClusterLLMConfig
-from serving.openai_wire import error_body
+from serving.limits import UNLIMITED, Limits, fit_budget
+from serving.openai_wire import error_body, error_code
 from serving.policy import MODEL_PREFIX
 
 
@@ -49,9 +51,9 @@ class LLM(Protocol):
     @property
     def config(self) -> LLMNodeConfig: ...
 
-    async def chat(self, body: dict[str, Any]) -> UpstreamReply: ...
+    async def chat(self, body: dict[str, Any], *, until: float) -> UpstreamReply: ...
 
-    def stream(self, body: dict[str, Any]) -> AbstractAsyncContextManager[UpstreamStream]: ...
+    def stream(self, body: dict[str, Any], *, until: float) -> AbstractAsyncContextManager[UpstreamStream]: ...
 
     async def list_models(self) -> list[dict[str, Any]]: ...
 
@@ -79,50 +81,58 @@ class FallbackLLM:
         """Of the LLMs, in the order in which they are asked."""
         return tuple(llm.config for llm in self._llms)
 
-    async def chat(self, body: dict[str, Any], bill: Bill | None = None) -> tuple[UpstreamReply, LLMNodeConfig]:
+    async def chat(
+        self, body: dict[str, Any], bill: Bill | None = None, limits: Limits = UNLIMITED
+    ) -> tuple[UpstreamReply, LLMNodeConfig]:
         """Ask for a whole answer.
 
         Args:
-            bill: gets what LLMs cost that were left before they answered.
+            bill: of the call; gets what LLMs cost that were left before they answered.
+            limits: of the call; what is on the bill is no longer of its budget.
 
         Raises:
-            UpstreamError: none gave one; the last one's error.
+            UpstreamError: none gave one: the error of the last one asked; 400, none could be asked within the budget.
         """
         able = await self._able(body)
         for number, llm in able:
+            fitted = self._fitted(body, bill, limits)
             try:
                 with self._read_by(llm, body, bill):
-                    return await llm.chat(body), llm.config
+                    return await llm.chat(fitted, until=limits.deadline_at), llm.config
             except UpstreamError as error:
-                self._pass_on(number, error, is_last=number == able[-1][0])
+                is_last = number == able[-1][0] or not self._is_affordable(body, bill, limits)
+                self._pass_on(number, error, is_last=is_last)
         raise AssertionError("the last one answers or raises")
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, body: dict[str, Any], bill: Bill | None = None
+        self, body: dict[str, Any], bill: Bill | None = None, limits: Limits = UNLIMITED
     ) -> AsyncIterator[tuple[UpstreamStream, LLMNodeConfig]]:
         """Start a streamed answer; its first content is here when the block is entered.
 
         Args:
-            bill: gets what LLMs cost that were left before they answered.
+            bill: as `chat` takes it.
+            limits: as `chat` takes them.
 
         Raises:
-            UpstreamError: none gave any content; the last one's error.
+            UpstreamError: as `chat` raises it, where none gave any content.
         """
         able = await self._able(body)
         for number, llm in able:
+            fitted = self._fitted(body, bill, limits)
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     with self._read_by(llm, body, bill):
-                        stream = await stack.enter_async_context(llm.stream(body))
+                        stream = await stack.enter_async_context(llm.stream(fitted, until=limits.deadline_at))
                 except UpstreamError as error:
-                    self._pass_on(number, error, is_last=number == able[-1][0])
+                    is_last = number == able[-1][0] or not self._is_affordable(body, bill, limits)
+                    self._pass_on(number, error, is_last=is_last)
                     continue
                 yield stream, llm.config
                 return
 
     async def list_models(self) -> list[dict[str, Any]]:
-        """Model list of the first LLM that gives one.
+        """Model list of the first LLM that gives one; of one that has none, the model that its entry in the recipe names.
 
         Raises:
             UpstreamError: none did; the last one's error.
@@ -131,6 +141,9 @@ class FallbackLLM:
             try:
                 return await llm.list_models()
             except UpstreamError as error:
+                if error_code(error.body) == LISTS_NONE:
+                    name = llm.config.own_model
+                    return [{"id": name, "object": "model", "created": 0, "owned_by": "llm"}] if name else []
                 self._pass_on(number, error, is_last=number == len(self._llms) - 1)
         raise AssertionError("the last one answers or raises")
 
@@ -150,6 +163,17 @@ class FallbackLLM:
                     bill.add(cost)
             raise
 
+    def _fitted(self, body: dict[str, Any], bill: Bill | None, limits: Limits) -> dict[str, Any]:
+        """The request within what is left of the budget; raises UpstreamError where it cannot be."""
+        return fit_budget(body, limits.budget_usd - (bill.cost.usd if bill else 0.0), self.configs)
+
+    def _is_affordable(self, body: dict[str, Any], bill: Bill | None, limits: Limits) -> bool:
+        try:
+            self._fitted(body, bill, limits)
+        except UpstreamError:
+            return False
+        return True
+
     async def _able(self, body: dict[str, Any]) -> list[tuple[int, LLM]]:
         """The LLMs that can be asked, with their numbers: no LLM knows a specialist's name, only one with its own model.
 
@@ -168,13 +192,12 @@ class FallbackLLM:
         return [one for one, wait_s in zip(able, waits, strict=True) if not wait_s]
 
     async def _unknown(self, model: str) -> UpstreamError:
-        try:
+        known = ""
+        with contextlib.suppress(UpstreamError):
             known = ", ".join(str(entry.get("id")) for entry in await self.list_models())
-        except UpstreamError:
-            known = "a model of the LLM"
         message = (
             f"model={model}: this call is for the LLM, and no upstream has a model of its own to ask; "
-            f"allowed: {known}; or let upstream.N.model name one"
+            f"allowed: {known or 'a model of the LLM'}; or let upstream.N.model name one"
         )
         return UpstreamError(
             message, 400, error_body(message, kind="invalid_request_error", code="model_not_found", param="model")

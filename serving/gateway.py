@@ -17,7 +17,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from starlette.background import BackgroundTask
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from cluster.access import ApiKeys, Identity, Pseudonyms
 from cluster.engine import Engine, EngineAnswer
@@ -42,13 +42,13 @@ from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway_config import GatewayConfig
 from serving.hedging import race
-from serving.limits import fit_budget, read_limits, within
+from serving.limits import read_limits, within
 from serving.llm_answer import BegunAnswer, WholeAnswer, ask_llm
-from serving.openai_wire import CLIENT_GONE, Denied, completion_body, completion_chunks, error_body, with_code
-from serving.overload import retry_headers
+from serving.openai_wire import CLIENT_GONE, Denied, completion_body, with_code
 from serving.passthrough import PassThrough
 from serving.pending import PendingCall, agent_of
-from serving.relay import EVENT_STREAM, LLMRelay
+from serving.relay import LLMRelay
+from serving.replies import failed_reply, fault_reply, kept_reply, llm_reply, told_of
 from serving.rollout import RolloutConfig
 from serving.shadow import Shadows
 from serving.table import ServingTable, Snapshot
@@ -131,8 +131,7 @@ class GatewayCore:
             log_event("request_failed", logging.ERROR, call_id=call.call_id, error=type(error).__name__)
             if not call.is_finished:
                 self.abandon(call, status=500, error=f"internal error: {type(error).__name__}")
-            body = error_body("The gateway failed at this request; send it again", kind="server_error", code="internal")
-            return JSONResponse(body, 500, headers=call.response_headers())
+            return fault_reply(call.response_headers())
 
     async def finish(
         self,
@@ -315,12 +314,7 @@ class GatewayCore:
             if call.is_reference or (call.is_watched and call.decision.action == "accept")
             else None
         )
-        if not call.request.get("stream"):
-            return JSONResponse(body, headers=call.response_headers(), background=audit)
-        options = call.request.get("stream_options")
-        include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        content = b"".join(completion_chunks(body, include_usage=include_usage))
-        return Response(content, media_type=EVENT_STREAM, headers=call.response_headers(), background=audit)
+        return kept_reply(body, call.request, call.response_headers(), audit)
 
     async def _audit(self, call: PendingCall, message: dict[str, Any]) -> None:
         """Begin the call's audit; a coroutine only because Starlette would run a plain function in a thread."""
@@ -330,7 +324,7 @@ class GatewayCore:
     async def _ask_llm(self, call: PendingCall) -> WholeAnswer | BegunAnswer:
         """Raises UpstreamError where no LLM answers, or the longest answer could cost more than the call may."""
         left_usd = call.limits.budget_usd - call.specialist_cost_usd
-        return await ask_llm(self.fallback, fit_budget(call.request, left_usd, self.fallback.configs), call.lost)
+        return await ask_llm(self.fallback, call.request, call.lost, call.limits._replace(budget_usd=left_usd))
 
     async def _pass_on(self, call: PendingCall, answer: WholeAnswer) -> Response:
         status, raw, body, endpoint = answer
@@ -339,15 +333,13 @@ class GatewayCore:
             await self.finish(call, status=status if status >= 400 else 502, error=error)
         else:
             await self.finish(call, response=body, endpoint=endpoint)
-        return Response(raw, status, media_type="application/json", headers=call.response_headers())
+        return llm_reply(status, raw, body, call.request, call.response_headers())
 
     async def _fail(self, call: PendingCall, error: UpstreamError) -> Response:
         if self.config.degraded == "specialist" and (answer := await self._stand_in(call, error)):
             return await self._accept(call, answer)
-        body = error.body or error_body(error.message, kind="upstream_error", code="upstream_error")
-        await self.finish(call, status=error.status, error=with_code("the LLM gave no answer", body))
-        headers = {**call.response_headers(), **retry_headers(error.status, error.retry_after_s)}
-        return JSONResponse(body, error.status, headers=headers)
+        await self.finish(call, status=error.status, error=with_code("the LLM gave no answer", told_of(error)))
+        return failed_reply(error, call.response_headers())
 
     async def _stand_in(self, call: PendingCall, error: UpstreamError) -> EngineAnswer | None:
         """The specialist's answer, whatever its confidence, to a call that no LLM answers; None where it has none."""

@@ -47,6 +47,10 @@ class Limits(NamedTuple):
         return min(most, max(0.0, self.deadline_at - now) * SPECIALIST_SHARE)
 
 
+UNLIMITED = Limits(math.inf, math.inf)
+"""Of what is no client's call."""
+
+
 def read_limits(headers: Mapping[str, str], *, deadline_s: float, budget_usd: float | None, now: float) -> Limits:
     """The recipe's limits, or the client's where they are tighter.
 

@@ -9,6 +9,7 @@ from cluster.sse import parse_object
 from cluster.upstream import LLMNodeConfig, UpstreamStream
 from serving.billing import Bill
 from serving.fallback import FallbackLLM
+from serving.limits import Limits
 from serving.relay import EVENT_STREAM
 
 
@@ -42,20 +43,23 @@ class BegunAnswer(NamedTuple):
         await self.stack.aclose()
 
 
-async def ask_llm(fallback: FallbackLLM, request: dict[str, Any], bill: Bill) -> WholeAnswer | BegunAnswer:
+async def ask_llm(
+    fallback: FallbackLLM, request: dict[str, Any], bill: Bill, limits: Limits
+) -> WholeAnswer | BegunAnswer:
     """Ask for an answer as the request wants it, streamed or not.
 
     Args:
-        bill: gets what LLMs cost that were left before they answered.
+        bill: of the call; gets what LLMs cost that were left before they answered.
+        limits: of the call.
 
     Raises:
-        UpstreamError: none of the LLMs gave one.
+        UpstreamError: none of the LLMs gave one, or the longest answer could cost more than the call may.
     """
     if not request.get("stream"):
-        reply, endpoint = await fallback.chat(request, bill)
+        reply, endpoint = await fallback.chat(request, bill, limits)
         return WholeAnswer(reply.status, reply.raw, reply.body, endpoint)
     async with contextlib.AsyncExitStack() as stack:
-        stream, endpoint = await stack.enter_async_context(fallback.stream(request, bill))
+        stream, endpoint = await stack.enter_async_context(fallback.stream(request, bill, limits))
         if stream.status == 200 and stream.content_type == EVENT_STREAM:
             return BegunAnswer(stream, endpoint, stack.pop_all())
         raw = b"".join([piece async for piece in stream.chunks])

@@ -136,23 +136,26 @@ def completion_body(message: dict[str, Any], *, call_id: str, model: str, create
 
 
 def completion_chunks(body: dict[str, Any], *, include_usage: bool) -> list[bytes]:
-    """A completion of one choice as SSE events: role, content or tool calls, finish, usage if asked for, [DONE]."""
-    choice = body["choices"][0]
-    message = choice["message"]
+    """A completion as SSE events: of each choice role, content or tool calls, finish; usage if asked for; [DONE].
+
+    Args:
+        body: as `is_completion` says.
+    """
     envelope = {key: value for key, value in body.items() if key not in ("choices", "usage")}
     envelope["object"] = "chat.completion.chunk"
     if include_usage:
         envelope["usage"] = None
-    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": None if message.get("tool_calls") else ""}]
-    if message.get("content"):
-        deltas.append({"content": message["content"]})
-    for index, call in enumerate(message.get("tool_calls") or ()):
-        deltas.append({"tool_calls": [{"index": index, **call}]})
-    events = [{**envelope, "choices": [_chunk_choice(delta, None)]} for delta in deltas]
-    events.append({**envelope, "choices": [_chunk_choice({}, choice["finish_reason"])]})
+    events = [{**envelope, "choices": [one]} for choice in body["choices"] for one in _chunk_choices(choice)]
     if include_usage:
-        events.append({**envelope, "choices": [], "usage": body["usage"]})
+        events.append({**envelope, "choices": [], "usage": body.get("usage")})
     return [*(sse_event(event) for event in events), b"data: [DONE]\n\n"]
+
+
+def is_completion(body: dict[str, Any] | None) -> bool:
+    """Whether a body is a chat.completion, as far as it must be to be written as a stream."""
+    choices = (body or {}).get("choices")
+    messages = [one.get("message") for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
+    return bool(messages) and len(messages) == len(choices or ()) and all(map(_is_message, messages))
 
 
 def sse_event(value: dict[str, Any]) -> bytes:
@@ -173,5 +176,23 @@ def _invalid(message: str, param: str | None = None) -> Denied:
     return Denied(400, message, "invalid_request_error", "invalid_request", param)
 
 
-def _chunk_choice(delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _is_message(message: Any) -> bool:
+    calls = (message.get("tool_calls") or []) if isinstance(message, dict) else None
+    return isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+
+
+def _chunk_choices(choice: dict[str, Any]) -> list[dict[str, Any]]:
+    """One choice in pieces."""
+    message = choice["message"]
+    others = {name: value for name, value in message.items() if value and name not in ("role", "content", "tool_calls")}
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": None if message.get("content") is None else ""}]
+    if message.get("content") or others or choice.get("logprobs"):
+        deltas.append({**({"content": message["content"]} if message.get("content") else {}), **others})
+    for index, call in enumerate(message.get("tool_calls") or ()):
+        deltas.append({"tool_calls": [{"index": index, **call}]})
+    pieces = [
+        {"index": choice.get("index", 0), "delta": one, "logprobs": None, "finish_reason": None} for one in deltas
+    ]
+    if choice.get("logprobs"):
+        pieces[1]["logprobs"] = choice["logprobs"]
+    return [*pieces, {**pieces[0], "delta": {}, "finish_reason": choice.get("finish_reason")}]

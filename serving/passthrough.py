@@ -24,6 +24,7 @@ from cluster.raw_upstream import RawReply, RawUpstream
 from cluster.telemetry import Meter
 from cluster.upstream import UpstreamConfig
 from serving.billing import Spending, spent_error, was_at_work
+from serving.body import pieces_of, stalled, too_large
 from serving.draining import SHUTTING_DOWN, Drain
 from serving.limits import until, within
 from serving.openai_wire import CLIENT_GONE, Denied, error_code, sse_event
@@ -68,7 +69,7 @@ class PassThrough:
 
         Raises:
             HTTPException: 404, the path is spelt otherwise.
-            Denied: 501, there is no endpoint; 413, the body is too large.
+            Denied: 501, there is no endpoint; 413, the body is too large; 408, it stalls.
             UpstreamError: the endpoint gave no reply; 429, it has cost what it may cost today; 503, this gateway stops.
         """
         path, query = self._path_of(request), request.scope.get("query_string", b"")
@@ -91,9 +92,9 @@ class PassThrough:
         try:
             reply, stack = await within(self._begin(sent, endpoint, tally), None, drain)
         except UpstreamError as error:
-            self._count(path, 413 if body.is_too_large else CLIENT_GONE if body.is_abandoned else error.status)
-            if body.is_too_large:
-                raise too_large() from None
+            self._count(path, body.denied.status if body.denied else CLIENT_GONE if body.is_abandoned else error.status)
+            if body.denied:
+                raise body.denied from None
             raise
         return _RawResponse(reply, tally, stack, drain, lambda status: self._count(path, status))
 
@@ -134,25 +135,23 @@ class PassThrough:
         self._meter.count("understudy_passthrough_total", path=path, status=str(status))
 
 
-def too_large() -> Denied:
-    return Denied(413, f"body: more than {MAX_BODY_BYTES} bytes", code="too_large")
-
-
 class _Body:
     """A request's body as it comes, at most MAX_BODY_BYTES."""
 
     def __init__(self, request: Request, tally: Tally) -> None:
         self._request, self._tally = request, tally
-        self.is_too_large = self.is_abandoned = False
+        self.denied: Denied | None = None
+        """Why it was given up."""
+        self.is_abandoned = False
 
     async def pieces(self) -> AsyncIterator[bytes]:
         size = 0
         try:
-            async for piece in self._request.stream():
+            async for piece in pieces_of(self._request):
                 size += len(piece)
                 if size > MAX_BODY_BYTES:
-                    self.is_too_large = True
-                    # Any error makes the client of the endpoint hang up; the flag says which it was.
+                    self.denied = too_large(MAX_BODY_BYTES)
+                    # Any error makes the client of the endpoint hang up.
                     raise ConnectionError("too large")
                 if piece:
                     self._tally.add_sent(piece)
@@ -160,6 +159,9 @@ class _Body:
         except ClientDisconnect:
             self.is_abandoned = True
             raise ConnectionError("the client left") from None
+        except TimeoutError:
+            self.denied = stalled()
+            raise ConnectionError("the body stalls") from None
 
 
 class _RawResponse(StreamingResponse):

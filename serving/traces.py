@@ -161,10 +161,10 @@ class _TracedLLM:
     def config(self) -> LLMNodeConfig:
         return self._llm.config
 
-    async def chat(self, body: dict[str, Any]) -> UpstreamReply:
+    async def chat(self, body: dict[str, Any], *, until: float) -> UpstreamReply:
         with span(self._name, "client", self._facts) as asked:
             try:
-                reply = await self._llm.chat(body)
+                reply = await self._llm.chat(body, until=until)
             except UpstreamError as error:
                 asked.note({"http.response.status_code": error.status})
                 raise
@@ -182,14 +182,14 @@ class _TracedLLM:
             return reply
 
     @contextlib.asynccontextmanager
-    async def stream(self, body: dict[str, Any]) -> AsyncIterator[UpstreamStream]:
+    async def stream(self, body: dict[str, Any], *, until: float) -> AsyncIterator[UpstreamStream]:
         begin = time.perf_counter()
         with begin_span(self._name, "client", {**self._facts, "gen_ai.request.stream": True}) as asked:
             try:
                 async with contextlib.AsyncExitStack() as stack:
                     # Current until the stream has begun and not while it is read: whoever reads it is the request.
                     with asked.current():
-                        begun = await stack.enter_async_context(self._llm.stream(body))
+                        begun = await stack.enter_async_context(self._llm.stream(body, until=until))
                     waited_s = time.perf_counter() - begin
                     asked.note(
                         {"http.response.status_code": begun.status, "gen_ai.response.time_to_first_chunk": waited_s}

@@ -173,6 +173,8 @@ class FakeLLM:
         self.may_go_on = asyncio.Event()
         """While unset, streams stop after their first piece."""
         self.may_go_on.set()
+        self.lists_models = True
+        """Whether it has a list of its models."""
         self.gives_counts = True
         """Whether streams bring token counts where they are asked for."""
         self.requests: list[dict[str, Any]] = []
@@ -197,6 +199,8 @@ class FakeLLM:
             await self._runner.cleanup()
 
     async def _models(self, _: web.Request) -> web.Response:
+        if not self.lists_models:
+            raise web.HTTPNotFound
         return web.json_response({"object": "list", "data": [{"id": "llm-1", "object": "model"}]})
 
     async def _complete(self, http_request: web.Request) -> web.StreamResponse:

@@ -38,7 +38,7 @@ class StubEngine:
     def __init__(self, max_adapters: int) -> None:
         self._max_adapters = max_adapters
         self._resident: collections.OrderedDict[str, None] = collections.OrderedDict()
-        self._num_loads = self._num_cold = self._num_asked = 0
+        self._num_loads = self._num_cold = self._num_asked = self._num_left = 0
 
     async def fingerprint(self) -> str:
         return FINGERPRINT
@@ -69,7 +69,11 @@ class StubEngine:
             self._num_cold += 1
         await self.load(adapter)
         if SLOW in adapter:
-            await asyncio.sleep(SLOW_S)
+            try:
+                await asyncio.sleep(SLOW_S)
+            except asyncio.CancelledError:
+                self._num_left += 1
+                raise
         found = _MARK.search(request["messages"][-1]["content"])
         number = int(found[1]) if found else 0
         text = stub_text(adapter, number)
@@ -83,11 +87,13 @@ class StubEngine:
         )
 
     async def facts(self) -> dict[str, int]:
-        """Adapters loaded, answers that had to load one first, answers, and this replica's process."""
+        """Adapters loaded, answers that had to load one first, answers, those that nobody waited for, and this replica's
+        process."""
         return {
             "num_loads": self._num_loads,
             "num_cold": self._num_cold,
             "num_asked": self._num_asked,
+            "num_left": self._num_left,
             "pid": os.getpid(),
         }
 

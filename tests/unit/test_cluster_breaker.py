@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.breaker import Breaker
+from cluster.breaker import Breaker, Pauses
 
 
 def _opened(now: list[float]) -> Breaker:
@@ -78,11 +78,13 @@ def test_a_call_from_before_that_fails_late_does_not_let_a_second_probe_out() ->
     assert breaker.begin() is None
 
 
-def test_a_pause_is_what_the_endpoint_asked_for() -> None:
+def test_a_pause_is_what_the_endpoint_asked_for_with_one_model() -> None:
     now = [0.0]
-    breaker = Breaker(5, 10.0, lambda: now[0])
-    breaker.pause(7.0)
-    breaker.pause(3.0)
-    assert breaker.begin() is None and breaker.is_paused and breaker.wait_s == 7.0
-    now[0] = 7.0
-    assert breaker.begin() is not None and not breaker.is_paused
+    pauses = Pauses(lambda: now[0])
+    pauses.add("one", 7.0)
+    pauses.add("one", 3.0)
+    assert (pauses.wait_s("one"), pauses.wait_s("two")) == (7.0, 0.0)
+    for number in range(10_000):
+        now[0] = number / 1_000
+        pauses.add(f"model-{number}", 0.001)
+    assert len(pauses._until) <= 1_000 and pauses.wait_s("one") == 0.0

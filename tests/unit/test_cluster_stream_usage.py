@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from aiohttp import web
@@ -14,15 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_llm import BODY, END, GOOD, HELLO, KEY_ENV, ROLE, Reply, Script, read_stream, running, streamed, whole
 
+from cluster.errors import UpstreamError
 from cluster.records import Usage
 from cluster.sse import SseReader
-from cluster.stream_usage import WithoutUsage, is_usage_alone, without_usage
+from cluster.stream_usage import FORGOTTEN_AFTER_S, StreamUsage, WithoutUsage, is_usage_alone, without_usage
 
 ASKED = {"include_usage": True}
 COUNTS = b'data: {"id": "1", "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}\n\n'
 DONE = b"data: [DONE]\n\n"
 ANSWER = ROLE + HELLO + END.removesuffix(DONE)
 STREAM = {**BODY, "stream": True}
+
+
+class Replied(NamedTuple):
+    status: int
+    first: bytes
+
+
+GIVEN, REFUSED = Replied(200, HELLO), Replied(422, b'{"error": {"message": "no"}}')
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +148,53 @@ def test_one_model_that_refuses_says_nothing_of_another() -> None:
     asyncio.run(main())
     asked = [(body["model"], "stream_options" in body) for body in script.bodies]
     assert asked == [("llm-1", True), ("llm-1", False), ("llm-2", True), ("llm-2", False)]
+
+
+@pytest.mark.parametrize(
+    ("message", "seen"),
+    [("no such field", 400), ("stream_options is not supported", 429)],
+    ids=["the client's own", "ours"],
+)
+def test_a_clients_own_error_is_not_hidden_by_what_becomes_of_the_request_without_the_option(
+    message: str, seen: int
+) -> None:
+    refusal = {"error": {"message": message}}
+    script = Script(whole(400, refusal), whole(429, {"error": {"message": "busy"}}, Retry_After="50"), GOOD)
+
+    async def main() -> None:
+        async with running(script) as (upstream, _):
+            try:
+                async with upstream.stream(STREAM) as stream:
+                    raw = b"".join([piece async for piece in stream.chunks])
+                    assert (stream.status, json.loads(raw)) == (seen, refusal)
+            except UpstreamError as error:
+                assert error.status == seen
+            # What the endpoint asked for is kept to all the same.
+            with pytest.raises(UpstreamError, match="left alone"):
+                await upstream.chat(BODY)
+
+    asyncio.run(main())
+    assert [body.get("stream_options") for body in script.bodies] == [ASKED, None]
+
+
+def test_a_refusal_is_believed_for_a_while() -> None:
+    """An endpoint is upgraded after its model refused the option; one that took it is never forgotten."""
+    now, can_count, asked = 1_000.0, False, []
+
+    async def send(body: dict[str, Any]) -> Any:
+        asked.append("stream_options" in body)
+        return GIVEN if can_count or not asked[-1] else REFUSED
+
+    async def main() -> None:
+        nonlocal now, can_count
+        usage = StreamUsage(lambda: now)
+        for is_upgraded, later_s in ((False, 0.0), (False, FORGOTTEN_AFTER_S - 1), (True, 2.0), (True, 10 * 86_400.0)):
+            can_count = is_upgraded
+            now += later_s
+            assert await usage.ask(STREAM, send) == (GIVEN, is_upgraded)
+
+    asyncio.run(main())
+    assert asked == [True, False, False, True, True]
 
 
 @pytest.mark.parametrize(

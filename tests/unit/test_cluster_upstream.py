@@ -104,6 +104,48 @@ def test_a_key_the_llm_refuses_is_the_gateways_error_not_the_clients(status: int
     assert len(script.bodies) == 1
 
 
+def test_an_account_without_money_is_the_owners_to_mend() -> None:
+    script = Script(whole(402, {"error": {"message": "Insufficient credits"}}))
+
+    async def main() -> UpstreamError:
+        async with running(script) as (upstream, _):
+            with pytest.raises(UpstreamError, match="pay its account") as caught:
+                await upstream.chat(BODY)
+            return caught.value
+
+    assert (asyncio.run(main()).status, len(script.bodies)) == (502, 1)
+
+
+@pytest.mark.parametrize("status", [429, 200])
+def test_a_quota_that_is_used_up_is_not_asked_again(status: int) -> None:
+    body = {"error": {"message": "no", "type": "insufficient_quota", "code": 429 if status == 200 else None}}
+    script = Script(whole(status, body))
+
+    async def main() -> UpstreamError:
+        async with running(script) as (upstream, _):
+            with pytest.raises(UpstreamError) as caught:
+                await upstream.chat(BODY)
+            return caught.value
+
+    error = asyncio.run(main())
+    assert (error.status, error.body, len(script.bodies)) == (429, body, 1)
+
+
+def test_no_cookie_of_one_call_comes_with_the_next() -> None:
+    script = Script(whole(200, Set_Cookie="session=of-the-first; Path=/"))
+
+    async def main() -> None:
+        async with running(script) as (upstream, _):
+            # Clients take no cookies of a bare IP address.
+            named = upstream.config.base_url.replace("127.0.0.1", "localhost")
+            upstream.config = upstream.config.model_copy(update={"base_url": named})
+            for _ in range(2):
+                await upstream.chat(BODY)
+
+    asyncio.run(main())
+    assert not any("Cookie" in headers for headers in script.headers)
+
+
 def test_attempts_end_with_the_llms_own_error() -> None:
     body = {"error": {"message": "slow down", "type": "rate_limit"}}
     script = Script(whole(429, body))

@@ -26,6 +26,7 @@ from scripted_llm import (
 )
 
 from cluster.errors import UpstreamError
+from cluster.upstream import Upstream
 
 CLIENTS = b'data: {"error": {"message": "too long", "code": 400}}\n\ndata: [DONE]\n\n'
 BUSY = b'data: {"error": {"message": "busy", "code": "overloaded"}}\n\n'
@@ -189,6 +190,49 @@ def test_what_the_endpoint_asked_for_is_told_and_kept_to() -> None:
 
     asyncio.run(main())
     assert len(script.bodies) == 1
+
+
+@pytest.mark.parametrize(("first_token_timeout_s", "is_stream"), [(0.2, True), (60.0, True), (0.2, False)])
+def test_a_stream_that_hangs_opens_the_breaker_though_its_callers_are_less_patient(
+    first_token_timeout_s: float, is_stream: bool
+) -> None:
+    """A whole answer, or one that might still begin, says nothing when it is left."""
+    script, body = Script(silent), {**BODY, "stream": is_stream}
+    hangs = is_stream and first_token_timeout_s < 1
+
+    async def ask(upstream: Upstream) -> None:
+        async with upstream.stream(body):
+            raise AssertionError("nothing was said")
+
+    async def main() -> None:
+        patience = {"first_token_timeout_s": first_token_timeout_s, "timeout_s": 60.0}
+        async with running(script, breaker_failures=1, **patience) as (upstream, _):
+            for number in range(2):
+                asking = asyncio.create_task(ask(upstream) if is_stream else upstream.chat(body))
+                while len(script.bodies) == number and not asking.done():
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.12)
+                asking.cancel()
+                (outcome,) = await asyncio.gather(asking, return_exceptions=True)
+            assert isinstance(outcome, UpstreamError) == hangs
+
+    asyncio.run(main())
+    assert len(script.bodies) == 1 + (not hangs)
+
+
+def test_a_rate_that_is_used_up_for_one_model_is_none_of_anothers() -> None:
+    script = Script(whole(429, Retry_After="7"), whole())
+
+    async def main() -> None:
+        async with running(script, max_attempts=1) as (upstream, _):
+            with pytest.raises(UpstreamError):
+                await upstream.chat(BODY)
+            assert (await upstream.chat({**BODY, "model": "llm-2"})).status == 200
+            with pytest.raises(UpstreamError, match="asked to be left alone"):
+                await upstream.chat(BODY)
+
+    asyncio.run(main())
+    assert [body["model"] for body in script.bodies] == ["llm-1", "llm-2"]
 
 
 def test_an_open_breaker_says_when_to_come_back() -> None:

@@ -21,6 +21,7 @@ from cluster.feedback import read_feedback
 from cluster.raw_upstream import RawUpstream
 from cluster.sse import SseReader
 from cluster.upstream import UpstreamConfig
+from serving import body as bodies
 from serving.admission import RateLimiter
 from serving.billing import Spending
 from serving.passthrough import MAX_BODY_BYTES, PassThrough
@@ -306,7 +307,15 @@ def test_what_the_endpoint_says_is_passed_on_but_what_is_the_owners_to_mend(tmp_
     async def scenario() -> None:
         async with gateway(tmp_path) as run, endpoint(run) as upstream:
             upstream.body = b'{"error": {"message": "sk-owner is wrong"}}'
-            for status, expected in ((400, 400), (404, 404), (429, 429), (500, 500), (401, 502), (302, 502)):
+            for status, expected in (
+                (400, 400),
+                (404, 404),
+                (429, 429),
+                (500, 500),
+                (401, 502),
+                (402, 502),
+                (302, 502),
+            ):
                 upstream.status = status
                 reply = await run.http.post(EMBEDDINGS, content=b"{}")
                 assert reply.status_code == expected and len(upstream.requests) == 1
@@ -348,6 +357,26 @@ def test_an_endpoints_time_counts_from_the_end_of_the_clients_body(tmp_path: pat
             upstream.is_silent = True
             slow = await run.http.post(EMBEDDINGS, content=b"x")
             assert (slow.status_code, slow.json()["error"]["code"]) == (504, "upstream_timeout")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", [EMBEDDINGS, PATH])
+def test_a_body_that_stalls_is_given_up_and_says_nothing_of_the_endpoint(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(bodies, "STALL_S", 0.05)
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        async with gateway(tmp_path, max_ongoing=1) as run, endpoint(run, breaker_failures=1):
+            for _ in range(2):
+                late = await run.http.post(path, content=stalling())
+                assert (late.status_code, late.json()["error"]["code"]) == (408, "request_timeout")
+            assert (await run.http.post(EMBEDDINGS, content=b"x")).status_code == 200
 
     asyncio.run(scenario())
 

@@ -28,8 +28,10 @@ from scripted_llm import (
 from cluster.errors import UpstreamError
 from cluster.records import Usage
 from cluster.telemetry import Meter
+from cluster.upstream import LLMNodeConfig
 from serving.billing import Bill
 from serving.fallback import FallbackLLM
+from serving.limits import UNLIMITED, Limits
 
 PRICED = {"prompt_usd_per_million": 1.0, "completion_usd_per_million": 2.0}
 
@@ -170,7 +172,8 @@ def test_an_llm_that_is_left_at_work_has_read_the_request_and_one_that_fails_has
 
     async def main() -> None:
         slow, failing = Script(silent), Script(whole(500))
-        async with two(slow, failing, **PRICED, max_usd_per_day=0.1, breaker_failures=1_000) as (fallback, meter):
+        quick = {"timeout_s": 0.1, "first_token_timeout_s": 0.1, "breaker_failures": 1_000}
+        async with two(slow, failing, **PRICED, **quick, max_usd_per_day=0.1) as (fallback, meter):
             bill = Bill()
             for number in range(10):
                 assert fallback.spending.wait_s(fallback.configs[0]) == 0
@@ -188,3 +191,54 @@ def test_an_llm_that_is_left_at_work_has_read_the_request_and_one_that_fails_has
             )
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_llm_that_asks_for_more_patience_than_a_call_has_is_not_waited_for(is_stream: bool) -> None:
+    body, busy = {**BODY, "stream": is_stream}, Script(whole(429, Retry_After="20"))
+    good = Script(GOOD if is_stream else whole())
+
+    async def ask(fallback: FallbackLLM, limits: Limits) -> LLMNodeConfig:
+        if not is_stream:
+            return (await fallback.chat(body, Bill(), limits))[1]
+        async with fallback.stream(body, Bill(), limits) as (_, endpoint):
+            return endpoint
+
+    async def main() -> None:
+        async with two(busy, good, max_attempts=3) as (fallback, _):
+            hasty = Limits(asyncio.get_running_loop().time() + 10.0, UNLIMITED.budget_usd)
+            assert await ask(fallback, hasty) is fallback.configs[1]
+            only = FallbackLLM(fallback._llms[:1])
+            with pytest.raises(UpstreamError) as caught:
+                await ask(only, hasty)
+            assert caught.value.status == 429 and 0 < (caught.value.retry_after_s or 0) <= 20
+
+    asyncio.run(main())
+    assert len(busy.bodies) == len(good.bodies) == 1
+
+
+@pytest.mark.parametrize(("is_stream", "can_pay_both"), [(False, False), (False, True), (True, False), (True, True)])
+def test_an_llm_that_was_paid_for_nothing_leaves_less_to_the_next(is_stream: bool, can_pay_both: bool) -> None:
+    """A prompt of about 10,000 tokens costs 0.01 dollars, an answer of 100 tokens 0.0002, at the dearest's prices."""
+    said = {"messages": [{"role": "user", "content": "x" * 30_000}], "max_completion_tokens": 100}
+    body = {**BODY, **said, "stream": is_stream}
+    scripts = Script(silent), Script(GOOD if is_stream else whole())
+    limits = Limits(UNLIMITED.deadline_at, 0.0205 if can_pay_both else 0.02)
+
+    async def ask(fallback: FallbackLLM) -> None:
+        if not is_stream:
+            await fallback.chat(body, Bill(), limits)
+            return
+        async with fallback.stream(body, Bill(), limits):
+            pass
+
+    async def main() -> None:
+        async with two(*scripts, **PRICED, timeout_s=0.2) as (fallback, _):
+            if can_pay_both:
+                return await ask(fallback)
+            with pytest.raises(UpstreamError) as caught:
+                await ask(fallback)
+            assert caught.value.body["error"]["code"] == "upstream_timeout"
+
+    asyncio.run(main())
+    assert [len(script.bodies) for script in scripts] == [1, int(can_pay_both)]

@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+import httpx
 import pytest
 from fakes import LLM_TEXT, PATH, REQUEST, Running, gateway
 
@@ -215,6 +216,24 @@ def test_a_fault_of_the_gateways_own_is_an_openai_error_and_its_call_is_kept(tmp
             ) and "SECRET" not in reply.text
             (call,) = await run.captured()
             assert (call.status, call.error) == (500, "internal error: ZeroDivisionError")
+
+    asyncio.run(scenario())
+
+
+def test_a_fault_beside_calls_is_an_openai_error_too(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        async with gateway(tmp_path) as run:
+
+            async def fail() -> None:
+                raise ZeroDivisionError("SECRET")
+
+            run.core.fallback.list_models = fail  # type: ignore[method-assign]
+            transport = httpx.ASGITransport(run.api, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+                reply = await http.get("/v1/models", headers={"Authorization": f"Bearer {run.key}"})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+            assert "SECRET" not in reply.text
+            assert run.core.meter.counts["understudy_requests_failed_total", "500"] == 1
 
     asyncio.run(scenario())
 

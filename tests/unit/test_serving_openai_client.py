@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import openai
 import pytest
+from aiohttp import web
 from fakes import LLM_TEXT, PATH, REQUEST, Running, engine_answer, gateway, llm_body, make_specialist, tool_message
 from loopback import served
 from openai import AsyncOpenAI, OpenAI, pydantic_function_tool
@@ -19,7 +20,7 @@ from pydantic import BaseModel
 from cluster.access import ApiKeys
 from cluster.engine import EngineAnswer
 from cluster.records import AnswerKind, Specialist
-from serving.api import MAX_REQUEST_BYTES
+from serving import api
 from serving.audit import AuditConfig
 
 MESSAGES: Any = REQUEST["messages"]
@@ -111,6 +112,45 @@ def test_both_answer_every_kind_of_client_alike(tmp_path: pathlib.Path, is_sure:
             assert [calls[0].call_id, calls[2].call_id] == [whole._request_id, also._request_id]
             if is_sure:
                 assert whole.system_fingerprint == chunks[0].system_fingerprint == "fp_" + "f" * 12
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("extra", [{}, {"stream_options": USAGE}], ids=["plain", "counted"])
+def test_an_llm_that_does_not_stream_is_a_stream_to_the_client(tmp_path: pathlib.Path, extra: dict[str, Any]) -> None:
+    body = llm_body()
+    tokens = [{"token": LLM_TEXT, "bytes": None, "logprob": -0.5, "top_logprobs": []}]
+    calls = tool_message(("Look", {"order_id": "A-1"}), ("Look", {"order_id": "B-2"}))
+    refused = {"role": "assistant", "content": None, "refusal": "I will not"}
+    body["choices"] = [
+        {**body["choices"][0], "index": 0, "logprobs": {"content": tokens, "refusal": None}},
+        {"index": 1, "message": calls, "logprobs": None, "finish_reason": "tool_calls"},
+        {"index": 2, "message": refused, "logprobs": None, "finish_reason": "stop"},
+    ]
+
+    async def whole(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body)
+
+    async def scenario() -> None:
+        async with clients(tmp_path) as (run, _, quick):
+            run.llm._stream = whole  # type: ignore[method-assign]
+            ask: Any = {"model": "any", "messages": MESSAGES, "n": 3, "logprobs": True, **extra}
+            async with quick.chat.completions.stream(**ask) as stream:
+                text, called, refusal = (await stream.get_final_completion()).choices
+            assert (text.message.content, text.finish_reason) == (LLM_TEXT, "stop")
+            assert text.logprobs is not None and text.logprobs.content[0].logprob == -0.5
+            assert [call.to_dict() for call in called.message.tool_calls] == [
+                {**call, "index": index, "function": {**call["function"], "parsed_arguments": None}}
+                for index, call in enumerate(calls["tool_calls"])
+            ] and called.finish_reason == "tool_calls"
+            assert (refusal.message.refusal, refusal.message.content) == ("I will not", None)
+            chunks = [chunk async for chunk in await quick.chat.completions.create(**ask, stream=True)]
+            assert [chunk.usage is not None for chunk in chunks if not chunk.choices] == [True] * len(extra)
+            kept = await run.captured()
+            assert [call.response for call in kept] == [body] * 2 and {call.status for call in kept} == {200}
+            run.llm.status = 404
+            with pytest.raises(openai.NotFoundError):
+                await quick.chat.completions.create(**ask, stream=True)
 
     asyncio.run(scenario())
 
@@ -253,7 +293,10 @@ def test_text_in_parts_and_either_name_of_the_system_are_a_specialists(tmp_path:
     asyncio.run(scenario())
 
 
-def test_errors_are_those_that_the_client_knows(tmp_path: pathlib.Path) -> None:
+def test_errors_are_those_that_the_client_knows(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As large as it is, it would take seconds.
+    monkeypatch.setattr(api, "MAX_REQUEST_BYTES", 2**20)
+
     async def scenario() -> None:
         async with clients(tmp_path) as (run, _, quick):
             ask = quick.chat.completions.create
@@ -269,7 +312,7 @@ def test_errors_are_those_that_the_client_knows(tmp_path: pathlib.Path) -> None:
                     await ask(model="any", messages=messages)  # type: ignore[arg-type]
                 assert bad.value.type == "invalid_request_error" and bad.value.param.startswith("messages")
             with pytest.raises(openai.APIStatusError) as too_large:
-                await ask(model="any", messages=[{"role": "user", "content": "x" * MAX_REQUEST_BYTES}])
+                await ask(model="any", messages=[{"role": "user", "content": "x" * 2**20}])
             assert (too_large.value.status_code, too_large.value.code) == (413, "too_large")
             for raw in (b"{", b"[]", b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}'):
                 reply = await run.http.post(PATH, content=raw)
@@ -314,6 +357,9 @@ def test_models_are_listed_and_looked_up(tmp_path: pathlib.Path, own_model: str 
             with pytest.raises(openai.APIStatusError) as not_allowed:
                 await quick.models.delete("llm-1")
             assert not_allowed.value.status_code == 405
+            run.llm.lists_models = False
+            listed = [model.id async for model in quick.models.list()]
+            assert listed == (names if own_model else [NAMED]), "what the recipe names, where the LLM lists nothing"
             await run.llm.close()
             assert (await quick.models.retrieve(NAMED)).owned_by == "understudy"
 
