@@ -2,10 +2,10 @@
 
 One engine: the same mixed calls with every adapter resident and in one batch, with fewer adapters in a batch (vLLM's
 max_loras), and with fewer resident (max_cpu_loras), where an adapter that is asked again is read again. Two engines: more
-adapters than one has room for, or both have, under Ray Serve's own way to choose a replica and under ours (serving/replica_choice.py),
-each adapter as often as another or a few of them mostly (Zipf). Calls go through Serve's handles as a gateway's do, not
-over HTTP: a gateway takes no release that one replica has no room for. The base is an untrained
-one of 5M parameters. Loads are those that calls waited for, as the replicas count them.
+adapters than each has room for, and more than both, under Ray Serve's own way to choose a replica and under ours
+(serving/replica_choice.py), each adapter as often as another or a few of them mostly (Zipf). Calls go through Serve's
+handles as a gateway's do, not over HTTP: a gateway takes no release that one replica has no room for. The base is an
+untrained one of 5M parameters. Loads are those that calls waited for, as the replicas count them.
 
     python -m jobs.bench.adapter_room [--quick] [--part room together beyond] [--json PATH]
 """
@@ -78,9 +78,10 @@ def measure_adapter_room(
         store = Store(f"{scratch}/store")
         facts = make_base(store, pathlib.Path(scratch), SMALL, _NUM_ADAPTERS)
         num = _NUM_QUICK if quick else _NUM_CALLS
-        found: dict[str, Any] = {"facts": {**facts, "adapters": _NUM_ADAPTERS, "calls": num, "clients": _CONCURRENCY}}
+        sizes = {"adapters": _NUM_ADAPTERS, "calls": num, "clients": _CONCURRENCY}
+        found: dict[str, Any] = {"facts": {"parameters": facts["parameters"], "answer_tokens": NUM_TOKENS, **sizes}}
         if "room" in parts:
-            rooms = {name: _ask_all(store, sizes, ROUTERS[0], 1, num, say)["uniform"] for name, sizes in ROOMS.items()}
+            rooms = {name: _ask_all(store, room, ROUTERS[0], 1, num, say)["uniform"] for name, room in ROOMS.items()}
             found["room"] = {name: {**one, "vs_all": ratios(one, rooms["all"])} for name, one in rooms.items()}
         for part in (one for one in RESIDENT if one in parts):
             found[part] = _compare_choices(store, RESIDENT[part], num, 1 if quick else _REPETITIONS, say)
