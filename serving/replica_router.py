@@ -10,7 +10,7 @@ import functools
 import random
 from typing import Any
 
-from serving.replica_choice import MAX_QUEUE_DIFFERENCE, Memory, choose, prompt_blocks
+from serving.replica_choice import Memory, choose, prompt_blocks
 
 
 def __getattr__(name: str) -> Any:
@@ -24,7 +24,7 @@ def _router_class() -> type:
     from ray.serve.request_router import MultiplexMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
     class AdapterRouter(MultiplexMixin, RequestRouter):
-        """Sends a call to a replica that has its adapter and knows its prompt's beginning, unless that one is too busy."""
+        """Sends a call where it costs least by what is in flight, and by the adapters and prompts that replicas have."""
 
         def initialize_state(self, max_adapters: int) -> None:
             """Called by Serve with `request_router_kwargs`."""
@@ -42,7 +42,7 @@ def _router_class() -> type:
                 )
                 for one in candidate_replicas
             ]
-            ranks = choose(candidates, MAX_QUEUE_DIFFERENCE, self._draw)
+            ranks = choose(candidates, len(blocks), self._draw)
             return [[candidate_replicas[number] for number in rank] for rank in ranks]
 
         def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:

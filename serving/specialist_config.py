@@ -40,8 +40,8 @@ class SpecialistConfig(ScaleConfig):
     num_threads: int = Field(default=1, ge=1)
     """OpenMP threads of a CPU engine."""
     request_router: Literal["default", "adapter"] = "default"
-    """How a gateway chooses among replicas: as Ray Serve does, or one that has the adapter and knows the prompt's beginning,
-    unless it is much busier than another (serving/replica_choice.py)."""
+    """How a gateway chooses among replicas: as Ray Serve does, or where the call costs least by what is in flight and by the
+    adapters and prompts that replicas have (serving/replica_choice.py)."""
     min_replicas: int = Field(default=1, ge=0)
     """Replicas kept when idle. With 0 the LLM answers while none is up, and the first such call starts one."""
 

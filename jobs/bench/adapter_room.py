@@ -2,12 +2,12 @@
 
 One engine: the same mixed calls with every adapter resident and in one batch, with fewer adapters in a batch (vLLM's
 max_loras), and with fewer resident (max_cpu_loras), where an adapter that is asked again is read again. Two engines: more
-adapters than one has room for, under Ray Serve's own way to choose a replica and under ours (serving/replica_choice.py),
-each adapter as often as another or a few of them mostly (Zipf). Calls go through Serve's handles as a gateway's do, not
-over HTTP: a gateway takes no release that one replica has no room for. The base is an untrained
-one of 5M parameters. Loads are those that calls waited for, as the replicas count them.
+adapters than each has room for, and more than both, under Ray Serve's own way to choose a replica and under ours
+(serving/replica_choice.py), each adapter as often as another or a few of them mostly (Zipf). Calls go through Serve's
+handles as a gateway's do, not over HTTP: a gateway takes no release that one replica has no room for. The base is an
+untrained one of 5M parameters. Loads are those that calls waited for, as the replicas count them.
 
-    python -m jobs.bench.adapter_room [--quick] [--part room choice] [--json PATH]
+    python -m jobs.bench.adapter_room [--quick] [--part room together beyond] [--json PATH]
 """
 
 from __future__ import annotations
@@ -42,22 +42,25 @@ from jobs.bench.graph_tax import (
 )
 from jobs.bench.http_load import spread_ms
 from jobs.bench.mixed_adapters import count_loads, draw_adapters
-from serving.specialist import ServeEngine, SpecialistConfig, build_specialists, deployment_name
+from serving.specialist import ServeEngine, build_specialists, deployment_name
+from serving.specialist_config import SpecialistConfig
 
-PARTS = ("room", "choice")
+PARTS = ("room", "together", "beyond")
 SPREADS = ("uniform", "zipf")
 _APP = "adapter-room"
-_NUM_ADAPTERS, _NUM_RESIDENT = 16, 8
+_NUM_ADAPTERS = 16
 _CONCURRENCY = 8
-_NUM_CALLS, _NUM_QUICK = 240, 16
+_NUM_CALLS, _NUM_QUICK = 160, 16
 _REPETITIONS = 2
 ROOMS = {
     "all": (_NUM_ADAPTERS, _NUM_ADAPTERS),
     "batch_of_4": (_NUM_ADAPTERS, 4),
     "batch_of_1": (_NUM_ADAPTERS, 1),
-    "resident_8": (_NUM_RESIDENT, _NUM_RESIDENT),
+    "resident_8": (8, 8),
 }
 """How many of the adapters are resident in one engine, and how many one batch may mix."""
+RESIDENT = {"together": 8, "beyond": 4}
+"""By part, how many each of two engines has room for: together all, or half of them."""
 _RATIOS = ("requests_per_s", "cpu_ms", "p50_ms", "p99_ms")
 
 
@@ -68,28 +71,32 @@ def measure_adapter_room(
 
     Returns:
         `room`: by name of ROOMS what was measured, and under `vs_all` its ratio to everything resident in one batch;
-        `choice`: by spread what two engines did under each router, and `adapter_vs_default`, our router's ratio to Serve's.
+        `together`, `beyond`: by spread what two engines did under each router, and `adapter_vs_default`, our router's ratio
+        to Serve's.
     """
     check_alone("adapter_room")
     with tempfile.TemporaryDirectory(prefix="understudy-bench-") as scratch, _cluster():
         store = Store(f"{scratch}/store")
         facts = make_base(store, pathlib.Path(scratch), SMALL, _NUM_ADAPTERS)
         num = _NUM_QUICK if quick else _NUM_CALLS
-        found: dict[str, Any] = {"facts": {**facts, "adapters": _NUM_ADAPTERS, "calls": num, "clients": _CONCURRENCY}}
+        sizes = {"adapters": _NUM_ADAPTERS, "calls": num, "clients": _CONCURRENCY}
+        found: dict[str, Any] = {"facts": {"parameters": facts["parameters"], "answer_tokens": NUM_TOKENS, **sizes}}
         if "room" in parts:
-            rooms = {name: _ask_all(store, sizes, ROUTERS[0], 1, num, say)["uniform"] for name, sizes in ROOMS.items()}
+            rooms = {name: _ask_all(store, room, ROUTERS[0], 1, num, say)["uniform"] for name, room in ROOMS.items()}
             found["room"] = {name: {**one, "vs_all": ratios(one, rooms["all"])} for name, one in rooms.items()}
-        if "choice" in parts:
-            found["choice"] = _compare_choices(store, num, 1 if quick else _REPETITIONS, say)
+        for part in (one for one in RESIDENT if one in parts):
+            found[part] = _compare_choices(store, RESIDENT[part], num, 1 if quick else _REPETITIONS, say)
     return found
 
 
-def _compare_choices(store: Store, num: int, repetitions: int, say: Callable[[str], object]) -> dict[str, Any]:
+def _compare_choices(
+    store: Store, resident: int, num: int, repetitions: int, say: Callable[[str], object]
+) -> dict[str, Any]:
     """Each router on two engines, one after the other and again, so that a slow minute falls on both."""
     runs: dict[str, list[dict[str, Any]]] = {router: [] for router in ROUTERS}
     for _ in range(repetitions):
         for router, own in runs.items():
-            own.append(_ask_all(store, (_NUM_RESIDENT, _NUM_RESIDENT), router, 2, num, say))
+            own.append(_ask_all(store, (resident, resident), router, 2, num, say))
     return {
         spread: compare_runs({router: [one[spread] for one in own] for router, own in runs.items()})
         for spread in SPREADS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,9 +20,12 @@ from jobs import submit
 from jobs.__main__ import build_parser, main
 from jobs.bench.adapter_room import compare_runs
 from jobs.bench.mixed_adapters import count_loads
+from jobs.recipe import load_recipe
 from jobs.scale import serve
 from jobs.scale.cells import Cell, Measured
+from jobs.scale.laboratory import Laboratory
 from jobs.scale.own_release import MOST_PROMPTS, copy_release, named_models, read_own
+from jobs.scale.served_graph import Endpoint
 
 HERE = "http://127.0.0.1:8265"
 
@@ -86,6 +91,52 @@ def test_each_kind_of_engine_is_compared_with_its_own_and_the_sentence_tells_the
     assert "Real engines answer up to 16.0 requests/s (2 replicas, 4 adapters, 16 clients)" in told
     assert "2 of them keep 80% or more" in told and "4 simulated replicas keep 80% to 80%" in told
     assert serve.tell(serve.rows_of(found[3:])).startswith("4 simulated replicas"), "nothing real is claimed"
+
+
+def test_the_quick_grid_has_one_and_two_real_engines_and_is_measured_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    @contextlib.contextmanager
+    def listening(store: Store, args: Any, replicas: int, bind: Any, cpus: int) -> Iterator[Endpoint]:
+        started.append(replicas)
+        assert args["specialists"]["min_replicas"] == args["specialists"]["max_replicas"] == replicas
+        yield Endpoint("http://127.0.0.1:1", "key", ("specialists-a",), replicas)
+
+    def load_graph(end: Endpoint, asked: Any, clients: int, allowed: Any) -> dict[str, Any]:
+        assert len(asked) >= clients, "some client has nothing to ask"
+        numbers = {
+            "requests_per_s": 10.0 * end.replicas,
+            "p50_ms": 100.0,
+            "p99_ms": 200.0,
+            "adapter_loads": end.replicas,
+        }
+        return {**numbers, "routes": {"accept": len(asked)}, "told": "well"}
+
+    async def wait(*_: Any) -> None:
+        return None
+
+    monkeypatch.setattr(serve, "_has_vllm", lambda: True)
+    monkeypatch.setattr(serve, "make_base", lambda *_: None)
+    for name, fake in (("listening", listening), ("load_graph", load_graph), ("wait_for_specialists", wait)):
+        monkeypatch.setattr(serve, name, fake)
+    lab = Laboratory(
+        load_recipe(["gate.epsilon=0.1"]), tmp_path, "quick", list, lambda _: (tmp_path, ""), lambda _: None
+    )
+    found = serve.run(lab)
+    assert started == [1, 2, 1, 4]
+    cells = {
+        (one["engine"], one["replicas"], one["scaling"], one["clients"], one["is_simulated"]) for one in found.records
+    }
+    assert cells == {
+        *((serve.REAL, 1, *load, False) for load in (("strong", 1), ("strong", 8), ("weak", 8))),
+        *((serve.REAL, 2, *load, False) for load in (("strong", 1), ("strong", 8), ("weak", 16))),
+        *((serve.SIMULATED, 1, *load, True) for load in (("strong", 16), ("weak", 8))),
+        *((serve.SIMULATED, 4, *load, True) for load in (("strong", 16), ("weak", 32))),
+    }
+    assert {row[0] for row in found.rows} == {serve.REAL, serve.SIMULATED} and "2 of them keep 100%" in found.sentence
+    assert serve.run(lab) == found and started == [1, 2, 1, 4], "a finished cell was measured again"
 
 
 class Replicas:
