@@ -58,6 +58,9 @@ class CaptureConfig(Config):
     store does not have. It belongs to this store and user alone and has mode 700."""
     journal_bytes: int = Field(default=64 * 2**20, ge=1)
     """Size from which a journal file is ended and the next begun."""
+    journal_max_bytes: int = Field(default=8 * 2**30, ge=1)
+    """Size of all journals in the folder, from which on no new file is begun: a store that is away so long that they wait
+    for it fills no disk, and calls whose durability is sync are refused."""
     fold_interval_s: float = Field(default=10.0, gt=0)
     """How often journals become Parquet, in seconds; until then readers do not see their calls."""
 
@@ -100,7 +103,7 @@ class Capture:
         if config.durability == "sync":
             assert keys is not None and self._folder is not None, "a journal needs keys"
             prepare_folder(self._folder)
-            self._journal = Journal(self._folder, keys, config.journal_bytes)
+            self._journal = Journal(self._folder, keys, config.journal_bytes, config.journal_max_bytes)
 
     def start(self) -> None:
         """Begin to write in the background; needs a running event loop. Starting twice changes nothing."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -48,9 +49,13 @@ class Journal:
     - A file that is given up, full or ended by `rotate` is unlocked, and then anybody's to fold.
     """
 
-    def __init__(self, folder: pathlib.Path, keys: KeyWrapper, max_file_bytes: int) -> None:
-        """Prepare to write below `folder`; it and the first file are made with the first call."""
-        self._folder, self._keys, self._max_file_bytes = folder, keys, max_file_bytes
+    def __init__(self, folder: pathlib.Path, keys: KeyWrapper, max_file_bytes: int, max_bytes: int) -> None:
+        """Prepare to write below `folder`; it and the first file are made with the first call.
+
+        Args:
+            max_bytes: of all journals in the folder, from which on no new file is begun until some are folded.
+        """
+        self._folder, self._keys, self._max_file_bytes, self._max_bytes = folder, keys, max_file_bytes, max_bytes
         self._file: _File | None = None
         self._key: tuple[bytes, str] = (b"", "")
         self._key_expiry = 0.0
@@ -118,6 +123,7 @@ class Journal:
             try:
                 if self._file is None or self._file.num_bytes >= self._max_file_bytes:
                     self._end_file()
+                    self._check_room()
                     self._file = _File(self._folder, *self._data_key())
                 self._file.append(records)
                 self.num_commits += 1
@@ -128,6 +134,16 @@ class Journal:
                 failure = f"journal {self._folder}: not written ({error})"
         # One error each: they are raised in as many tasks.
         return [one if isinstance(one, StoreError) else StoreError(failure) if failure else None for one in encoded]
+
+    def _check_room(self) -> None:
+        """Raises OSError where what waits to be folded has the journal's whole room; of other processes too."""
+        waiting = 0
+        for path in self._folder.glob(f"[!.]*{SUFFIX}"):
+            # One that is gone has just been folded.
+            with contextlib.suppress(FileNotFoundError):
+                waiting += path.stat().st_size
+        if waiting >= self._max_bytes:
+            raise OSError(errno.ENOSPC, f"{waiting} bytes wait for a store that does not take them")
 
     def _data_key(self) -> tuple[bytes, str]:
         if time.monotonic() >= self._key_expiry:

@@ -69,7 +69,7 @@ def test_a_journal_under_the_old_key_is_not_lost(store, tmp_path):
     prepare_folder(tmp_path / "journal")
 
     async def keep() -> None:
-        journal = Journal(tmp_path / "journal", store.content_keys, 2**20)
+        journal = Journal(tmp_path / "journal", store.content_keys, 2**20, 2**40)
         await journal.submit(CALL.model_copy(update={"call_id": "journaled"}))
         await journal.close()
 

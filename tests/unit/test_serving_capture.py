@@ -339,6 +339,30 @@ def test_a_disk_that_fails_refuses_the_call_and_takes_the_next_when_it_works(
     asyncio.run(scenario())
 
 
+def test_journals_that_a_store_does_not_take_fill_no_disk_and_none_of_their_calls_is_lost(
+    tmp_path: pathlib.Path,
+) -> None:
+    async def scenario() -> None:
+        store = MoodyStore(str(tmp_path))
+        store.fails = True
+        sizes = {"journal_bytes": 1, "journal_max_bytes": 2_000}
+        capture, meter = _capture(store, durability="sync", fold_interval_s=NEVER_S, **sizes)
+        kept: list[str] = []
+        with pytest.raises(StoreError, match="wait for a store"):
+            for number in range(100):
+                await capture.keep(_call(number))
+                kept.append(f"c{number}")
+        assert 1 < len(kept) < 20 and sorted(_journaled(store)) == sorted(kept)
+        assert meter.counts[("understudy_calls_dropped_total", "journal")] == 1
+        store.fails = False
+        assert await capture.flush()
+        await capture.keep(_call(100))
+        await capture.close()
+        assert read_call_ids(store) == {*kept, "c100"}
+
+    asyncio.run(scenario())
+
+
 def test_a_disk_that_hangs_refuses_calls_instead_of_piling_them_up(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

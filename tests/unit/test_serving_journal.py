@@ -44,7 +44,7 @@ def _write(folder: pathlib.Path, calls: list[AgentCall], max_file_bytes: int = M
     """Journal the calls one by one, and end the file."""
 
     async def scenario() -> Journal:
-        journal = Journal(folder, KMS, max_file_bytes)
+        journal = Journal(folder, KMS, max_file_bytes, MANY)
         for call in calls:
             await journal.submit(call)
         await journal.close()
@@ -78,7 +78,7 @@ def test_a_call_is_on_the_disk_encrypted_and_private_when_submit_is_done(tmp_pat
     folder = tmp_path / "journal"
 
     async def scenario() -> None:
-        journal = Journal(folder, KMS, MANY)
+        journal = Journal(folder, KMS, MANY, MANY)
         await journal.submit(_call(1, "a secret word"))
         (path,) = _files(folder)
         data = path.read_bytes()
@@ -107,7 +107,7 @@ def test_calls_that_wait_for_an_fsync_share_the_next(tmp_path: pathlib.Path, mon
         sync(fd)
 
     async def scenario() -> None:
-        journal = Journal(tmp_path / "journal", KMS, MANY)
+        journal = Journal(tmp_path / "journal", KMS, MANY, MANY)
         await journal.submit(_call(0))
         monkeypatch.setattr(os, "fsync", hold)
         first = journal.submit(_call(1))
@@ -185,7 +185,7 @@ def test_a_full_disk_fails_the_calls_it_did_not_take_and_no_others(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async def scenario() -> None:
-        journal = Journal(folder, KMS, MANY)
+        journal = Journal(folder, KMS, MANY, MANY)
         await journal.submit(_call(0))
         monkeypatch.setattr(os, "write", write_half)
         for number in (1, 2):
@@ -207,7 +207,7 @@ def test_a_kms_that_is_away_stops_a_first_file_and_no_later_one(
     kms = FakeKms()
 
     async def scenario() -> None:
-        journal = Journal(tmp_path / "journal", kms, MANY)
+        journal = Journal(tmp_path / "journal", kms, MANY, MANY)
         kms.is_away = True
         with pytest.raises(StoreError, match="away"):
             await journal.submit(_call(0))
@@ -235,7 +235,7 @@ def test_a_living_writers_file_is_left_alone(tmp_path: pathlib.Path) -> None:
     folder, store = tmp_path / "journal", Store(str(tmp_path / "store"))
 
     async def scenario() -> None:
-        journal = Journal(folder, KMS, MANY)
+        journal = Journal(folder, KMS, MANY, MANY)
         await journal.submit(_call(0))
         assert fold_orphans(store, KMS, folder) == Folded()
         await journal.submit(_call(1))
@@ -264,7 +264,7 @@ def test_what_a_killed_process_had_acknowledged_is_folded_by_the_next(tmp_path: 
         "from cluster.records import AgentCall\n"
         "from serving.journal import Journal\n"
         "async def main():\n"
-        "    journal = Journal(pathlib.Path(sys.argv[1]), FakeKms(), 2**20)\n"
+        "    journal = Journal(pathlib.Path(sys.argv[1]), FakeKms(), 2**20, 2**40)\n"
         "    for number in range(10_000):\n"
         "        call = AgentCall(call_id=f'c{number}', ts=1e9, client_id='c', agent='a', session_id='s', step=0,\n"
         "            request=REQUEST, response=None)\n"
@@ -330,7 +330,7 @@ def test_the_keys_of_living_and_damaged_journals_are_known(tmp_path: pathlib.Pat
     assert fold_orphans(store, KMS, folder).num_aside == 1
 
     async def scenario() -> None:
-        journal = Journal(folder, KMS, MANY)
+        journal = Journal(folder, KMS, MANY, MANY)
         await journal.submit(_call(1))
         keys = wrapped_keys(folder)
         assert len(keys) == 2 and all(len(KMS.unwrap(key)) == 32 for key in keys)
