@@ -18,8 +18,8 @@ from jobs.bench.figures import Pair, Spread, coverage_of, describe, pairs, sprea
 from jobs.bench.processes import Watched, module, watch
 
 PARTS = ("curate", "discover", "train", "serve", "gate")
-QUICK_LIMITS_S = {"curate": 240, "discover": 180, "train": 420, "serve": 720, "gate": 180}
-"""Together 29 minutes, with which half an hour is kept whatever hangs."""
+QUICK_LIMITS_S = {"curate": 200, "discover": 180, "train": 540, "serve": 700, "gate": 120}
+"""Together 29 minutes, with which half an hour is kept whatever hangs; what a part leaves over, those after it may use."""
 BOOK = "book.json"
 _TAIL_CHARS = 1_500
 _ADDRESS = re.compile(r"\b[\w.-]+://\S+")
@@ -49,11 +49,14 @@ def write_book(
         {bench, quick, repeat, provenance, parts: {NAME: {runs, numbers, error}}}; see `_part_of`.
     """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    left_s = 0.0
     book: dict[str, Any] = {}
     for number in range(1, repeat + 1):
         for name in names:
             say(f"-- {name}, {number} of {repeat}; its words go to {folder / f'{name}-{number}.log'}")
-            runs[name].append(_run_part(name, number, folder, quick, run))
+            limit_s = QUICK_LIMITS_S[name] + left_s if quick else None
+            runs[name].append(_run_part(name, number, folder, limit_s, run))
+            left_s = limit_s - runs[name][-1]["wall_s"] if limit_s else 0.0
             book = {"bench": "all", "quick": quick, "repeat": repeat, "provenance": dict(facts)}
             book["parts"] = {part: _part_of(folder, own) for part, own in runs.items() if own}
             (folder / BOOK).write_text(json.dumps(book, indent=1) + "\n")
@@ -61,14 +64,15 @@ def write_book(
     return book
 
 
-def _run_part(name: str, number: int, folder: pathlib.Path, quick: bool, run: Run) -> dict[str, Any]:
+def _run_part(name: str, number: int, folder: pathlib.Path, limit_s: float | None, run: Run) -> dict[str, Any]:
+    """Run a part once, --quick where it has a limit."""
     path, log = (folder / f"{name}-{number}.{ending}" for ending in ("json", "log"))
     path.unlink(missing_ok=True)
-    command = module("jobs", "bench", name, "--json", str(path.absolute()), *(["--quick"] if quick else []))
-    done = run(command, log, QUICK_LIMITS_S[name] if quick else None)
+    command = module("jobs", "bench", name, "--json", str(path.absolute()), *(["--quick"] if limit_s else []))
+    done = run(command, log, limit_s)
     error = None
     if done.timed_out:
-        error = f"took more than {QUICK_LIMITS_S[name]} s and was ended; what it had measured by then is kept"
+        error = f"took more than {limit_s:.0f} s and was ended; what it had measured by then is kept"
     elif done.status:
         tail = _ADDRESS.sub("ADDRESS", log.read_text(errors="replace")[-_TAIL_CHARS:])
         error = f"ended with status {done.status}: {tail}"
