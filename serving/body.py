@@ -20,12 +20,16 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         Denied: 413, it is larger; 408, it stalls; 499, the client left before its end.
     """
     pieces, size = [], 0
+    clock = asyncio.get_running_loop().time
     try:
-        async for piece in pieces_of(request):
-            size += len(piece)
-            if size > max_bytes:
-                raise too_large(max_bytes)
-            pieces.append(piece)
+        # One timer for the body, moved on: nothing is done with a piece that takes time of its own.
+        async with asyncio.timeout(STALL_S) as limit:
+            async for piece in request.stream():
+                size += len(piece)
+                if size > max_bytes:
+                    raise too_large(max_bytes)
+                pieces.append(piece)
+                limit.reschedule(clock() + STALL_S)
     except ClientDisconnect:
         raise Denied(CLIENT_GONE, "The client left before its request was whole") from None
     except TimeoutError:
