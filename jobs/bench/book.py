@@ -18,7 +18,7 @@ from jobs.bench.figures import Pair, Spread, coverage_of, describe, pairs, sprea
 from jobs.bench.processes import Watched, module, watch
 
 PARTS = ("curate", "discover", "train", "serve", "gate")
-QUICK_LIMITS_S = {"curate": 200, "discover": 180, "train": 540, "serve": 700, "gate": 120}
+QUICK_LIMITS_S = {"curate": 200, "discover": 180, "train": 520, "serve": 700, "gate": 140}
 """Together 29 minutes, with which half an hour is kept whatever hangs; what a part leaves over, those after it may use."""
 BOOK = "book.json"
 _TAIL_CHARS = 1_500

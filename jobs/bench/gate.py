@@ -47,10 +47,12 @@ class Size(NamedTuple):
     resamples: int
     streams: int
     chains: int
+    epsilons: tuple[float, ...]
+    """Of the gates beside the peer's, which is a process for each."""
 
 
-FULL = Size(resamples=500, streams=200, chains=50)
-QUICK = Size(resamples=4, streams=2, chains=2)
+FULL = Size(resamples=500, streams=200, chains=50, epsilons=EPSILONS)
+QUICK = Size(resamples=4, streams=2, chains=2, epsilons=EPSILONS[1:2])
 """Shows that it runs; measures nothing."""
 
 
@@ -97,7 +99,7 @@ def bench_gate(
     tracer = find_tracer(say)
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     num_drawn, num_resamples = _NUM_VALIDATION + _NUM_CALIBRATION, min(size.resamples, NUM_RESAMPLES)
-    for epsilon in EPSILONS:
+    for epsilon in size.epsilons:
         for pool in [*pools, *synthetic_pools(epsilon)]:
             cell = measure_gate(pool, epsilon, size.resamples)
             cell["tracer"] = tracer and measure_tracer(tracer, pool, epsilon, num_drawn, num_resamples)

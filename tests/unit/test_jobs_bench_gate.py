@@ -120,8 +120,8 @@ def test_every_promised_number_is_there(
     assert main(["bench", "gate", "--quick", "--calls", str(calls), "--json", str(written)]) == 0
     said, found = capsys.readouterr().err, json.loads(written.read_text())
     assert set(found["violation_rate"]) == {"desk", "synthetic_steep", "synthetic_edge", "synthetic_dip"}
-    assert set(found["coverage"]["desk"]["0.1"]) == {"ours", "oracle", "tracer"} and found["delta"] == 0.05
-    assert found["coverage"]["desk"]["0.1"]["tracer"] is None and "TRACER is left out" in said
+    assert set(found["coverage"]["desk"]["0.05"]) == {"ours", "oracle", "tracer"} and found["delta"] == 0.05
+    assert found["coverage"]["desk"]["0.05"]["tracer"] is None and "TRACER is left out" in said
     assert (
         found["controls"] == 2 * 2 * gate.QUICK.resamples
         and found["controls_by_name"]["desk, labels shuffled"]["0.1"] == 1.0
