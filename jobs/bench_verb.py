@@ -92,7 +92,8 @@ def _add_running(names: Any) -> None:
         examples=["understudy bench serve --quick --part rollout"],
     )
     serve.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here too")
-    serve.add_argument("--part", nargs="+", default=[], metavar="PART", help="only these; default all")
+    part_help = "only these, into a file that may hold the others; default all"
+    serve.add_argument("--part", nargs="+", default=[], metavar="PART", help=part_help)
     serve.add_argument("--quick", action="store_true", help="show that it runs; measures nothing")
     serve.set_defaults(run=_serve)
 
@@ -146,7 +147,29 @@ def _serve(options: argparse.Namespace) -> None:
 
     _check_output(options.json)
     say = functools.partial(print, file=sys.stderr, flush=True)
-    _show(bench_serve(say, options.part or PARTS, options.quick, _keeper(options)), options)
+    before = _earlier_parts(options) if options.part else {}
+    facts = _with_facts({}, options)["provenance"]
+    _show(bench_serve(say, options.part or PARTS, options.quick, _keeper(options), before, facts), options)
+
+
+def _earlier_parts(options: argparse.Namespace) -> dict[str, Any]:
+    """The parts of an earlier measurement in the same file, each with the provenance that it has or the file's."""
+    path: pathlib.Path | None = options.json
+    if path is None or not path.exists():
+        return {}
+    try:
+        earlier = json.loads(path.read_text())
+        parts = {name: {"provenance": earlier["provenance"], **one} for name, one in earlier["parts"].items()}
+        is_alike = earlier["bench"] == options.bench and earlier["quick"] == options.quick
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"--json {path}: is there and no measurement; allowed: a new path, or one of this benchmark"
+        ) from None
+    if not is_alike:
+        raise ConfigError(
+            f"--json {path}: is of bench {earlier['bench']}, quick {earlier['quick']}; next: another path"
+        )
+    return parts
 
 
 def _check_output(path: pathlib.Path | None) -> None:

@@ -49,6 +49,8 @@ _NUM_REQUESTS, _NUM_QUICK = 96, 16
 _MAX_SECONDS = 120.0
 _NUM_TURNS, _TURN_WORDS = 4, 60
 ROUTERS = ("default", "adapter")
+PHASES = (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS))
+"""What is asked, one after the other, and of how many adapters; each of prompts that no engine has seen."""
 CONFIG = {"max_adapters": NUM_ADAPTERS, "max_lora_rank": 8, "max_model_tokens": 512, "max_num_seqs": 16}
 FORMAT = PromptFormat(kind="compact", answer_kind="label", max_prompt_tokens=400)
 _START_TIMEOUT_S = 240.0
@@ -101,7 +103,7 @@ def compare_routers(turns: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def turn_of(number: int, num_sessions: int) -> dict[str, Any]:
     """The request of that number among conversations that take turns: each goes on where its last turn ended."""
     turn, session = divmod(number, num_sessions)
-    request = task_request(f"task-{session % NUM_ADAPTERS}", session)
+    request = task_request(f"task-{session % NUM_ADAPTERS}", len(PHASES) * _NUM_REQUESTS + session)
     request["messages"][1]["content"] += " please" * (_TURN_WORDS * (turn + 1))
     return request
 
@@ -175,8 +177,9 @@ async def _bare(store: Store, num: int) -> dict[str, Any]:
         async for _ in engine.generate(prompt, params, f"{adapter}-{number}-{time.time()}", lora_request=lora):
             pass
 
-    async def measure(engine: Any, own: Sequence[Any], num_adapters: int) -> dict[str, Any]:
-        before, begin, numbers = usage_of(os.getpid()), time.perf_counter(), iter(range(num))
+    async def measure(engine: Any, own: Sequence[Any], num_adapters: int, first: int) -> dict[str, Any]:
+        numbers = iter(range(first * num, (first + 1) * num))
+        before, begin = usage_of(os.getpid()), time.perf_counter()
 
         async def client() -> None:
             for number in numbers:
@@ -193,13 +196,12 @@ async def _bare(store: Store, num: int) -> dict[str, Any]:
     engine = start("lora")
     for lora in loras:
         await add_adapter(engine, lora)
-    phases = (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS))
-    found = {name: await measure(engine, loras, num_adapters) for name, num_adapters in phases}
+    found = {name: await measure(engine, loras, adapters, first) for first, (name, adapters) in enumerate(PHASES)}
     engine.shutdown()
-    # What a merged model costs is what its base costs; the same prompts are known to it as to the other by then.
+    # What a merged model costs is what its base costs.
     engine = start("merged")
-    await measure(engine, [None] * NUM_ADAPTERS, NUM_ADAPTERS)
-    found["merged"] = await measure(engine, [None], 1)
+    await measure(engine, [None] * NUM_ADAPTERS, NUM_ADAPTERS, 0)
+    found["merged"] = await measure(engine, [None], 1, 1)
     engine.shutdown()
     return found
 
@@ -228,8 +230,8 @@ def _run_graph(
         url = f"http://127.0.0.1:{port}"
         asyncio.run(wait_for_specialists(url, key))
         phases = {
-            name: [request_of(number % adapters, number) for number in range(num)]
-            for name, adapters in (("warm", NUM_ADAPTERS), ("one", 1), ("mixed", NUM_ADAPTERS))
+            name: [request_of(number % adapters, number) for number in range(first * num, (first + 1) * num)]
+            for first, (name, adapters) in enumerate(PHASES)
         }
         # Under our router only what is compared with Serve's.
         phases = phases if router == ROUTERS[0] else {"warm": phases["warm"]}

@@ -175,6 +175,7 @@ def _powers(name: str, law: Mapping[str, Any]) -> list[list[str]]:
 def _bench(name: str, one: Mapping[str, Any]) -> str:
     numbers = read_numbers(one)
     lines = [f"## Benchmark: {name}\n", _provenance(one)]
+    lines += [f"Part {part}: {_provenance(measured)}" for part, measured in _measured_apart(one)]
     if one["bench"] == "all":
         lines += [f"{interval_note(one)}\n", _table(PART_HEADER, rows_of(one))]
     if rows := peer_rows(one):
@@ -184,6 +185,16 @@ def _bench(name: str, one: Mapping[str, Any]) -> str:
         summary = f"<details><summary>{part}: {len(cells)} numbers</summary>\n"
         lines += [summary, _table(("number", "value"), cells), "</details>\n"]
     return "\n".join(lines)
+
+
+def _measured_apart(one: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Parts that another command or commit measured than the file's last one did."""
+    parts = one.get("parts")
+    told = (
+        [(name, own) for name, own in parts.items() if isinstance(own, dict) and own.get("provenance")] if parts else []
+    )
+    whole = [_facts(one)[key] for key in ("command", "git_sha")]
+    return [(name, own) for name, own in told if [_facts(own)[key] for key in ("command", "git_sha")] != whole]
 
 
 def _cell(value: Any) -> str:

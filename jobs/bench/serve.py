@@ -9,6 +9,7 @@ measures. Speeds are compared within a part alone, so parts may be run at differ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from cluster.errors import ConfigError
@@ -22,12 +23,16 @@ def bench_serve(
     parts: Sequence[str] = PARTS,
     quick: bool = False,
     keep: Callable[[dict[str, Any]], object] = lambda numbers: None,
+    before: Mapping[str, Any] = MappingProxyType({}),
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Measure the parts named, in the order of `PARTS`. Starts and ends local Ray clusters.
 
     Args:
         parts: of `PARTS`.
         keep: given everything so far after each part, so that a later one that fails loses nothing.
+        before: parts that were measured earlier and are not named, kept as they are.
+        facts: provenance, written beside each part that is measured.
         quick: few requests and short times: shows that it runs, and measures nothing.
 
     Returns:
@@ -39,11 +44,11 @@ def bench_serve(
     if wrong := sorted(set(parts) - set(PARTS)):
         raise ConfigError(f"--part {wrong[0]}: no such part; allowed: {', '.join(PARTS)}")
     check_alone("bench serve")
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(before)
     for name, measure in _measures().items():
         if name in parts:
             say(f"-- {name}")
-            found[name] = measure(say, quick)
+            found[name] = {**measure(say, quick), "provenance": dict(facts)}
             keep(gather_numbers(found) | {"quick": quick, "parts": found})
     return gather_numbers(found) | {"quick": quick, "parts": found}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import pathlib
 import sys
 
 import pytest
@@ -13,7 +14,8 @@ from cluster.errors import ConfigError
 from cluster.faces import FacesConfig, Facing
 from cluster.prompts import PromptFormat
 from cluster.servable import ask_engine
-from jobs.bench import autoscale
+from jobs.__main__ import main
+from jobs.bench import autoscale, serve
 from jobs.bench.autoscale import Answers, Replicas
 from jobs.bench.core_gateway import lone_gateway
 from jobs.bench.fake_llm import answer_text
@@ -22,6 +24,7 @@ from jobs.bench.graph_tax import compare, compare_routers, turn_of
 from jobs.bench.http_load import Reply, http_request, load, percentile, slope, unchunked
 from jobs.bench.passthrough import check_stream, check_unary, request_body, summarize
 from jobs.bench.processes import Usage, module, server
+from jobs.bench.results import write_results
 from jobs.bench.rollout import adapter_of, request_of, what_is_mixed
 from jobs.bench.serve import bench_serve, gather_numbers
 from jobs.bench.serve_faults import Trial, is_captured_once, summarize_trials, wrong_of_upstream
@@ -257,3 +260,33 @@ def test_the_fake_llm_and_the_load_understand_each_other(tmp_path):
 def test_chunks_are_put_together():
     assert unchunked(b"5\r\nhello\r\n6;name=x\r\n world\r\n0\r\n\r\n") == b"hello world"
     assert answer_text("#7#").startswith("#7# word0")
+
+
+def test_a_part_measured_again_stands_beside_the_others_and_says_what_measured_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "serve.json"
+    soaks = iter((3.0, 4.0))
+    monkeypatch.setattr(
+        serve,
+        "_measures",
+        lambda: {
+            "rollout": lambda say, quick: {"rollout_requests": 10, "rollout_failed": 0, "rollout_mixed": 0},
+            "soak": lambda say, quick: {"soak_rss_slope_mib_per_h": next(soaks)},
+        },
+    )
+    for words in (["--part", "rollout", "soak"], ["--part", "soak"]):
+        assert main(["bench", "serve", "--quick", "--json", str(path), *words]) == 0
+    found = json.loads(path.read_text())
+    assert found["rollout_requests"] == 10 and found["soak_rss_slope_mib_per_h"] == 4.0
+    found["parts"]["rollout"]["provenance"]["git_sha"] = "a" * 40
+    path.write_text(json.dumps(found))
+    page = write_results(path.parent)
+    assert "Part rollout: `understudy" in page and "commit aaaaaaaaaa" in page and "Part soak" not in page
+    capsys.readouterr()
+    assert main(["bench", "serve", "--json", str(path), "--part", "soak"]) == 2
+    assert "is of bench serve, quick True; next" in capsys.readouterr().err
+    path.write_text("[]")
+    assert main(["bench", "serve", "--json", str(path), "--part", "soak"]) == 2
+    assert "no measurement; allowed" in capsys.readouterr().err
