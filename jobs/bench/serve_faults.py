@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import pyarrow.compute as pc
+
 from cluster.calls import read_call_columns
 from cluster.errors import StoreError
 from cluster.store import Store
@@ -368,10 +370,12 @@ def _publish(store: Store, name: str, tasks: Sequence[str], *, has_routes: bool 
 
 
 def _stored(store: Store) -> list[str]:
+    """Ids of clients' calls; what the gateway asks the LLM again of some accepted ones is no client's."""
     try:
-        return read_call_columns(store, ["call_id"])["call_id"].to_pylist()
+        found = read_call_columns(store, ["call_id", "audit_of"])
     except StoreError:
         return []
+    return found.filter(pc.is_null(found["audit_of"]))["call_id"].to_pylist()
 
 
 def _gateway_pid() -> int:

@@ -10,12 +10,15 @@ import sys
 
 import pytest
 
+from cluster.calls import write_calls
 from cluster.errors import ConfigError
 from cluster.faces import FacesConfig, Facing
 from cluster.prompts import PromptFormat
+from cluster.records import AgentCall
 from cluster.servable import ask_engine
+from cluster.store import Store
 from jobs.__main__ import main
-from jobs.bench import autoscale, serve
+from jobs.bench import autoscale, serve, serve_faults
 from jobs.bench.autoscale import Answers, Replicas
 from jobs.bench.core_gateway import lone_gateway
 from jobs.bench.fake_llm import answer_text
@@ -290,3 +293,13 @@ def test_a_part_measured_again_stands_beside_the_others_and_says_what_measured_i
     path.write_text("[]")
     assert main(["bench", "serve", "--json", str(path), "--part", "soak"]) == 2
     assert "no measurement; allowed" in capsys.readouterr().err
+
+
+def test_what_the_gateway_asks_again_by_itself_is_no_call_of_a_client(tmp_path: pathlib.Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    told = {"ts": 1.7e9, "client_id": "c", "agent": "a", "session_id": "s", "step": 0, "response": None}
+    calls = [
+        AgentCall(call_id=name, request={"messages": []}, audit_of=of, **told) for name, of in (("1", None), ("2", "1"))
+    ]
+    write_calls(store, calls)
+    assert serve_faults._stored(store) == ["1"]
