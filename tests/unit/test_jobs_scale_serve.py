@@ -97,6 +97,7 @@ def test_the_quick_grid_has_one_and_two_real_engines_and_is_measured_once(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
+    seen: set[str] = set()
 
     @contextlib.contextmanager
     def listening(store: Store, args: Any, replicas: int, bind: Any, cpus: int) -> Iterator[Endpoint]:
@@ -106,6 +107,9 @@ def test_the_quick_grid_has_one_and_two_real_engines_and_is_measured_once(
 
     def load_graph(end: Endpoint, asked: Any, clients: int, allowed: Any) -> dict[str, Any]:
         assert len(asked) >= clients, "some client has nothing to ask"
+        texts = {one["messages"][1]["content"] for one in asked}
+        assert allowed == ("accept",) or not texts & seen, "an engine has these prompts in its cache"
+        seen.update(texts)
         numbers = {
             "requests_per_s": 10.0 * end.replicas,
             "p50_ms": 100.0,
