@@ -42,8 +42,10 @@ class Event(Cause):
 
 def write_event(store: Store, cause: Cause, *, release: str | None, before: str | None) -> Event:
     """Write down a change that is about to be made."""
-    event = Event(**cause.model_dump(), ts=time.time(), release=release, before=before)
-    name = f"{int(event.ts * 1000):013d}-{event.kind}-{uuid.uuid4().hex[:8]}"
+    # In nanoseconds: two changes of one millisecond would be told in the order of their kinds.
+    now_ns = time.time_ns()
+    event = Event(**cause.model_dump(), ts=now_ns / 1e9, release=release, before=before)
+    name = f"{now_ns:019d}-{event.kind}-{uuid.uuid4().hex[:8]}"
     store.write_json(f"{EVENTS_FOLDER}/{name}.json", event.model_dump(mode="json"))
     return event
 

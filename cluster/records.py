@@ -226,27 +226,16 @@ class Gate(Record):
         return self.refused is None and self.threshold is not None
 
 
-class Specialist(Record):
-    """Base + adapter + gate + report at one content hash: `task_id@sha12`."""
+class Weights(Record):
+    """The weights of one task, and how an engine is asked for them."""
 
-    task_id: str
-    sha: str
     base: str
     """Store path of the base model folder."""
     adapter: str
     """Store path of the adapter folder."""
     merged: str | None = None
-    """Store path of a copy of the base with the adapter merged in, which serves instead of both; None where the adapter is
-    multiplexed over its base."""
-    prompt_format: dict[str, Any]
-    """`cluster.prompts.PromptFormat`, as JSON."""
-    gate: Gate
-    report: str
-    max_answer_tokens: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.task_id}@{self.sha[:12]}"
+    """Store path of a copy of the base with the adapter merged in, which is asked instead of both; None where the adapter
+    is multiplexed over its base."""
 
     @property
     def model(self) -> str:
@@ -257,6 +246,22 @@ class Specialist(Record):
     def lora(self) -> str | None:
         """Store path of the adapter that its engine is asked with; None where it is merged."""
         return None if self.merged else self.adapter
+
+
+class Specialist(Weights):
+    """Base + adapter + gate + report at one content hash: `task_id@sha12`."""
+
+    task_id: str
+    sha: str
+    prompt_format: dict[str, Any]
+    """`cluster.prompts.PromptFormat`, as JSON."""
+    gate: Gate
+    report: str
+    max_answer_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task_id}@{self.sha[:12]}"
 
 
 class Rollout(Record):

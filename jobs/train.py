@@ -276,7 +276,8 @@ def _merged_or_not(
     recipe: Recipe, store: Store, refused: dict[str, str], say: Callable[[str], None], candidate: Candidate
 ) -> Candidate | None:
     """The candidate with its merged weights where the recipe wants that; None, with the reason in `refused`, where they
-    cannot be made. Merges on a node of the cluster, one at a time: each holds a whole model in float32."""
+    cannot be made, whether or not that takes the worker with it. Merges on a node of the cluster, one at a time: each holds a
+    whole model in float32."""
     import ray
 
     task_id = candidate.task.task_id
@@ -285,8 +286,13 @@ def _merged_or_not(
     merging = ray.remote(num_cpus=1)(publish_merged)
     try:
         merged = ray.get(merging.remote(store, task_id, candidate.base, candidate.adapter))
-    except TrainingError as error:
-        refused[task_id] = f"merge failed: {error}"
+    except (TrainingError, ray.exceptions.RayError) as error:
+        first_line = (
+            next(iter(str(error).splitlines()), "") if isinstance(error, TrainingError) else type(error).__name__
+        )
+        refused[task_id] = (
+            f"merge failed: {first_line}; next: take it out of specialists.merge, or give a node more memory"
+        )
         return None
     say(f"merge {task_id}: {merged}")
     return candidate.model_copy(update={"merged": merged})

@@ -99,7 +99,8 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
         _check_room(release, specialists.num_resident)
     args = args.model_copy(update={"specialists": specialists})
 
-    handles = {base: build_specialists(base, args.specialists, args.store, args.telemetry) for base in bases}
+    served = (args.specialists, args.store, args.telemetry)
+    handles = {base: build_specialists(base, *served, serves_release=True) for base in bases}
     llms = {
         number: build_cluster_llm(config)
         for number, config in enumerate(args.upstream)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster import registry
 from cluster.confidence import confidence
@@ -33,13 +33,29 @@ from serving.traces import traced_answers
 NO_TELEMETRY = TelemetryConfig()
 
 
+class _Served(NamedTuple):
+    """What a replica is told; see `build_specialists`."""
+
+    store_uri: str
+    model: str
+    config: SpecialistConfig
+    telemetry: TelemetryConfig
+    serves_release: bool
+
+
 def build_specialists(
-    model: str, config: SpecialistConfig, store_uri: str, telemetry: TelemetryConfig = NO_TELEMETRY
+    model: str,
+    config: SpecialistConfig,
+    store_uri: str,
+    telemetry: TelemetryConfig = NO_TELEMETRY,
+    *,
+    serves_release: bool = False,
 ) -> Any:
     """Bind the deployment that serves one base model, or one task's merged one.
 
     Args:
         model: store path of the model's folder.
+        serves_release: whether a replica that starts loads what CURRENT names; not where candidates are validated.
     """
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
@@ -62,7 +78,7 @@ def build_specialists(
         llm_config,
         deployment_cls=_server_class(),
         override_serve_options={"name": name},
-        bind_kwargs={"store_uri": store_uri, "model": model, "config": config, "telemetry": telemetry},
+        bind_kwargs={"served": _Served(store_uri, model, config, telemetry, serves_release)},
     )
 
 
@@ -219,14 +235,13 @@ def _server_class() -> Any:
     from ray.llm._internal.serve.core.server.llm_server import LLMServer
 
     class SpecialistServer(CountedLoads, LLMServer):
-        async def __init__(
-            self, llm_config: Any, *, store_uri: str, model: str, config: SpecialistConfig, telemetry: TelemetryConfig
-        ) -> None:
+        async def __init__(self, llm_config: Any, *, served: _Served) -> None:
             from ray import serve
             from transformers import AutoTokenizer
 
-            start_tracing(telemetry, "understudy-specialist")
-            self._store = Store(store_uri)
+            model, config = served.model, served.config
+            start_tracing(served.telemetry, "understudy-specialist")
+            self._store = Store(served.store_uri)
             # On this node too; the path is the one that `build_specialists` gave to the engine.
             self._tokenizer = AutoTokenizer.from_pretrained(self._store.fetch(model), trust_remote_code=False)
             # It would download the model in a Ray task of its own, which imports the engine once more (13 s on a CPU).
@@ -241,7 +256,8 @@ def _server_class() -> Any:
             self._adapters = SharedLoads(serve.multiplexed(max_num_models_per_replica=config.num_resident)(load))
             await super().__init__(llm_config)
             # Also where it comes in the middle of load: no call of the served release waits for an adapter here.
-            await _load_all(self._adapters, served_adapters(self._store, model)[: config.num_resident])
+            wanted = served_adapters(self._store, model) if served.serves_release else []
+            await _load_all(self._adapters, wanted[: config.num_resident])
 
         async def _start_engine(self) -> None:
             """Without Ray's usage report, whose actor would import the engine once more (13 s on a CPU)."""

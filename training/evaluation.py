@@ -17,7 +17,7 @@ from cluster.errors import EngineError, InputError
 from cluster.faces import FacesConfig, facing_of
 from cluster.judging import Judge
 from cluster.prompts import PromptFormat
-from cluster.records import Example, Gate, Record, Reference, Split, TaskSpec, TextGrader
+from cluster.records import Example, Gate, Record, Reference, Split, TaskSpec, TextGrader, Weights
 from cluster.servable import ask_engine, unservable_reason
 from cluster.store import content_hash
 from training.arms import (
@@ -59,16 +59,12 @@ MAX_IN_FLIGHT = 256
 AskAll = Callable[[list[Example], str | None], Awaitable[list[Answered]]]
 
 
-class Candidate(Record):
-    """A trained specialist before its gate."""
+class Candidate(Weights):
+    """A trained specialist before its gate. A merged one is not compared with its base, which its engine has not."""
 
     task: TaskSpec
-    base: str
     base_arm: str
     """How reports call the base model's own arm."""
-    adapter: str
-    merged: str | None = None
-    """Store path of both merged, which is asked instead; such a candidate is not compared with its base."""
     prompt_format: PromptFormat
     max_answer_tokens: int
     canaries: tuple[Canary, ...] = ()
@@ -79,16 +75,6 @@ class Candidate(Record):
     """By what its answers agree; None compares by value."""
     max_false_agreement: float | None = None
     """Largest share of unrelated pairs that `text_grader` may find alike; None bars nothing."""
-
-    @property
-    def model(self) -> str:
-        """Store path of the model folder that is asked."""
-        return self.merged or self.base
-
-    @property
-    def lora(self) -> str | None:
-        """Store path of the adapter that `model` is asked with; None where it is merged."""
-        return None if self.merged else self.adapter
 
 
 class Evaluation(Record):

@@ -76,21 +76,16 @@ def read_own(store: Store, max_temperature: float) -> OwnRelease:
 
 def named_models(own: OwnRelease) -> set[str]:
     """Store paths of the models that its specialists run on, each of which has its own engines."""
-    return {getattr(one, "merged", None) or one.base for one in own.release.specialists.values()}
+    return {one.model for one in own.release.specialists.values()}
 
 
 def copy_release(source: Store, own: OwnRelease, target: Store) -> None:
     """Publish the release with all that it names in `target` and serve it there, every specialist to all of its calls."""
-    named = {own.release.route_model, *(text for one in own.release.specialists.values() for text in _texts(one))}
-    for path in sorted(path for path in named if source.is_published(path)):
+    weights = {path for one in own.release.specialists.values() for path in (one.base, one.adapter, one.merged) if path}
+    for path in sorted({own.release.route_model, *weights}):
         manifest, folder = source.manifest(path), source.fetch(path)
         for name in manifest["files"]:
             target.write_bytes(f"{path}/{name}", (folder / name).read_bytes())
         # As it was, so that it is the same artifact: gates hold for the base of one hash.
         target.write_json(f"{path}/{MANIFEST}", manifest)
     registry.promote(target, registry.publish_release(target, own.release.model_copy(update={"rollout": {}})))
-
-
-def _texts(specialist: Any) -> list[str]:
-    """What may be store paths, whatever a specialist is made of."""
-    return [value for value in specialist.model_dump().values() if isinstance(value, str) and "/" in value]

@@ -1,6 +1,7 @@
 """Releases are immutable and named by content; CURRENT behaves as a stack whatever is promoted and rolled back."""
 
 import concurrent.futures
+import itertools
 import json
 import pathlib
 import tempfile
@@ -10,7 +11,7 @@ from fakes import make_specialist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import registry
+from cluster import events, registry
 from cluster.errors import ReleaseError
 from cluster.events import Cause, read_events
 from cluster.records import Release, Rollout, Specialist
@@ -187,6 +188,18 @@ def test_a_frozen_store_takes_changes_from_a_person_alone(tmp_path: pathlib.Path
     registry.promote(store, first, cause=Cause(by="steward"))
     assert [event.kind for event in read_events(store)] == ["freeze", "promote", "unfreeze", "promote"]
     assert read_events(store)[0].evidence == {"reason": "audit"}
+
+
+def test_changes_within_one_millisecond_are_told_in_their_order(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, clock = open_store(tmp_path), itertools.count(1_700_000_000_000_000_000, 1_000)
+    monkeypatch.setattr(events.time, "time_ns", lambda: next(clock))
+    registry.freeze(store, "audit")
+    registry.promote(store, registry.publish_release(store, make_release()))
+    registry.unfreeze(store)
+    registry.freeze(store, "again")
+    assert [event.kind for event in read_events(store)] == ["freeze", "promote", "unfreeze", "freeze"]
 
 
 def test_a_derived_release_refuses_tasks_and_moves_stages_and_leaves_the_rest(tmp_path: pathlib.Path) -> None:
