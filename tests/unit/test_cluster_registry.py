@@ -195,6 +195,7 @@ def test_changes_within_one_millisecond_are_told_in_their_order(
 ) -> None:
     store, clock = open_store(tmp_path), itertools.count(1_700_000_000_000_000_000, 1_000)
     monkeypatch.setattr(events.time, "time_ns", lambda: next(clock))
+    monkeypatch.setattr(events.time, "time", lambda: 1_700_000_000.0)
     registry.freeze(store, "audit")
     registry.promote(store, registry.publish_release(store, make_release()))
     registry.unfreeze(store)
