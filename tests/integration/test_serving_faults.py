@@ -92,7 +92,8 @@ def test_no_client_notices_what_happens_to_a_specialist(serve_port: int, tmp_pat
         assert (headers["x-understudy-release"], said) == (release, stub_text(ADAPTERS["good"], SURE))
 
     call_ids = asyncio.run(scenario())
-    calls = read_calls(store)
+    # Now and then an accepted call is asked again of the LLM, which is a call of its own.
+    calls = [call for call in read_calls(store) if not call.audit_of]
     kept = collections.Counter(call.call_id for call in calls if call.status != CLIENT_GONE)
     assert kept == dict.fromkeys(call_ids, 1) and len(calls) == len(call_ids) + 1
 
