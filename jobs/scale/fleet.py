@@ -1,10 +1,10 @@
 """Tasks x workers -> makespan, efficiency, lower bound (`understudy scale fleet`): simulated clusters, checked by real ones.
 
 The simulator is the order of training/fleet.py on places with run times. It is checked first: short and long fine-tunes are
-timed alone and two at a time, a line through them foretells what a run of any length takes, and real fleets of other mixes
-are run by `run_fleet` and compared with what was foretold of them. Then clusters of up to 1,000 GPUs are simulated, a run a
-GPU, with the seconds that runs took here. What a large cluster adds to a run (a busy head node, a network, failures) is not
-simulated.
+timed alone and two at a time, a line through them foretells what a run of any length takes beside so many others, and real
+fleets of other mixes are run by `run_fleet` and compared with what was foretold of them. Then clusters of up to 1,000 GPUs
+are simulated, a run a GPU, with the seconds that runs took here. What a large cluster adds to a run (a busy head node, a
+network, failures) is not simulated.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import random
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import TrainingError
+from cluster.store import content_hash
 from jobs.scale.cells import CellBook, Measured, measure_here
 from jobs.scale.charts import Axes, Dot, draw_lines
 from jobs.scale.laboratory import Laboratory
@@ -25,7 +26,7 @@ from jobs.scale.report import Findings
 from training.catalog import find_entry
 from training.dataset import save_dataset
 from training.finetune import FinetuneConfig, finetune
-from training.fleet import FleetRun, plan_fleet, run_fleet
+from training.fleet import FleetRun, plan_fleet, run_fleet, start_order
 from training.scratch import init_model, train_tokenizer
 
 _BASE = "scratch-micro"
@@ -47,10 +48,21 @@ _MIXES: tuple[tuple[int, tuple[int, ...]], ...] = (
     (2, (320, 160, 80, 40, 20)),
 )
 """Places, and steps of the runs, of the real fleets; none is of the calibration's."""
+_NUM_TIMED = 3
+"""How often each of them is timed: starts of processes differ by a second or two."""
+_ROUNDING = 1e-9
 _BAR = 0.15
 _TASKS = (10, 30, 100, 300, 1000, 3000)
 _GPUS = (1, 10, 100, 1000)
 _DRAWS = 5
+
+
+class RunTime(NamedTuple):
+    """What a fine-tune takes while so many run at a time."""
+
+    start_s: float
+    """Before its first step and after its last."""
+    s_per_step: float
 
 
 def run(lab: Laboratory) -> Findings:
@@ -58,15 +70,22 @@ def run(lab: Laboratory) -> Findings:
     folder = lab.out / "fleet"
     if not (folder / "rows").exists():
         _write_inputs(folder)
-    calibration = [{"places": p, "steps": [steps] * p, "repeat": 0} for p in (1, 2) for steps in (_SHORT, _LONG)]
+    # The first reads files that no later one waits for.
+    warm_up = [{"kind": "warm up", "places": 2, "steps": [_SHORT] * 2}]
+    calibration = [
+        {"kind": "timed", "places": p, "steps": [steps] * p, "repeat": repeat}
+        for repeat in range(1, 1 + lab.pick(quick=1, small=_NUM_TIMED))
+        for p in (1, 2)
+        for steps in (_SHORT, _LONG)
+    ]
     mixes = _MIXES[3:5] if lab.size == "quick" else _MIXES
     scale = lab.pick(quick=4, small=1)
-    fleets = [{"places": places, "steps": [n // scale for n in steps], "repeat": 1} for places, steps in mixes]
-    cells = lab.cells("fleet", "made-up rows of one length", [*calibration, *fleets])
-    measured = measure_here(cells, functools.partial(_run_real, folder), CellBook(lab.out), lab.say)
+    fleets = [{"kind": "checked", "places": places, "steps": [n // scale for n in steps]} for places, steps in mixes]
+    cells = lab.cells("fleet", "made-up rows of one length", [*warm_up, *calibration, *fleets])
+    measured = measure_here(cells, functools.partial(_run_real, folder), CellBook(lab.out), lab.say)[1:]
     timed, checked = measured[: len(calibration)], measured[len(calibration) :]
-    models = {p: _run_time(timed, p) for p in (1, 2)}
-    rows = [_compare(one, models[one.cell.parameters["places"]]) for one in checked]
+    times = [_run_time(timed, places) for places in (1, 2)]
+    rows = [_compare(one, times) for one in checked]
     seconds = [s for one in measured if one.cell.parameters["places"] == 1 for s in one.result["run_s"].values()]
     simulated = [_simulate(seconds, tasks, gpus) for gpus in _GPUS for tasks in _TASKS]
     errors = [abs(row[-1]) for row in rows]
@@ -75,7 +94,7 @@ def run(lab: Laboratory) -> Findings:
         head=["places", "steps of the runs", "measured s", "foretold s", "lower bound s", "efficiency", "error"],
         rows=rows,
         laws={
-            "run_seconds": {f"{p} at a time": {"start_s": s, "s_per_step": per} for p, (s, per) in models.items()},
+            "run_seconds": {f"{number} at a time": time._asdict() for number, time in enumerate(times, 1)},
             "error": {"median": statistics.median(errors), "largest": max(errors), "bar": _BAR, "fleets": len(errors)},
             "simulated": simulated,
         },
@@ -83,7 +102,7 @@ def run(lab: Laboratory) -> Findings:
         pictures=[_draw_check(rows), _draw_efficiency(simulated), _draw_makespan(simulated)],
         notes=[
             "Real fleets are fine-tunes of a 0.2M base by Ray Train, one CPU a run, on this machine; what else it does is in them.",
-            f"Simulated: a run a GPU, run times drawn with replacement from the {len(seconds)} runs timed alone here "
+            f"Simulated: a run a GPU, so that none slows another down, run times drawn with replacement from the {len(seconds)} runs timed alone here "
             f"({min(seconds):.0f} to {max(seconds):.0f} s), {_DRAWS} draws, ordered by their true length. Real tasks differ more in "
             "length, which costs efficiency where there are few tasks for each GPU.",
             "Not simulated: a head node that starts 1,000 runs at once, data over a network, failures.",
@@ -105,14 +124,14 @@ def _run_real(folder: pathlib.Path, parameters: Mapping[str, Any]) -> dict[str, 
     Raises:
         TrainingError: a run failed, so that the makespan is none.
     """
-    label = f"{parameters['places']}-{'-'.join(map(str, parameters['steps']))}-{parameters['repeat']}"
+    label = content_hash(dict(parameters))[:8]
     runs = {
         f"{number:02}": FleetRun(size=steps, start=functools.partial(_finetune, folder, f"{label}-{number:02}", steps))
         for number, steps in enumerate(parameters["steps"])
     }
     found = run_fleet(runs, parameters["places"], lambda name, result, error: None)
     if found.errors:
-        raise TrainingError(f"fleet {label}: {next(iter(found.errors.values()))}")
+        raise TrainingError(f"fleet of {parameters['steps']} steps: {next(iter(found.errors.values()))}")
     report = found.report
     return {
         "makespan_s": report.makespan_s,
@@ -132,28 +151,60 @@ def _finetune(folder: pathlib.Path, name: str, steps: int) -> None:
     finetune(name, config, **paths, pad_token_id=0, storage=folder / "runs" / name)
 
 
-def _run_time(timed: Sequence[Measured], places: int) -> tuple[float, float]:
-    """(seconds before the first step, seconds a step) of runs of which so many run at a time."""
+def _run_time(timed: Sequence[Measured], places: int) -> RunTime:
     own = [one for one in timed if one.cell.parameters["places"] == places]
-    means = {one.cell.parameters["steps"][0]: statistics.mean(one.result["run_s"].values()) for one in own}
-    per_step = max(0.0, (means[_LONG] - means[_SHORT]) / (_LONG - _SHORT))
-    return means[_SHORT] - _SHORT * per_step, per_step
+    medians = {
+        length: statistics.median(
+            seconds
+            for one in own
+            if one.cell.parameters["steps"][0] == length
+            for seconds in one.result["run_s"].values()
+        )
+        for length in (_SHORT, _LONG)
+    }
+    per_step = max(0.0, (medians[_LONG] - medians[_SHORT]) / (_LONG - _SHORT))
+    return RunTime(medians[_SHORT] - _SHORT * per_step, per_step)
 
 
-def foretell(steps: Sequence[int], places: int, start_s: float, s_per_step: float) -> float:
+def foretell(steps: Sequence[int], places: int, times: Sequence[RunTime]) -> float:
     """Makespan of a fleet before it is run.
 
+    Runs that share a machine slow each other down, and the last one has it for itself: each run goes on at the speed of
+    as many as run just then.
+
+    Args:
+        times: of runs alone, two at a time, and so on, up to `places`.
+
     Example:
-        >>> foretell([100, 50, 50], 2, start_s=10, s_per_step=0.1)
+        >>> foretell([100, 50, 50], 2, [RunTime(10, 0.1)] * 2)
         30.0
     """
-    seconds = {f"{number:02}": start_s + n * s_per_step for number, n in enumerate(steps)}
-    return plan_fleet(seconds, places).makespan_s
+    # As run_fleet starts them, by their names.
+    names = {f"{number:02}": n for number, n in enumerate(steps)}
+    waiting = [float(names[name]) for name in start_order(names)]
+    running: list[list[float]] = []
+    now = 0.0
+    while waiting or running:
+        # What is left of a run: the share of its start, then its steps.
+        running += [[1.0, waiting.pop(0)] for _ in range(min(places - len(running), len(waiting)))]
+        costs = times[len(running) - 1]
+        elapsed = min(left[part] * costs[part] for left in running for part in (_part(left),))
+        now += elapsed
+        for left in running:
+            part = _part(left)
+            left[part] = max(0.0, left[part] - elapsed / costs[part]) if costs[part] else 0.0
+        running = [left for left in running if max(left) > _ROUNDING]
+    return now
 
 
-def _compare(one: Measured, model: tuple[float, float]) -> list[Any]:
+def _part(left: Sequence[float]) -> int:
+    """What a run does now: 0, it starts; 1, it takes steps."""
+    return 0 if left[0] > _ROUNDING else 1
+
+
+def _compare(one: Measured, times: Sequence[RunTime]) -> list[Any]:
     places, steps, result = one.cell.parameters["places"], one.cell.parameters["steps"], one.result
-    said = foretell(steps, places, *model)
+    said = foretell(steps, places, times)
     measured = result["makespan_s"]
     efficiency = sum(result["run_s"].values()) / (places * measured)
     bound = round(result["lower_bound_s"], 2)

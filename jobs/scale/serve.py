@@ -348,10 +348,12 @@ def tell(rows: Sequence[Sequence[Any]]) -> str:
     if real:
         best, (two, least, _) = max(real, key=lambda row: row[5]), efficiencies(REAL)
         told = (
-            f"Real engines answer up to {best[5]:.1f} requests/s ({best[1]} replicas, {best[2]} adapters, {best[4]} clients), and {two} of "
-            f"them keep {least:.0%} or more of one's throughput each; "
+            f"Real engines answer up to {best[5]:.1f} requests/s ({_many(best[1], 'replica')}, {_many(best[2], 'adapter')}, "
+            f"{_many(best[4], 'client')}), and {two} of them keep {least:.0%} or more of one's throughput each; "
         )
-    return (
-        f"{told}{most} simulated replicas keep {low:.0%} to {high:.0%} of one replica's throughput each under weak scaling, behind one "
-        "gateway."
-    )
+    kept = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+    return f"{told}{most} simulated replicas keep {kept} of one replica's throughput each under weak scaling, behind one gateway."
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

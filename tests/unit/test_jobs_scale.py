@@ -11,6 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.errors import InputError
 from jobs.__main__ import main
@@ -19,7 +21,7 @@ from jobs.recipe import load_recipe
 from jobs.scale.cells import Cell, CellBook, Measured, describe, measure_here
 from jobs.scale.charts import Axes, Dot, draw_groups, draw_lines, drawable, plain
 from jobs.scale.data import sizes_of
-from jobs.scale.fleet import foretell
+from jobs.scale.fleet import RunTime, foretell
 from jobs.scale.material import load_logs, read_material, save_material
 from jobs.scale.report import Findings, write_findings
 from jobs.scale.serve import pace_of
@@ -275,9 +277,23 @@ def test_groups_are_of_one_kind_of_answer(tmp_path: pathlib.Path) -> None:
     assert (found[0].task.task_id,) in groups and len(groups) == 3
 
 
-def test_a_fleet_is_foretold_by_the_order_that_runs_it() -> None:
-    seconds = {"00": 12.0, "01": 32.0, "02": 22.0}
-    assert foretell([20, 220, 120], 2, 10, 0.1) == plan_fleet(seconds, 2).makespan_s == 34.0
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=12), st.integers(1, 4), st.floats(0.1, 30), st.floats(0, 1))
+def test_a_fleet_whose_runs_do_not_slow_each_other_down_is_foretold_by_the_order_that_runs_it(
+    steps: list[int], places: int, start_s: float, s_per_step: float
+) -> None:
+    seconds = {f"{number:02}": start_s + n * s_per_step for number, n in enumerate(steps)}
+    sizes = {f"{number:02}": n for number, n in enumerate(steps)}
+    told = foretell(steps, places, [RunTime(start_s, s_per_step)] * places)
+    assert told == pytest.approx(plan_fleet(seconds, places, sizes).makespan_s)
+
+
+def test_the_last_run_of_a_fleet_has_the_machine_for_itself() -> None:
+    alone, beside = RunTime(10, 0.1), RunTime(20, 0.3)
+    assert foretell([100], 2, [alone, beside]) == pytest.approx(20)
+    assert foretell([100, 100], 2, [alone, beside]) == pytest.approx(20 + 30)
+    assert foretell([100, 100, 100], 2, [alone, beside]) == pytest.approx(50 + 20)
+    # Both start, both take 100 steps, and the longer one takes the other 100 by itself.
+    assert foretell([200, 100], 2, [alone, beside]) == pytest.approx(20 + 30 + 10)
 
 
 @pytest.mark.parametrize(
