@@ -52,7 +52,7 @@ def run(lab: Laboratory) -> Findings:
     """Measure the grid and fit the law of each task."""
     material = list(lab.load())[: lab.pick(quick=1, small=2, full=4)]
     bases, seeds = _bases(lab), lab.pick(quick=2, small=3)
-    flops = lab.pick(quick=4e11, small=3e12, full=3e13)
+    flops = lab.pick(quick=4e11, small=1.5e12, full=1.5e13)
     parameters = []
     for one in material:
         counts = sizes_of(len(one.splits["train"]), lab.pick(quick=3, small=4), first=lab.pick(quick=100, small=200))
