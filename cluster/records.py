@@ -292,3 +292,7 @@ class Release(Record):
     def stage_of(self, task_id: str) -> Stage:
         """The stage of a task that has a specialist."""
         return self.rollout[task_id].stage if task_id in self.rollout else "live"
+
+    def models(self) -> set[str]:
+        """Store paths of the models that its specialists are asked with, each of which needs an engine."""
+        return {one.model for one in self.specialists.values()}

@@ -160,11 +160,11 @@ def serve_release(store: Store, sha: str, rollout: RolloutConfig, stage: Stage |
     before = registry.current(store)
     served = registry.promote_at(store, sha, rollout.at(stage))
     release = registry.load_release(store, served)
-    has_engine = {one.model for one in before[1].specialists.values()} if before else set()
+    has_engine = before[1].models() if before else set()
     if new := sorted(task for task, one in release.specialists.items() if one.model not in has_engine):
         print(
-            f"{', '.join(new)}: on a model that the release before did not have; an endpoint that runs already has the LLM "
-            f"answer until it is started again: understudy serve store={store.uri}",
+            f"{', '.join(new)}: on a model that the release before did not have; an endpoint that runs starts an engine for "
+            "it where its cluster has room, and has the LLM answer until that is up",
             file=sys.stderr,
         )
     if waiting := release.rollout:

@@ -116,7 +116,7 @@ def count_bases(store_uri: str) -> int:
     if "://" not in store_uri and not pathlib.Path(store_uri).is_dir():
         return 0
     found = registry.current(Store(store_uri))
-    return len({specialist.model for specialist in found[1].specialists.values()}) if found else 0
+    return len(found[1].models()) if found else 0
 
 
 def show_room(recipe: Recipe) -> dict[str, int]:

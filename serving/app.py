@@ -3,10 +3,10 @@
     client -> Gateway (ingress) -> SpecialistServer, one deployment per base model
                                 -> upstream[0], upstream[1], ...: an endpoint (not ours), or a ClusterLLMServer
     what gateways captured -> Steward, one replica -> CURRENT -> gateways
+                              its engine keeper: CURRENT -> engines beside the graph (serving/late_engines.py)
 
-The bases are those of the release that CURRENT names at build time, and those that a release to come is certified on;
-a release with another base needs another build. Everything else of a release is followed by the gateway itself.
-Imports no engine until a base is served.
+The graph's own engines are those of the release that CURRENT names at build time, and of `bases`; models that a later release
+brings have theirs beside it. Imports no engine until a base is served.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ from serving.api import build_api
 from serving.audit import AuditConfig, Auditor
 from serving.capture import Capture, CaptureConfig, journal_folder
 from serving.cluster_llm import ClusterLLM, build_cluster_llm
+from serving.engine_search import EngineSearch
 from serving.fallback import AnyLLMConfig, FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway import GatewayCore
 from serving.gateway_config import GatewayConfig
+from serving.late_engines import engine_app
 from serving.passthrough import PassThrough
 from serving.rollout import RolloutConfig
 from serving.scaling import STOP_MARGIN_S, autoscaling_of
-from serving.specialist import ServeEngine, build_specialists, idle_s_of
+from serving.specialist import ServeEngine, build_specialists, find_engine, idle_s_of
 from serving.specialist_config import SpecialistConfig
 from serving.steward import StewardConfig, build_steward
 from serving.table import ServingTable, crowded_base
@@ -63,7 +65,8 @@ class ServeArgs(Config):
     upstream: list[AnyLLMConfig] = Field(min_length=1)
     """The LLMs that answer what no specialist does, in the order in which they are asked."""
     bases: tuple[str, ...] = ()
-    """Store paths of base models to serve besides those of the current release."""
+    """Store paths of base models to serve besides those of the current release, so that their engines are up before a
+    release names them."""
     gateway: GatewayConfig = GatewayConfig()
     capture: CaptureConfig = CaptureConfig()
     audit: AuditConfig = AuditConfig()
@@ -92,8 +95,8 @@ def build(args: ServeArgs | dict[str, Any]) -> serve.Application:
     _api_keys(args)
     journal_folder(args.capture, args.store)
     found = registry.current(store)
-    bases = sorted({*args.bases, *(one.model for one in (found[1].specialists.values() if found else ()))})
     release = found[1] if found else None
+    bases = sorted({*args.bases, *(release.models() if release else ())})
     specialists = size_specialists(args.specialists, measure_working_set(store, release))
     if release:
         _check_room(release, specialists.num_resident)
@@ -128,9 +131,8 @@ def bind_gateway(args: ServeArgs, handles: Mapping[str, Any], llms: Mapping[int,
         # Every call is captured; a second line about it would cost more than its routing.
         logging_config={"enable_access_log": False},
     )
-    return gateway.bind(
-        args.model_dump(mode="json"), dict(handles), dict(llms), build_steward(args.store, args.steward)
-    )
+    steward = build_steward(args.store, args.steward, args.specialists, args.telemetry, handles)
+    return gateway.bind(args.model_dump(mode="json"), dict(handles), dict(llms), steward)
 
 
 class Gateway:
@@ -148,6 +150,9 @@ class Gateway:
         store, meter = Store(config.store), Meter(export=True)
         idle_s = idle_s_of(config.specialists)
         engines = {base: traced_engine(ServeEngine(handle, idle_s)) for base, handle in handles.items()}
+        search = EngineSearch(
+            engines, lambda model: traced_engine(find_engine(engine_app(config.store, model), model, idle_s))
+        )
         llms = [
             traced_llm(Upstream(one) if isinstance(one, UpstreamConfig) else ClusterLLM(one, llm_handles[number]))
             for number, one in enumerate(config.upstream)
@@ -162,7 +167,7 @@ class Gateway:
             capture=capture,
             fallback=fallback,
             auditor=Auditor(config.audit, fallback, capture, pseudonyms, meter),
-            table=ServingTable(store, engines, config.specialists.num_resident),
+            table=ServingTable(store, engines, config.specialists.num_resident, search),
             engines=engines,
             pseudonyms=pseudonyms,
             api_keys=_api_keys(config),

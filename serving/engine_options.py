@@ -41,11 +41,12 @@ def engine_kwargs(config: SpecialistConfig, mode: AdapterMode = "lora") -> dict[
 def engine_environment(device: str, kv_cache_gib: int, num_threads: int) -> dict[str, str]:
     """What a replica's environment adds for its vLLM, which would otherwise tell its makers what it runs on.
 
-    An engine is asked through handles: where it is an app's only deployment, as in validation, no load balancer has to
-    take note of its end, for which Serve would otherwise wait half a minute under HAProxy.
+    An engine is asked through handles: where it is an app's only deployment, it would listen on a port of its own under
+    direct ingress or HAProxy, and at its end wait half a minute for a load balancer that knows nothing of it.
     """
     cpu = cpu_environment(kv_cache_gib, num_threads) if device == "cpu" else {}
-    return {"VLLM_NO_USAGE_STATS": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0", **cpu}
+    no_ingress = {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    return {"VLLM_NO_USAGE_STATS": "1", **no_ingress, **cpu}
 
 
 def cpu_environment(kv_cache_gib: int, num_threads: int) -> dict[str, str]:

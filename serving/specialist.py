@@ -118,15 +118,18 @@ def deployment_name(model: str) -> str:
     return f"specialists-{hashlib.sha256(model.encode()).hexdigest()[:12]}"
 
 
-def find_engine(app: str, model: str) -> ServeEngine:
+def find_engine(app: str, model: str, idle_s: float | None = None) -> ServeEngine:
     """The engine of a base, or of a merged model, in a Serve application that runs.
+
+    Args:
+        idle_s: see ServeEngine.
 
     Raises:
         ray.serve.exceptions.RayServeException: there is no such application or deployment.
     """
     from ray import serve
 
-    return ServeEngine(serve.get_deployment_handle(deployment_name(model), app))
+    return ServeEngine(serve.get_deployment_handle(deployment_name(model), app), idle_s)
 
 
 class ServeEngine:

@@ -4,7 +4,7 @@ Polled once a second. Every adapter of a release is resident in its engine befor
 request pays for a load; a request keeps the snapshot it started with, so old and new adapters must fit together. Two
 releases are resident at most: a third one's adapters are loaded when no request keeps the one before the served, and
 engines then let go of what has waited longest. A specialist whose gate does not hold for the engine that runs, or whose adapter does not load, is left out with the
-reason, and its calls go to the LLM.
+reason, and its calls go to the LLM; so is one whose engine is not up, until it is.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cluster.route_model import RouteModel
 from cluster.store import Store
 from cluster.telemetry import log_event
 from serving.drift import read_audit_shares
+from serving.engine_search import EngineSearch
 from serving.policy import LLM_MODEL, MODEL_PREFIX
 
 POLL_INTERVAL_S = 1.0
@@ -76,9 +77,14 @@ def crowded_base(specialists: Iterable[Specialist], max_adapters: int) -> tuple[
 class ServingTable:
     """Follows CURRENT. Belongs to one event loop; the snapshot may be read from anywhere."""
 
-    def __init__(self, store: Store, engines: Mapping[str, Engine], max_adapters: int) -> None:
-        """Serve nothing yet; `engines` are by store path of their model, with room for `max_adapters` each."""
-        self.store, self._engines, self._max_adapters = store, engines, max_adapters
+    def __init__(
+        self, store: Store, engines: Mapping[str, Engine], max_adapters: int, search: EngineSearch | None = None
+    ) -> None:
+        """Serve nothing yet; `engines` are by store path of their model, with room for `max_adapters` each, and `search`
+        adds to them."""
+        self.store, self._engines, self._max_adapters, self._search = store, engines, max_adapters, search
+        self._missing: set[str] = set()
+        """Models of the release looked at last that no engine serves."""
         self._snapshot = Snapshot()
         self._audit_shares: dict[str, float] = {}
         self._previous: weakref.ref[Snapshot] | None = None
@@ -104,7 +110,8 @@ class ServingTable:
             self._log_failure("audit shares", error)
         try:
             sha = await asyncio.to_thread(registry.current_sha, self.store)
-            if sha == self._snapshot.release:
+            self._look_for_engines()
+            if sha == self._snapshot.release and not self._missing & self._engines.keys():
                 self._failures.pop("release", None)
                 return
             snapshot = Snapshot() if sha is None else await self._load()
@@ -112,6 +119,9 @@ class ServingTable:
             self._log_failure("release", error)
             return
         self._previous = weakref.ref(self._snapshot)
+        if self._search:
+            asked = (*self._snapshot.specialists.values(), *snapshot.specialists.values())
+            self._search.keep({one.model for one in asked} | self._missing)
         self._snapshot = snapshot
         self._failures.pop("release", None)
         log_event(
@@ -137,6 +147,7 @@ class ServingTable:
         sha, release = found
         route_model = await asyncio.to_thread(RouteModel.load, self.store, release.route_model)
         skipped = await self._skipped(release)
+        self._look_for_engines()
         self._check_room(sha, [one for task, one in release.specialists.items() if task not in skipped])
         await self._wait_for_previous()
         # Engines let go of what has waited longest: that must not be an adapter of the served release.
@@ -155,6 +166,10 @@ class ServingTable:
                 log_event("adapter_not_loaded", logging.ERROR, specialist=specialist.name, error=str(error))
         refused = {**release.refused, **skipped}
         return Snapshot(sha, release.created_ts, route_model, specialists, skipped, refused, release.rollout)
+
+    def _look_for_engines(self) -> None:
+        if self._search:
+            self._search.look_for(self._missing)
 
     async def _make_resident(self, specialist: Specialist) -> None:
         """Raises EngineError where the adapter does not load; a merged one came with its engine."""
@@ -181,12 +196,13 @@ class ServingTable:
     async def _skipped(self, release: Release) -> dict[str, str]:
         skipped: dict[str, str] = {}
         fingerprints: dict[str, str] = {}
+        self._missing = release.models() - self._engines.keys()
         for task, specialist in release.specialists.items():
             engine = self._engines.get(specialist.model)
             if not specialist.gate.is_open:
                 skipped[task] = f"gate refused: {specialist.gate.refused or 'no threshold'}"
             elif engine is None:
-                skipped[task] = "no engine serves its model; one does once `understudy serve` is started again"
+                skipped[task] = "no engine serves its model yet"
             else:
                 if specialist.model not in fingerprints:
                     fingerprints[specialist.model] = await engine.fingerprint()

@@ -4,7 +4,8 @@ Two numbers, each the recipe's where it says one. Resident adapters (vLLM's max_
 release is swapped in beside the served one, so it is twice the adapters that the served release has on one base. Adapters
 of one batch (max_loras) each have a place beside the weights, which on a GPU is memory that keys and values lack: it is
 the working set, the most adapters of one base that were asked within one minute of the recent calls, and all resident
-ones where none was. Neither falls below 8. Calls for an adapter beyond a batch wait for the next one.
+ones where none was. Neither falls below 8. Where nothing is released yet, 64 may be resident and 8 in a batch, so that an
+endpoint need not be started again for its first release. Calls for an adapter beyond a batch wait for the next one.
 Source: Denning, "The working set model for program behavior", CACM 11(5), 1968.
 """
 
@@ -22,6 +23,7 @@ from cluster.store import Store
 from serving.specialist_config import MIN_ADAPTERS, SpecialistConfig
 
 WINDOW_S = 60
+FIRST_ADAPTERS = 64
 MAX_PARTS = 200
 """Of the calls, the newest: some minutes of what gateways have just written, weeks of what was compacted."""
 _ASKED = ("accept", "escalate", "fall_back", "degrade", "shadow")
@@ -56,8 +58,11 @@ def measure_working_set(store: Store, release: Release | None) -> WorkingSet:
 
 def size_specialists(config: SpecialistConfig, found: WorkingSet) -> SpecialistConfig:
     """The config with both numbers said, by the rules above."""
-    resident = config.max_adapters or max(MIN_ADAPTERS, 2 * found.num_adapters)
-    measured = max(MIN_ADAPTERS, found.num_called) if found.num_calls else resident
+    if found.num_adapters == 0:
+        resident, measured = config.max_adapters or FIRST_ADAPTERS, MIN_ADAPTERS
+    else:
+        resident = config.max_adapters or max(MIN_ADAPTERS, 2 * found.num_adapters)
+        measured = max(MIN_ADAPTERS, found.num_called) if found.num_calls else resident
     at_once = config.max_batch_adapters or measured
     return config.model_copy(update={"max_adapters": resident, "max_batch_adapters": min(at_once, resident)})
 

@@ -62,6 +62,28 @@ _LAST_WORDS = {
 DEAD = "http://127.0.0.1:9/v1"
 
 
+class FakeApps:
+    """`serving.late_engines.EngineApps` whose applications are there as soon as they are started."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, str] = {}
+        self.is_down = False
+        self.num_tries = 0
+
+    def running(self) -> set[str]:
+        return set(self.models)
+
+    def start(self, app: str, model: str) -> None:
+        self.num_tries += 1
+        if self.is_down:
+            raise OSError("no bucket\nfirst line\nthe last line")
+        assert app not in self.models
+        self.models[app] = model
+
+    def end(self, app: str) -> None:
+        del self.models[app]
+
+
 class FakeEngine:
     """Answers what it is told to; `answer_with` may raise or wait."""
 

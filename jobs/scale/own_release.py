@@ -74,11 +74,6 @@ def read_own(store: Store, max_temperature: float) -> OwnRelease:
     )
 
 
-def named_models(own: OwnRelease) -> set[str]:
-    """Store paths of the models that its specialists run on, each of which has its own engines."""
-    return {one.model for one in own.release.specialists.values()}
-
-
 def copy_release(source: Store, own: OwnRelease, target: Store) -> None:
     """Publish the release with all that it names in `target` and serve it there, every specialist to all of its calls."""
     weights = {path for one in own.release.specialists.values() for path in (one.base, one.adapter, one.merged) if path}

@@ -26,7 +26,7 @@ from jobs.bench.stub_graph import LOAD_S, StubEngine, bind_stub_graph
 from jobs.scale.cells import Cell, CellBook, Measured, measure_here
 from jobs.scale.charts import Axes, Dot, draw_lines
 from jobs.scale.laboratory import Laboratory
-from jobs.scale.own_release import copy_release, named_models, read_own
+from jobs.scale.own_release import copy_release, read_own
 from jobs.scale.report import Findings
 from jobs.scale.served_graph import ASKED, Endpoint, listening, load_graph, scratch_folder
 from serving.app import build
@@ -153,7 +153,7 @@ def _own(lab: Laboratory) -> _Subject:
         f"release {own.sha[:12]}",
         content_hash([own.sha, prompts]),
         len(prompts),
-        len(named_models(own)),
+        len(own.release.models()),
         lambda store, _: copy_release(source, own, store),
         lab.recipe.specialists.model_dump(mode="json", exclude_unset=True),
         lambda adapter, number: prompts[adapter][number % len(prompts[adapter])],

@@ -32,6 +32,7 @@ from cluster.signature import signature_of
 from cluster.store import Store, content_hash
 from serving.app import KEYS_FILE, ServeArgs, build
 from serving.engine_options import fingerprint_of
+from serving.late_engines import engine_app
 from serving.specialist import find_engine
 from serving.specialist_config import SpecialistConfig
 from training.finetune import FinetuneConfig, finetune
@@ -97,7 +98,8 @@ def endpoint(serve_port: int, toy: Any, tmp_path_factory: pytest.TempPathFactory
             _wait_for_release(client, release)
             yield Endpoint(client, store, release, specialist, traces, args)
     finally:
-        serve.delete(APP)
+        for app in serve.status().applications:
+            serve.delete(app)
         llm.terminate()
         llm.wait(timeout=10)
         llm.stdout.close()
@@ -295,40 +297,42 @@ def test_feedback_becomes_the_outcome_of_its_call(endpoint: Endpoint) -> None:
     assert outcome == {"score": 0.25}
 
 
-def test_a_merged_specialist_takes_over_once_the_graph_is_started_again(endpoint: Endpoint, toy: Any) -> None:
+def test_a_first_release_of_merged_weights_is_served_by_a_graph_that_was_started_before_it(
+    endpoint: Endpoint, toy: Any
+) -> None:
     """The last one here: it leaves another graph than it found."""
     from ray import serve
 
     store, first = endpoint.store, endpoint.specialist
     merged = publish_merged(store, TASK, BASE, ADAPTER)
     fingerprint = fingerprint_of(store.manifest(merged)["sha256"], SPECIALISTS, "merged")
-    specialist = first.model_copy(
-        update={
-            "merged": merged,
-            "gate": first.gate.model_copy(update={"fingerprint": fingerprint}),
-            "sha": content_hash([merged, fingerprint]),
-        }
-    )
-    release = Release(
-        specialists={TASK: specialist}, refused={}, route_model=ROUTES, snapshot="toy", created_ts=time.time()
-    )
-    sha = registry.publish_release(store, release)
-    registry.promote(store, sha)
-    _wait_for_release(endpoint.client, sha)
+    gate = first.gate.model_copy(update={"fingerprint": fingerprint})
+    specialist = first.model_copy(update={"merged": merged, "gate": gate, "sha": content_hash([merged, fingerprint])})
+    release = Release(specialists={TASK: specialist}, refused={}, route_model=ROUTES, snapshot="toy", created_ts=1.0)
 
-    def ask(example: Any) -> Any:
-        return endpoint.client.chat.completions.with_raw_response.create(model=LLM, **example.request)
+    def ask(example: Any) -> tuple[str, str]:
+        reply = endpoint.client.chat.completions.with_raw_response.create(model=LLM, **example.request)
+        return reply.headers["x-understudy-route"], str(reply.parse().choices[0].message.content)
 
-    # No engine of the graph that runs serves it: the LLM does.
-    assert ask(toy.examples[0]).headers["x-understudy-route"] == "llm"
     serve.delete(APP)
+    pathlib.Path(store.uri, registry.CURRENT).unlink()
     serve.run(build(endpoint.args), name=APP, route_prefix="/")
-    _wait_for_release(endpoint.client, sha)
-    for example in toy.examples:
-        reply = ask(example)
-        assert reply.headers["x-understudy-route"] == "accept", reply.headers.get("x-understudy-reason")
-        assert reply.parse().choices[0].message.content == example.target["content"]
-        assert reply.headers["x-understudy-specialist"] == specialist.name != first.name
+    assert ask(toy.examples[0])[0] == "llm"
+    sha, app = registry.publish_release(store, release), engine_app(store.uri, merged)
+    registry.promote(store, sha)
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while ask(toy.examples[0])[0] == "llm":
+        assert time.monotonic() < deadline, "no engine was started for it"
+        time.sleep(0.2)
+    assert [ask(example) for example in toy.examples] == [("accept", one.target["content"]) for one in toy.examples]
+    for number in (2.0, 3.0):
+        assert app in serve.status().applications, "a rollback would serve it again"
+        empty = release.model_copy(update={"specialists": {}, "snapshot": f"toy {number}"})
+        registry.promote(store, registry.publish_release(store, empty))
+        _wait_for_release(endpoint.client, str(registry.current_sha(store)))
+    while app in serve.status().applications:
+        assert time.monotonic() < deadline, "an engine that no release needs stays"
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from jobs.recipe import load_recipe
 from jobs.scale import serve
 from jobs.scale.cells import Cell, Measured
 from jobs.scale.laboratory import Laboratory
-from jobs.scale.own_release import MOST_PROMPTS, copy_release, named_models, read_own
+from jobs.scale.own_release import MOST_PROMPTS, copy_release, read_own
 from jobs.scale.served_graph import Endpoint
 
 HERE = "http://127.0.0.1:8265"
@@ -58,7 +58,7 @@ def test_a_store_s_release_is_copied_with_those_calls_that_its_specialists_take(
     own = read_own(source, 0.0)
     assert own.sha == canary and list(own.prompts) == ["triage"] and len(own.prompts["triage"]) == MOST_PROMPTS
     assert not any("stream" in one for one in own.prompts["triage"]), "answers come in one piece"
-    assert len(read_own(source, 1.0).prompts["triage"]) == MOST_PROMPTS and named_models(own) == {
+    assert len(read_own(source, 1.0).prompts["triage"]) == MOST_PROMPTS and own.release.models() == {
         make_specialist().base
     }
     before = source.read_bytes(registry.CURRENT), source.list("")

@@ -196,9 +196,10 @@ def test_no_engine_tells_its_makers_what_it_runs_on(device: str, monkeypatch: py
     assert envs.VLLM_NO_USAGE_STATS
 
 
-def test_an_engine_that_no_load_balancer_knows_ends_at_once() -> None:
+def test_an_engine_listens_nowhere_and_ends_at_once() -> None:
     """As Serve reads it in the process of the replica, whatever the environment of its node says."""
-    read = "from ray.serve._private import replica; print(replica.RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S)"
-    environment = {**os.environ, **engine_environment("gpu", 1, 1)}
+    read = "from ray.serve._private import replica as r; print(r.RAY_SERVE_ENABLE_DIRECT_INGRESS, r.RAY_SERVE_ENABLE_HA_PROXY)"
+    node = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    environment = {**os.environ, **node, **engine_environment("gpu", 1, 1)}
     run = subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True, check=True)
-    assert float(run.stdout) == 0.0
+    assert run.stdout.split() == ["False", "False"]

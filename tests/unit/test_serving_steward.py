@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from fakes import REQUEST, llm_body, make_specialist, promote_release
+from fakes import BASE, REQUEST, FakeApps, llm_body, make_specialist, promote_release
 
 from cluster import registry
 from cluster.calls import write_calls
@@ -304,7 +304,7 @@ def test_a_person_who_goes_back_right_after_an_advance_begins_the_stage_anew(sto
 def test_a_replica_looks_by_itself_and_is_unhealthy_once_its_thread_ended(store: Store) -> None:
     write_calls(store, compared(BAD, begin=time.time() - 600))
     before = registry.current_sha(store)
-    replica = StewardReplica(store.uri, {"interval_s": 0.001})
+    replica = StewardReplica(store.uri, {"interval_s": 0.001}, FakeApps(), [BASE])
     for _ in range(2_000):
         if registry.current_sha(store) != before:
             break
@@ -312,6 +312,7 @@ def test_a_replica_looks_by_itself_and_is_unhealthy_once_its_thread_ended(store:
     assert "triage" not in served(store)[1].specialists
     replica.check_health()
     replica.__del__()
-    replica._thread.join(5)
+    for thread in replica._threads:
+        thread.join(5)
     with pytest.raises(ReleaseError, match="its thread has ended"):
         replica.check_health()

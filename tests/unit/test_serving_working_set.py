@@ -85,7 +85,8 @@ def test_the_newest_parts_count(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("config", "found", "resident", "at_once"),
     [
-        ({}, (0, 0, 0), 8, 8),
+        ({}, (0, 0, 0), 64, 8),
+        ({"max_adapters": 4}, (0, 0, 0), 4, 4),
         ({}, (3, 2, 50), 8, 8),
         ({}, (40, 0, 0), 80, 80),
         ({}, (40, 13, 50), 80, 13),
@@ -118,5 +119,5 @@ def test_a_dry_run_shows_them(
         "calls_looked_at": 10,
     }
     assert main(["serve", "--dry-run", words[0], f"store={tmp_path / 'none'}"]) == 0
-    assert json.loads(capsys.readouterr().out)["adapters"]["resident"] == 8
+    assert json.loads(capsys.readouterr().out)["adapters"]["resident"] == 64
     assert not (tmp_path / "none").exists()

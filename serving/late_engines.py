@@ -1,0 +1,154 @@
+"""Engines of models that came after the graph was built: each a Ray Serve application of its own, in step with CURRENT.
+
+    CURRENT -> EngineKeeper (a thread of the steward's replica) -> application engines-STORE-MODEL
+            -> EngineSearch (serving/engine_search.py) of every gateway
+
+The graph has engines for the release that it was built with. A later one may be the first, on another base, or have a task's
+newly merged weights: their engines start beside the graph, because a graph that is deployed again starts its gateways anew.
+An engine ends once neither the served release nor the one that a rollback would serve names its model. Until one is up,
+and where the cluster has no room for it, the LLM answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from cluster import registry
+from cluster.store import Store
+from cluster.telemetry import log_event
+from cluster.tracing import TelemetryConfig
+from serving.specialist import build_specialists
+from serving.specialist_config import SpecialistConfig
+
+_INTERVAL_S = 2.0
+_RETRY_S = 60.0
+"""After a step that failed: a start that cannot succeed costs a process each time."""
+
+
+def apps_prefix(store_uri: str) -> str:
+    """What the names of a store's engine applications begin with: two endpoints of one cluster keep theirs apart."""
+    return f"engines-{_short_hash(store_uri)}-"
+
+
+def engine_app(store_uri: str, model: str) -> str:
+    """Name of the Serve application of one late model's engine."""
+    return apps_prefix(store_uri) + _short_hash(model)
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class EngineApps(Protocol):
+    """Where late engines run."""
+
+    def running(self) -> set[str]:
+        """Names of the applications there are, of this store; also of those that are still starting or cannot."""
+
+    def start(self, app: str, model: str) -> None:
+        """Begin to start one; it may be up long after this returns."""
+
+    def end(self, app: str) -> None:
+        """Begin to end one; calls in flight finish."""
+
+
+class EngineKeeper:
+    """Starts and ends late engines. Not for two processes at once."""
+
+    def __init__(
+        self,
+        store: Store,
+        built: frozenset[str],
+        apps: EngineApps,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            built: models whose engines are part of the graph.
+        """
+        self._store, self._built, self._apps, self._clock = store, built, apps, clock
+        self._settled: str | None = None
+        """The served release, once what it needs is there."""
+        self._wait_until = 0.0
+        self._failure: str | None = None
+
+    def step(self) -> None:
+        """Look once; does nothing where CURRENT is as it was.
+
+        Raises:
+            Exception: whatever the store, Ray or a model that cannot be fetched raises; the next step tries again.
+        """
+        sha = registry.current_sha(self._store)
+        if sha is None or sha == self._settled:
+            return
+        wanted = registry.load_release(self._store, sha).models() - self._built
+        before = registry.previous_sha(self._store)
+        kept = wanted | (registry.load_release(self._store, before).models() - self._built if before else set())
+        running = self._apps.running()
+        for app in sorted(running - {engine_app(self._store.uri, model) for model in kept}):
+            self._apps.end(app)
+            log_event("engine_ended", app=app)
+        for model in sorted(wanted):
+            app = engine_app(self._store.uri, model)
+            if app not in running:
+                self._apps.start(app, model)
+                log_event("engine_started", app=app, model=model)
+        self._settled = sha
+
+    def run(self, stop: threading.Event) -> None:
+        """Step until told to stop; what fails is logged once and tried again after a minute."""
+        while not stop.is_set():
+            if self._clock() >= self._wait_until:
+                try:
+                    self.step()
+                    self._failure = None
+                except Exception as error:  # The thread's edge: engines that do not start may not end those that run.
+                    self._note_failure(error)
+            stop.wait(_INTERVAL_S)
+
+    def _note_failure(self, error: Exception) -> None:
+        self._wait_until = self._clock() + _RETRY_S
+        reason = f"{type(error).__name__}: {str(error).splitlines()[-1] if str(error) else ''}"
+        if reason != self._failure:
+            self._failure = reason
+            log_event("engine_not_started", logging.ERROR, error=reason)
+
+
+class ServeApps:
+    """On the Ray Serve that this process is part of."""
+
+    def __init__(self, store_uri: str, config: SpecialistConfig, telemetry: TelemetryConfig) -> None:
+        self._store_uri, self._config, self._telemetry = store_uri, config, telemetry
+
+    def running(self) -> set[str]:
+        from ray import serve
+
+        return {name for name in serve.status().applications if name.startswith(apps_prefix(self._store_uri))}
+
+    def start(self, app: str, model: str) -> None:
+        import ray
+
+        # In a process that ends with it: what describes an engine imports the engine, which nothing here needs.
+        starting = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_start_app)
+        ray.get(starting.remote(app, model, self._config, self._store_uri, self._telemetry))
+
+    def end(self, app: str) -> None:
+        from ray import serve
+
+        serve.delete(app, _blocking=False)
+
+
+def _start_app(app: str, model: str, config: SpecialistConfig, store_uri: str, telemetry: TelemetryConfig) -> None:
+    from ray import serve
+
+    bound: Any = build_specialists(model, config, store_uri, telemetry, serves_release=True)
+    serve.run_many(
+        [serve.RunTarget(bound, name=app, route_prefix=None)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
