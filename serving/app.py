@@ -45,7 +45,8 @@ from serving.rollout import RolloutConfig
 from serving.scaling import STOP_MARGIN_S, autoscaling_of
 from serving.specialist import ServeEngine, build_specialists, find_engine, idle_s_of
 from serving.specialist_config import SpecialistConfig
-from serving.steward import StewardConfig, build_steward
+from serving.steward import StewardConfig
+from serving.steward_replica import build_steward
 from serving.table import ServingTable, crowded_base
 from serving.traces import traced_engine, traced_llm
 from serving.working_set import measure_working_set, size_specialists

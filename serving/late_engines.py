@@ -1,6 +1,6 @@
 """Engines of models that came after the graph was built: each a Ray Serve application of its own, in step with CURRENT.
 
-    CURRENT -> EngineKeeper (a thread of the steward's replica) -> application engines-STORE-MODEL
+    CURRENT -> EngineKeeper (serving/steward_replica.py) -> application engines-STORE-MODEL
             -> EngineSearch (serving/engine_search.py) of every gateway
 
 The graph has engines for the release that it was built with. A later one may be the first, on another base, or have a task's

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from pydantic import Field
@@ -25,12 +24,9 @@ from cluster.errors import ReleaseError, UnderstudyError
 from cluster.events import Cause
 from cluster.records import Record, Release, Rollout
 from cluster.store import Store
-from cluster.telemetry import Meter, configure_logging, log_event
-from cluster.tracing import TelemetryConfig
+from cluster.telemetry import Meter, log_event
 from serving.drift import AUDIT_SHARES_FILE, Asked, Drift, observe, read_audit_shares
 from serving.evidence import CallReader, Cursor, Evidence, advance, at_stage, begin, count
-from serving.late_engines import EngineApps, EngineKeeper, ServeApps
-from serving.specialist_config import SpecialistConfig
 
 STATE_FILE = "steward/state.json"
 DEMOTED = "demoted: "
@@ -225,49 +221,3 @@ def load_state(store: Store) -> State:
         raise ReleaseError(
             f"{STATE_FILE} in store {store.uri}: not readable; next: remove it, and evidence is counted again from what is captured"
         ) from None
-
-
-def build_steward(
-    store_uri: str,
-    config: StewardConfig,
-    specialists: SpecialistConfig,
-    telemetry: TelemetryConfig,
-    built: Iterable[str],
-) -> Any:
-    """Bind the steward as a Ray Serve deployment of one replica that holds no CPU; it keeps late engines too.
-
-    Args:
-        built: models whose engines the graph has.
-    """
-    from ray import serve
-
-    deployment = serve.deployment(
-        StewardReplica, name="steward", num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1
-    )
-    apps = ServeApps(store_uri, specialists, telemetry)
-    return deployment.bind(store_uri, config.model_dump(mode="json"), apps, sorted(built))
-
-
-class StewardReplica:
-    """A steward and a keeper of late engines, in a thread each."""
-
-    def __init__(self, store_uri: str, config: dict[str, Any], apps: EngineApps, built: Iterable[str]) -> None:
-        configure_logging()
-        steward = Steward(Store(store_uri), StewardConfig.model_validate(config), Meter(export=True))
-        keeper = EngineKeeper(Store(store_uri), frozenset(built), apps)
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=run, args=(self._stop,), daemon=True, name=name)
-            for name, run in (("steward", steward.run), ("engine keeper", keeper.run))
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def check_health(self) -> None:
-        """Raises ReleaseError where a thread has ended, and Serve starts another replica."""
-        for thread in self._threads:
-            if not thread.is_alive():
-                raise ReleaseError(f"{thread.name}: its thread has ended; its log tells why")
-
-    def __del__(self) -> None:
-        self._stop.set()

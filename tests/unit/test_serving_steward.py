@@ -20,7 +20,8 @@ from cluster.events import read_events
 from cluster.records import Action, AgentCall, Release, Rollout, RouteDecision
 from cluster.store import Store
 from serving.evidence import KEPT, LATE_S, Comparison, begin, count
-from serving.steward import STATE_FILE, Change, Steward, StewardConfig, StewardReplica
+from serving.steward import STATE_FILE, Change, Steward, StewardConfig
+from serving.steward_replica import StewardReplica
 
 NOW = 1_000_000.0
 NAME = make_specialist().name
