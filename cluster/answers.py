@@ -25,7 +25,8 @@ from cluster.store import content_hash
 from cluster.text_grading import chrf, similarity
 from cluster.tool_values import canonical, fill_defaults, match_alternatives
 
-_CALL_BEGIN, _CALL_END = "<tool_call>", "</tool_call>"
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+"""Around each tool call in the text that a specialist says."""
 _FENCE = re.compile(r"```(?:json|JSON)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_DEPTH = 64
@@ -56,7 +57,7 @@ def to_text(message: dict[str, Any]) -> str:
             "tool_calls: a call without a name or whose arguments are not a JSON object; drop this message"
         )
     if calls:
-        return "\n".join(f"{_CALL_BEGIN}{_dump(call)}{_CALL_END}" for call in calls)
+        return "\n".join(f"{CALL_BEGIN}{_dump(call)}{CALL_END}" for call in calls)
     content = _content(message)
     if content is None:
         raise InputError("content: a part that is not text; drop this message")
@@ -206,14 +207,14 @@ def _parse_calls(text: str) -> list[dict[str, Any]] | None:
     """OpenAI tool calls of a text that is nothing but Hermes tool calls. Strings may hold the closing tag."""
     rest, calls = text.strip(), []
     while rest:
-        body = rest.removeprefix(_CALL_BEGIN).lstrip()
-        parsed = _decode(body, 0) if rest.startswith(_CALL_BEGIN) else None
+        body = rest.removeprefix(CALL_BEGIN).lstrip()
+        parsed = _decode(body, 0) if rest.startswith(CALL_BEGIN) else None
         if parsed is None or not _is_call(parsed[0]):
             return None
         after = body[parsed[1] :].lstrip()
-        if not after.startswith(_CALL_END):
+        if not after.startswith(CALL_END):
             return None
-        rest = after.removeprefix(_CALL_END).lstrip()
+        rest = after.removeprefix(CALL_END).lstrip()
         function = {"name": parsed[0]["name"], "arguments": _dump(parsed[0]["arguments"])}
         call_id = f"call_{content_hash([len(calls), _dump(function)])[:12]}"
         calls.append({"id": call_id, "type": "function", "function": function})

@@ -13,7 +13,7 @@ from serving.specialist_config import SpecialistConfig
 AdapterMode = Literal["lora", "merged"]
 """Adapters multiplexed over their base, or one that was merged into the weights."""
 LOGPROB_MODE = "raw_logprobs"
-CONSTRAINED = "json of chats"
+CONSTRAINED = "json and tool calls of chats"
 """Which answers are held to their schema (serving/constraint.py)."""
 _FINGERPRINTED = ("dtype", "enforce_eager", "max_lora_rank", "max_model_len", "logprobs_mode")
 """Engine options that could change an answer or its confidence."""

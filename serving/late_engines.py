@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from cluster import registry
+from cluster.errors import ReleaseError
 from cluster.store import Store
 from cluster.telemetry import log_event
 from cluster.tracing import TelemetryConfig
@@ -87,10 +88,8 @@ class EngineKeeper:
         if sha is None or sha == self._settled:
             return
         wanted = registry.load_release(self._store, sha).models() - self._built
-        before = registry.previous_sha(self._store)
-        kept = wanted | (registry.load_release(self._store, before).models() - self._built if before else set())
         running = self._apps.running()
-        for app in sorted(running - {engine_app(self._store.uri, model) for model in kept}):
+        for app in sorted(running - {engine_app(self._store.uri, model) for model in wanted | self._models_before()}):
             self._apps.end(app)
             log_event("engine_ended", app=app)
         for model in sorted(wanted):
@@ -99,6 +98,14 @@ class EngineKeeper:
                 self._apps.start(app, model)
                 log_event("engine_started", app=app, model=model)
         self._settled = sha
+
+    def _models_before(self) -> set[str]:
+        before = registry.previous_sha(self._store)
+        try:
+            return registry.load_release(self._store, before).models() if before else set()
+        except ReleaseError:
+            # No rollback can serve it either.
+            return set()
 
     def run(self, stop: threading.Event) -> None:
         """Step until told to stop; what fails is logged once and tried again after a minute."""

@@ -179,6 +179,8 @@ def test_an_answer_is_held_to_the_schema_of_its_request_where_there_is_one_that_
     fields = {"device": {"enum": ["lamp", "fan"]}, "level": {"enum": ["low", "high"]}}
     schema = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
 
+    tool = {"name": "set", "parameters": schema, "strict": True}
+
     async def answer(schema: dict[str, Any] | None) -> str:
         form = {"response_format": {"type": "json_schema", "json_schema": {"name": "command", "schema": schema}}}
         return (await engine.answer(None, chat, {**free, **(form if schema else {})}, 60)).text
@@ -189,6 +191,10 @@ def test_an_answer_is_held_to_the_schema_of_its_request_where_there_is_one_that_
         assert unheld not in map(json.dumps, allowed)
         assert json.loads(await answer(schema)) in allowed
         assert await answer({"type": "no type of JSON"}) == unheld
+        calls = chat.model_copy(update={"answer_kind": "tool_call"})
+        said = await engine.answer(None, calls, {**free, "tools": [{"type": "function", "function": tool}]}, 60)
+        (call,) = said.message["tool_calls"] if said.message else ()
+        assert json.loads(call["function"]["arguments"]) in allowed and call["function"]["name"] == "set"
 
     asyncio.run(scenario())
 
