@@ -68,6 +68,22 @@ def let_ingress_listen_again() -> None:
     replica.start_asgi_http_server = start_reusing
 
 
+def listen_on_node_alone() -> None:
+    """Let this replica take calls of other replicas at its node's address only: on a machine of its own that is loopback's.
+
+    Serve 2.60 opens that port on all interfaces, asks for no token there, and unpickles what comes. On a cluster, where
+    the address is the network's, RAY_USE_TLS or a network policy keeps strangers out. Must be called before the replica
+    listens, by every deployment.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    address = ray.util.get_node_ip_address()
+    own = f"[{address}]:0" if ":" in address else f"{address}:0"
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, _: add_port(server, own)
+
+
 def on_replica_stop(tell: Callable[[], None]) -> None:
     """Have `tell` called, in whatever thread, when Serve begins to stop the replica that this process is; maybe twice.
 

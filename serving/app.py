@@ -25,7 +25,7 @@ from cluster.faces import FacesConfig
 from cluster.prices import PriceConfig
 from cluster.raw_upstream import RawUpstream
 from cluster.records import Release
-from cluster.session import let_ingress_listen_again, on_replica_stop
+from cluster.session import let_ingress_listen_again, listen_on_node_alone, on_replica_stop
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
 from cluster.tracing import TelemetryConfig, start_tracing
@@ -146,6 +146,7 @@ class Gateway:
         steward's is never called: Serve deploys what an ingress holds a handle of."""
         configure_logging()
         let_ingress_listen_again()
+        listen_on_node_alone()
         config = validate(ServeArgs, args)
         start_tracing(config.telemetry, "understudy-gateway")
         store, meter = Store(config.store), Meter(export=True)

@@ -21,6 +21,7 @@ from cluster.breaker import Breaker
 from cluster.errors import UpstreamError
 from cluster.opening import Opening, error_status
 from cluster.retries import is_retryable
+from cluster.session import listen_on_node_alone
 from cluster.sse import parse_object
 from cluster.stream_usage import with_usage
 from cluster.upstream import EVENT_STREAM, JSON, LLMNodeConfig, UpstreamReply, UpstreamStream
@@ -250,6 +251,10 @@ def _server_class() -> Any:
     from ray.llm._internal.serve.core.server.llm_server import LLMServer
 
     class ClusterLLMServer(LLMServer):
+        async def __init__(self, *args: Any, **options: Any) -> None:
+            listen_on_node_alone()
+            await super().__init__(*args, **options)
+
         async def complete(self, body: dict[str, Any]) -> AsyncIterator[tuple[int, bytes]]:
             """Status and next piece: one JSON object, or SSE events as they come."""
             from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, ErrorResponse

@@ -19,6 +19,7 @@ from cluster.confidence import confidence
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError, ReleaseError, StoreError
 from cluster.prompts import Prompt, PromptFormat, read_answer, render_prompt
+from cluster.session import listen_on_node_alone
 from cluster.store import Store
 from cluster.tracing import TelemetryConfig, outgoing, start_tracing
 from serving.constraint import constraint_of
@@ -244,6 +245,7 @@ def _server_class() -> Any:
 
             model, config = served.model, served.config
             start_tracing(served.telemetry, "understudy-specialist")
+            listen_on_node_alone()
             self._store = Store(served.store_uri)
             # On this node too; the path is the one that `build_specialists` gave to the engine.
             self._tokenizer = AutoTokenizer.from_pretrained(self._store.fetch(model), trust_remote_code=False)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cluster.errors import ReleaseError
+from cluster.session import listen_on_node_alone
 from cluster.store import Store
 from cluster.telemetry import Meter, configure_logging
 from cluster.tracing import TelemetryConfig
@@ -41,6 +42,7 @@ class StewardReplica:
 
     def __init__(self, store_uri: str, config: dict[str, Any], apps: EngineApps, built: Iterable[str]) -> None:
         configure_logging()
+        listen_on_node_alone()
         steward = Steward(Store(store_uri), StewardConfig.model_validate(config), Meter(export=True))
         keeper = EngineKeeper(Store(store_uri), frozenset(built), apps)
         self._stop = threading.Event()

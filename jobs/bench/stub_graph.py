@@ -18,7 +18,7 @@ from typing import Any
 from cluster.engine import EngineAnswer
 from cluster.errors import EngineError
 from cluster.prompts import PromptFormat
-from cluster.session import connect, let_ingress_listen
+from cluster.session import connect, let_ingress_listen, listen_on_node_alone
 from jobs.bench.processes import free_port
 from jobs.bench.stage import BASE, FINGERPRINT
 from serving.app import ServeArgs, bind_gateway
@@ -36,6 +36,7 @@ class StubEngine:
     """An Engine; also says what it has done, and dies on request."""
 
     def __init__(self, max_adapters: int) -> None:
+        listen_on_node_alone()
         self._max_adapters = max_adapters
         self._resident: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._num_loads = self._num_cold = self._num_asked = self._num_left = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import openai
+import psutil
 import pytest
 from background_loop import background_loop
 from otlp import Collector, listening
@@ -275,6 +277,13 @@ def test_the_page_and_what_it_shows_come_through_serve(endpoint: Endpoint) -> No
         assert viewer.post("/status/freeze", json={}).status_code == 403
     agent = {"authorization": f"Bearer {endpoint.client.api_key}"}
     assert httpx.get(f"{base}/status/overview", headers=agent).status_code == 403
+
+
+def test_no_replica_listens_beyond_this_machine(endpoint: Endpoint) -> None:
+    replicas = [one for one in psutil.process_iter(["name"]) if one.info["name"].startswith("ray::ServeRep")]
+    heard = [conn.laddr.ip for one in replicas for conn in one.net_connections("inet") if conn.status == "LISTEN"]
+    assert len(replicas) >= 3 and len(heard) >= 3, "gateway, steward, engine"
+    assert all(ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in heard), heard
 
 
 def test_a_wrong_key_is_turned_away(endpoint: Endpoint) -> None:
