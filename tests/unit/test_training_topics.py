@@ -93,8 +93,10 @@ def test_radii_together_reach_the_quantile_of_unseen_texts(num, quantile) -> Non
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     shares = []
-    for _ in range(20):
+    for _ in range(40):
         radii, unseen = fit_radii(draw(200), draw(num), centroids, quantile), draw(300)
         topics = nearest(unseen, centroids)
         shares.append((1 - (unseen @ centroids.T).max(axis=1) <= radii[topics]).mean())
-    assert np.mean(shares) >= quantile - 0.03
+    # So few texts reach no more than all of them do.
+    reached = min(quantile, num / (num + 1))
+    assert np.mean(shares) + 4 * np.std(shares) / len(shares) ** 0.5 >= reached
