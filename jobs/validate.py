@@ -121,9 +121,11 @@ def validation_engine(recipe: Recipe, model: str) -> Iterator[Engine]:
 
     # One name for one store: conversions side by side do not meet, and one that was killed is taken over.
     app = f"validation-{content_hash(recipe.store)[:8]}"
+    # Nothing is chosen among one engine's replicas, and under HAProxy Serve lets no application's only deployment choose.
+    config = recipe.specialists.model_copy(update={"request_router": "default"})
     with serve_without_http():
         try:
-            handle = serve.run(build_specialists(model, recipe.specialists, recipe.store), name=app, route_prefix=None)
+            handle = serve.run(build_specialists(model, config, recipe.store), name=app, route_prefix=None)
         except RuntimeError as error:
             raise EngineError(
                 f"the engine of {model} did not start: {error}; the reason stands in its replica's log below "

@@ -62,7 +62,7 @@ def _of_calls(request: dict[str, Any]) -> dict[str, Any] | None:
     text = _structural_tag([_tag(one, one.get("parameters")) for one in offered], is_alone)
     if len(text) > _MAX_SCHEMA_CHARS:
         text = _structural_tag([_tag(one, None) for one in offered], is_alone)
-    return {"structural_tag": text}
+    return {"structural_tag": text} if len(text) <= _MAX_SCHEMA_CHARS else None
 
 
 def _structural_tag(tags: list[dict[str, Any]], is_alone: bool) -> str:

@@ -15,7 +15,16 @@ AdapterMode = Literal["lora", "merged"]
 LOGPROB_MODE = "raw_logprobs"
 CONSTRAINED = "json and tool calls of chats"
 """Which answers are held to their schema (serving/constraint.py)."""
-_FINGERPRINTED = ("dtype", "enforce_eager", "max_lora_rank", "max_model_len", "logprobs_mode")
+NO_INGRESS = {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
+"""Of processes whose deployments are asked through handles alone."""
+_FINGERPRINTED = (
+    "dtype",
+    "enforce_eager",
+    "max_lora_rank",
+    "max_model_len",
+    "logprobs_mode",
+    "structured_outputs_config",
+)
 """Engine options that could change an answer or its confidence."""
 
 
@@ -34,6 +43,8 @@ def engine_kwargs(config: SpecialistConfig, mode: AdapterMode = "lora") -> dict[
         "max_model_len": config.max_model_tokens,
         "max_num_seqs": config.max_num_seqs,
         "logprobs_mode": LOGPROB_MODE,
+        # Left to itself vLLM takes the backend of its first such request for all, which then cannot read each other's.
+        "structured_outputs_config": {"backend": "xgrammar"},
         "disable_log_stats": True,
     }
 
@@ -45,8 +56,7 @@ def engine_environment(device: str, kv_cache_gib: int, num_threads: int) -> dict
     direct ingress or HAProxy, and at its end wait half a minute for a load balancer that knows nothing of it.
     """
     cpu = cpu_environment(kv_cache_gib, num_threads) if device == "cpu" else {}
-    no_ingress = {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", "RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    return {"VLLM_NO_USAGE_STATS": "1", **no_ingress, **cpu}
+    return {"VLLM_NO_USAGE_STATS": "1", **NO_INGRESS, **cpu}
 
 
 def cpu_environment(kv_cache_gib: int, num_threads: int) -> dict[str, str]:

@@ -344,14 +344,15 @@ class GatewayCore:
     async def _stand_in(self, call: PendingCall, error: UpstreamError) -> EngineAnswer | None:
         """The specialist's answer, whatever its confidence, to a call that no LLM answers; None where it has none."""
         specialist = call.specialist
+        engine = self._engines.get(specialist.model) if specialist else None
         left_s = call.limits.deadline_at - asyncio.get_running_loop().time()
-        if specialist is None or not may_stand_in(error) or left_s <= 0 or self.drain.is_over:
+        if specialist is None or engine is None or not may_stand_in(error) or left_s <= 0 or self.drain.is_over:
             return None
         timeout_s = min(self.config.specialist_timeout_s, left_s)
         begin = time.perf_counter()
         self._num_asking += 1
         try:
-            answer = await asked_again(self._engines[specialist.model], specialist, call, timeout_s)
+            answer = await asked_again(engine, specialist, call, timeout_s)
         finally:
             self._note_specialist(call, specialist, time.perf_counter() - begin)
             self._num_asking -= 1

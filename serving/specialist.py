@@ -148,8 +148,13 @@ class ServeEngine:
         return await self._handle.fingerprint.remote()
 
     async def load(self, adapter: str) -> None:
+        from ray.serve.exceptions import DeploymentUnavailableError
+
         with self._presence.watch():
-            await self._handle.options(multiplexed_model_id=adapter).load.remote(adapter)
+            try:
+                await self._handle.options(multiplexed_model_id=adapter).load.remote(adapter)
+            except DeploymentUnavailableError as error:
+                raise EngineError(f"{adapter}: its engine is not served: {error}") from None
 
     async def answer(
         self,

@@ -32,6 +32,8 @@ POLL_INTERVAL_S = 1.0
 _RELEASE_WAIT_S = 30.0
 """Longest wait for requests that keep an old release; past it what they still need may be loaded once more."""
 _RELEASE_CHECK_S = 0.05
+_ENGINE_WAIT_S = 30.0
+"""Longest wait for an engine of the served release while the next one is loaded."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class ServingTable:
         self.store, self._engines, self._max_adapters, self._search = store, engines, max_adapters, search
         self._missing: set[str] = set()
         """Models of the release looked at last that no engine serves."""
+        self._is_settled = True
+        """Whether the snapshot is what the last look made."""
         self._snapshot = Snapshot()
         self._audit_shares: dict[str, float] = {}
         self._previous: weakref.ref[Snapshot] | None = None
@@ -111,9 +115,10 @@ class ServingTable:
         try:
             sha = await asyncio.to_thread(registry.current_sha, self.store)
             self._look_for_engines()
-            if sha == self._snapshot.release and not self._missing & self._engines.keys():
+            if sha == self._snapshot.release and self._is_settled and not self._missing & self._engines.keys():
                 self._failures.pop("release", None)
                 return
+            self._is_settled = False
             snapshot = Snapshot() if sha is None else await self._load()
         except (UnderstudyError, OSError, ValueError) as error:
             self._log_failure("release", error)
@@ -122,7 +127,7 @@ class ServingTable:
         if self._search:
             asked = (*self._snapshot.specialists.values(), *snapshot.specialists.values())
             self._search.keep({one.model for one in asked} | self._missing)
-        self._snapshot = snapshot
+        self._snapshot, self._is_settled = snapshot, True
         self._failures.pop("release", None)
         log_event(
             "release_served",
@@ -145,6 +150,9 @@ class ServingTable:
         if found is None:
             return Snapshot()
         sha, release = found
+        if self._search:
+            # An engine that the served release does not ask may have ended since: it has to be found again.
+            self._search.keep({one.model for one in self._snapshot.specialists.values()} | self._missing)
         route_model = await asyncio.to_thread(RouteModel.load, self.store, release.route_model)
         skipped = await self._skipped(release)
         self._look_for_engines()
@@ -152,8 +160,10 @@ class ServingTable:
         await self._wait_for_previous()
         # Engines let go of what has waited longest: that must not be an adapter of the served release.
         for served in self._snapshot.specialists.values():
-            with contextlib.suppress(EngineError):
-                await self._make_resident(served)
+            # Nor may one that has gone with its engine keep the next release from being served.
+            with contextlib.suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(_ENGINE_WAIT_S):
+                    await self._make_resident(served)
         specialists = {}
         for task, specialist in release.specialists.items():
             if task in skipped:

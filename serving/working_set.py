@@ -4,7 +4,7 @@ Two numbers, each the recipe's where it says one. Resident adapters (vLLM's max_
 release is swapped in beside the served one, so it is twice the adapters that the served release has on one base. Adapters
 of one batch (max_loras) each have a place beside the weights, which on a GPU is memory that keys and values lack: it is
 the working set, the most adapters of one base that were asked within one minute of the recent calls, and all resident
-ones where none was. Neither falls below 8. Where nothing is released yet, 64 may be resident and 8 in a batch, so that an
+ones where none was. Neither falls below 8. Where no adapter is released yet, 64 may be resident and 8 in a batch, so that an
 endpoint need not be started again for its first release. Calls for an adapter beyond a batch wait for the next one.
 Source: Denning, "The working set model for program behavior", CACM 11(5), 1968.
 """

@@ -39,6 +39,7 @@ from serving.fallback import FallbackLLM
 from serving.feedback import FeedbackBox
 from serving.gateway import GatewayCore
 from serving.gateway_config import GatewayConfig
+from serving.late_engines import AppState
 from serving.passthrough import PassThrough
 from serving.table import ServingTable
 from serving.traces import traced_engine, traced_llm
@@ -63,25 +64,39 @@ DEAD = "http://127.0.0.1:9/v1"
 
 
 class FakeApps:
-    """`serving.late_engines.EngineApps` whose applications are there as soon as they are started."""
+    """`serving.late_engines.EngineApps` whose applications are up as soon as they are started, and gone on `finish`."""
 
     def __init__(self) -> None:
         self.models: dict[str, str] = {}
-        self.is_down = False
+        self.ended: list[str] = []
+        self.down: set[str] = set()
+        """Models whose start fails."""
+        self.failed: set[str] = set()
+        """Applications that Serve gave up."""
         self.num_tries = 0
 
-    def running(self) -> set[str]:
-        return set(self.models)
+    def states(self) -> dict[str, AppState]:
+        def state(app: str) -> AppState:
+            return "ending" if app in self.ended else "failed" if app in self.failed else "up"
+
+        return {app: state(app) for app in self.models}
 
     def start(self, app: str, model: str) -> None:
         self.num_tries += 1
-        if self.is_down:
+        if model in self.down:
             raise OSError("no bucket\nfirst line\nthe last line")
-        assert app not in self.models
+        assert app not in self.models or app in self.failed
+        self.failed.discard(app)
         self.models[app] = model
 
     def end(self, app: str) -> None:
-        del self.models[app]
+        assert app in self.models and app not in self.ended
+        self.ended.append(app)
+
+    def finish(self) -> None:
+        """What was told to end has ended."""
+        self.models = {app: model for app, model in self.models.items() if app not in self.ended}
+        self.ended = []
 
 
 class FakeEngine:

@@ -166,6 +166,7 @@ def _run_bare(store: Store, num: int) -> dict[str, Any]:
 async def _bare(store: Store, num: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
+    from vllm.config import StructuredOutputsConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -193,6 +194,8 @@ async def _bare(store: Store, num: int) -> dict[str, Any]:
 
     def start(mode: AdapterMode) -> Any:
         options = engine_kwargs(SpecialistConfig(**CONFIG), mode)
+        # As Ray Serve LLM does for the graph's.
+        options["structured_outputs_config"] = StructuredOutputsConfig(**options["structured_outputs_config"])
         return AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **options))
 
     engine = start("lora")

@@ -34,8 +34,8 @@ from cluster.signature import signature_of
 from cluster.store import Store, content_hash
 from serving.app import KEYS_FILE, ServeArgs, build
 from serving.engine_options import fingerprint_of
-from serving.late_engines import engine_app
-from serving.specialist import find_engine
+from serving.late_engines import ServeApps, engine_app
+from serving.specialist import NO_TELEMETRY, find_engine
 from serving.specialist_config import SpecialistConfig
 from training.finetune import FinetuneConfig, finetune
 from training.merged_weights import publish_merged
@@ -193,6 +193,8 @@ def test_an_answer_is_held_to_the_schema_of_its_request_where_there_is_one_that_
         assert unheld not in map(json.dumps, allowed)
         assert json.loads(await answer(schema)) in allowed
         assert await answer({"type": "no type of JSON"}) == unheld
+        # What one backend of vLLM cannot hold an answer to goes to no other one, which would then be asked all that follows.
+        assert await answer({"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 3}}}) == unheld
         calls = chat.model_copy(update={"answer_kind": "tool_call"})
         said = await engine.answer(None, calls, {**free, "tools": [{"type": "function", "function": tool}]}, 60)
         (call,) = said.message["tool_calls"] if said.message else ()
@@ -340,13 +342,13 @@ def test_a_first_release_of_merged_weights_is_served_by_a_graph_that_was_started
         assert time.monotonic() < deadline, "no engine was started for it"
         time.sleep(0.2)
     assert [ask(example) for example in toy.examples] == [("accept", one.target["content"]) for one in toy.examples]
-    for number in (2.0, 3.0):
-        assert app in serve.status().applications, "a rollback would serve it again"
-        empty = release.model_copy(update={"specialists": {}, "snapshot": f"toy {number}"})
-        registry.promote(store, registry.publish_release(store, empty))
-        _wait_for_release(endpoint.client, str(registry.current_sha(store)))
-    while app in serve.status().applications:
-        assert time.monotonic() < deadline, "an engine that no release needs stays"
+    empty = release.model_copy(update={"specialists": {}})
+    registry.promote(store, registry.publish_release(store, empty))
+    _wait_for_release(endpoint.client, str(registry.current_sha(store)))
+    assert app in serve.status().applications, "a rollback would serve it again"
+    ServeApps(store.uri, SPECIALISTS, NO_TELEMETRY).end(app)
+    while app in ServeApps(store.uri, SPECIALISTS, NO_TELEMETRY).states():
+        assert time.monotonic() < deadline, "it does not end"
         time.sleep(0.2)
 
 

@@ -113,6 +113,11 @@ def test_a_catalog_of_large_schemas_is_held_to_names_alone() -> None:
     )
 
 
+def test_a_catalog_of_too_many_tools_is_held_to_nothing() -> None:
+    tools = [{"type": "function", "function": {"name": f"t{number}"}} for number in range(400)]
+    assert constraint_of({"tools": tools}, CALLS) is None
+
+
 @pytest.mark.parametrize(
     "request_", [{}, {"tools": None}, {"tools": "x"}, {"tools": [3, {"function": 3}, {"function": {"name": 3}}]},
                  {"tools": [WEATHER], "tool_choice": {"function": {"name": "other"}}}],
