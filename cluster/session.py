@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,9 +74,11 @@ def listen_on_node_alone() -> None:
 
     Serve 2.60 opens that port on all interfaces, asks for no token there, and unpickles what comes. On a cluster, where
     the address is the network's, RAY_USE_TLS or a network policy keeps strangers out. Must be called before the replica
-    listens, by every deployment.
+    listens, by every deployment; outside Ray, where nobody listens so, it does nothing.
     """
-    import ray
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return
     from ray.serve._private import replica
 
     address = ray.util.get_node_ip_address()

@@ -12,15 +12,16 @@ its late engines stay until somebody ends them (`serve.delete` of the applicatio
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 from cluster import registry
-from cluster.errors import EngineError, ReleaseError
+from cluster.errors import EngineError, ReleaseError, UnderstudyError
 from cluster.store import Store
 from cluster.telemetry import log_event
 from cluster.tracing import TelemetryConfig
@@ -53,7 +54,7 @@ def _short_hash(text: str) -> str:
 
 
 class EngineApps(Protocol):
-    """Where late engines run."""
+    """Where late engines run. What goes wrong with one is an EngineError."""
 
     def states(self) -> dict[str, AppState]:
         """By name, the applications there are of this store."""
@@ -90,8 +91,9 @@ class EngineKeeper:
         """Look once; asks nobody where CURRENT is as it was and all is settled.
 
         Raises:
-            EngineError: Serve could not start one.
-            Exception: whatever the store, Ray or a model that cannot be fetched raises. The next step tries again.
+            EngineError: Serve could not start one, or does not answer.
+            ReleaseError: CURRENT cannot be read.
+            StoreError: nor can the store. The next step tries again.
         """
         sha = registry.current_sha(self._store)
         if sha is None or sha == self._settled:
@@ -107,7 +109,7 @@ class EngineKeeper:
         if is_up and not self._unneeded_since:
             self._settled = sha
 
-    def _see_to(self, model: str, states: Mapping[str, AppState]) -> Exception | None:
+    def _see_to(self, model: str, states: Mapping[str, AppState]) -> UnderstudyError | OSError | None:
         """Start the engine of a model that has none; what went wrong, so that the others are started all the same."""
         app = engine_app(self._store.uri, model)
         state = states.get(app)
@@ -116,7 +118,7 @@ class EngineKeeper:
             return None
         try:
             self._apps.start(app, model)
-        except Exception as error:  # The edge of one model.
+        except (UnderstudyError, OSError) as error:
             return error
         log_event("engine_started", app=app, model=model)
         return EngineError(f"{app}: Ray Serve could not start it; its log tells why") if state == "failed" else None
@@ -145,7 +147,7 @@ class EngineKeeper:
                 try:
                     self.step()
                     self._failure = None
-                except Exception as error:  # The thread's edge: engines that do not start may not end those that run.
+                except (UnderstudyError, OSError, ValueError) as error:
                     self._note_failure(error)
             stop.wait(_INTERVAL_S)
 
@@ -166,8 +168,10 @@ class ServeApps:
     def states(self) -> dict[str, AppState]:
         from ray import serve
 
+        with _as_engine_errors():
+            applications = serve.status().applications
         prefix = apps_prefix(self._store_uri)
-        found = {name: one.status for name, one in serve.status().applications.items() if name.startswith(prefix)}
+        found = {name: one.status for name, one in applications.items() if name.startswith(prefix)}
         return {name: _STATES.get(status.value, "starting") for name, status in found.items()}
 
     def start(self, app: str, model: str) -> None:
@@ -176,12 +180,27 @@ class ServeApps:
         # In a process that ends with it: what describes an engine imports the engine, which nothing here needs. Under
         # HAProxy Serve would let no application's only deployment choose among its replicas.
         options = {"num_cpus": 0, "max_calls": 1, "max_retries": 0, "runtime_env": {"env_vars": NO_INGRESS}}
-        ray.get(ray.remote(**options)(_start_app).remote(app, model, self._config, self._store_uri, self._telemetry))
+        starting = ray.remote(**options)(_start_app)
+        with _as_engine_errors():
+            ray.get(starting.remote(app, model, self._config, self._store_uri, self._telemetry))
 
     def end(self, app: str) -> None:
         from ray import serve
 
-        serve.delete(app, _blocking=False)
+        with _as_engine_errors():
+            serve.delete(app, _blocking=False)
+
+
+@contextlib.contextmanager
+def _as_engine_errors() -> Iterator[None]:
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        yield
+    except (RayError, RayServeException) as error:
+        # Of what a task raised, the last line says what it was; the others are where.
+        raise EngineError(str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__) from None
 
 
 def _start_app(app: str, model: str, config: SpecialistConfig, store_uri: str, telemetry: TelemetryConfig) -> None:

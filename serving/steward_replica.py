@@ -41,11 +41,11 @@ class StewardReplica:
     """A steward and a keeper of late engines, in a thread each."""
 
     def __init__(self, store_uri: str, config: dict[str, Any], apps: EngineApps, built: Iterable[str]) -> None:
+        self._stop = threading.Event()
         configure_logging()
         listen_on_node_alone()
         steward = Steward(Store(store_uri), StewardConfig.model_validate(config), Meter(export=True))
         keeper = EngineKeeper(Store(store_uri), frozenset(built), apps)
-        self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=run, args=(self._stop,), daemon=True, name=name)
             for name, run in (("steward", steward.run), ("engine keeper", keeper.run))
